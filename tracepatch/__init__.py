@@ -1,0 +1,64 @@
+"""Where in this model does that behaviour live? Activation patching on Hugging Face models: planned, exact and labelled.
+
+::
+
+    import tracepatch as tp
+
+    model = tp.load("openai-community/gpt2")
+    pairs = tp.Pairs(
+        clean=["When John and Mary went to the store, John gave the bag to"],
+        corrupted=["When John and Mary went to the store, Mary gave the bag to"],
+        answer=[" Mary"],
+        wrong=[" John"],
+    )
+    effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
+    tp.plots.heatmap(effects)
+
+The modules are a pipeline and import only upwards in this order: ``errors``, ``models``, ``sites``, ``tokens``, ``checklist``, ``prompts``,
+``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``, ``planner``, ``layout``, ``trace``, ``executors``, ``results``,
+``recipe``, ``plots``, ``toys``, ``__main__``.
+"""
+
+__version__ = "0.1.0"  # before the imports: provenance records it
+
+from tracepatch import errors, plots, toys
+from tracepatch.architecture import Architecture
+from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
+from tracepatch.models import load
+from tracepatch.plan import Plan, Status
+from tracepatch.prompts import Pairs
+from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.results import concat, open_result, over_pairs, save_result
+from tracepatch.sites import COMPONENTS
+from tracepatch.tokens import one_token
+
+__all__ = [
+    "COMPONENTS",
+    "Architecture",
+    "Metric",
+    "Pairs",
+    "Patching",
+    "Plan",
+    "Recipe",
+    "Status",
+    "concat",
+    "cross_entropy",
+    "errors",
+    "kl",
+    "load",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "metric",
+    "one_token",
+    "open_result",
+    "over_pairs",
+    "patch",
+    "patching",
+    "plots",
+    "prob",
+    "rank",
+    "recipe",
+    "save_result",
+    "toys",
+]

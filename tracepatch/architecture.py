@@ -1,0 +1,423 @@
+"""Where the components live in one model, and what its code allows: measured, printed, and looked up by the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from tracepatch.errors import ArchitectureError, ComponentError, listing
+from tracepatch.models import Model, eager_attention, module_of
+from tracepatch.probe import POSITIONS, Attended, Blocks, Call, Layer, Overrides, Place, Sublayer, record, resolution
+from tracepatch.sites import COMPONENTS, component
+
+ROWS = 3  # prompts of the probe
+
+
+@dataclass(frozen=True)
+class HeadProjection:
+    """What turns one head's z into what it writes to the stream.
+
+    Attributes:
+        projection: Path of the output projection; it is linear up to a bias.
+        post_norm: Path of the norm between it and the stream, applied with its scale frozen; empty where there is none.
+        scale: Multiplier between the projection (or norm) and the stream.
+    """
+
+    projection: str
+    post_norm: str
+    scale: float
+
+
+class Architecture:
+    """What a probe found out about a model, and proved.
+
+    Printing it shows the kinds of layers, where each component lives, the block form, heads, norms, how exactly the residual
+    sum closes, and whether attention is causal.
+
+    Attributes:
+        model_type: As the config says.
+        name: The class.
+        layers: The blocks, with the proof of each.
+        embed: Where token embeddings leave.
+        d_model: Width of the residual stream.
+        vocab: Width of the logits.
+        causal: Whether a changed last token moves nothing before it.
+        local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone.
+        keeps_logits: Whether the forward takes ``logits_to_keep``.
+        dtype: Of the parameters.
+        eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
+    """
+
+    model_type: str
+    name: str
+    layers: tuple[Layer, ...]
+    embed: Place
+    final_norm: str
+    unembed: str
+    d_model: int
+    vocab: int
+    causal: bool
+    local_embedding: bool
+    keeps_logits: bool
+    dtype: torch.dtype
+    eager_error: float
+
+    def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
+        """Probes a model with a few tiny forwards.
+
+        Args:
+            model: From ``tp.load``, or a Hugging Face module.
+            overrides: Where things are that the probe cannot find: ``stack`` (path of the list of blocks), ``attn_out`` and
+                ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer). They go through the same proof.
+
+        Raises:
+            ArchitectureError: There is no stack of blocks, or an override is not understood.
+        """
+        module = model if isinstance(model, nn.Module) else module_of(model)
+        known = {"stack", "attn_out", "mlp_out"}
+        unknown = sorted(set(overrides or {}) - known)
+        if unknown:
+            raise ArchitectureError(f"Overrides are {', '.join(sorted(known))}; not {', '.join(unknown)}.")
+        given = dict(overrides or {})
+        self._probe(module, Overrides(given.pop("stack", ""), given))
+
+    def _probe(self, module: Any, overrides: Overrides) -> None:
+        if any(p.device.type == "meta" for p in module.parameters()):
+            raise ArchitectureError(
+                f"{type(module).__name__} has no weights here, so nothing can be measured on it. Load it with its weights."
+            )
+        training = module.training
+        module.eval()
+        try:
+            ids = _tokens(module)
+            with torch.no_grad():
+                plain = module(ids, use_cache=False).logits
+            with eager_attention(module):
+                calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
+            logits = output.logits
+            self._read(module, calls, attended, logits, overrides)
+            self._experiments(module, ids, logits, plain)
+        finally:
+            module.train(training)
+
+    def _read(self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides) -> None:
+        self.model_type, self.name = module.config.model_type, type(module).__name__
+        self.dtype = next(module.parameters()).dtype
+        path, count = _stack(module, overrides.stack)
+        blocks = Blocks(calls, attended, path, overrides)
+        absent = [f"{path}.{i}" for i in range(count) if f"{path}.{i}" not in blocks.by_name]
+        if absent:
+            raise ArchitectureError(
+                f"{self.name}: {len(absent)} of {count} blocks were not called in a plain forward.\n{listing(absent)}\n"
+                "Pass overrides={'stack': PATH} with the list of blocks that the forward runs through."
+            )
+        self.layers = tuple(blocks.layer(i) for i in range(count))
+        first, last = (blocks.by_name[f"{path}.{i}"] for i in (0, count - 1))
+        assert first.entering is not None
+        assert last.leaving is not None
+        self.d_model, self.vocab = first.entering.shape[-1], logits.shape[-1]
+        self._broken = [
+            i
+            for i in range(1, count)
+            if not _equal(blocks.by_name[f"{path}.{i - 1}"].leaving, blocks.by_name[f"{path}.{i}"].entering)
+        ]
+        names = {id(m): n for n, m in module.named_modules()}
+        embedding = blocks.by_name.get(names.get(id(module.get_input_embeddings()), ""))
+        if embedding is None or embedding.leaving is None:
+            raise ArchitectureError(f"{self.name}: get_input_embeddings() is not called in a plain forward.")
+        self.embed = embedding.place("output", ROWS * POSITIONS)
+        self.unembed = names.get(id(module.get_output_embeddings()), "")
+        self.final_norm = next(
+            (c.name for c in calls if c.start > last.end and _equal(c.entering, last.leaving) and c.leaving is not None), ""
+        )
+        self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
+
+    def _head_projection(self, module: Any, blocks: Blocks, layer: Layer) -> HeadProjection | str:
+        """How a head writes to the stream, or why that is not offered."""
+        attention = layer.sublayer("attn")
+        if attention is None or attention.inner is None or attention.out is None:
+            return "z or attn_out is not proved there"
+        call = blocks.by_name[attention.projection]
+        z, plain = call.entering, call.leaving
+        assert z is not None
+        assert plain is not None
+        heads = z.unflatten(-1, (attention.heads, -1))
+        with torch.no_grad():
+            bias = call.module(torch.zeros_like(z))
+            parts = torch.zeros_like(plain)
+            for head in range(attention.heads):
+                one = torch.zeros_like(heads)
+                one[..., head, :] = heads[..., head, :]
+                parts = parts + (call.module(one.flatten(-2)) - bias)
+        gap = (parts + bias - plain).abs().max().item() / (1 + plain.abs().max().item())
+        # One rounding a head on both sides of the sum.
+        if gap > attention.heads * resolution(plain.dtype):
+            return f"its heads do not sum to the projection's output (off by {gap:.2g})"
+        if attention.post_norm and not _is_scaling(blocks.by_name[attention.post_norm]):
+            return "the norm after the projection is no pure scaling"
+        return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
+
+    def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
+        self.eager_error = (logits - plain).abs().max().item()
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.vocab
+        first = changed.clone()
+        first[:, 0] = (first[:, 0] + 1) % self.vocab
+        stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
+        base, late = _streams(module, stack, ids), _streams(module, stack, changed)
+        tolerance = resolution(self.dtype)
+        self.causal = all(_close(a[:, :-1], b[:, :-1], tolerance) for a, b in zip(base, late, strict=True))
+        self.local_embedding = _close(_streams(module, stack, first)[0][:, 1:], _streams(module, stack, changed)[0][:, 1:], tolerance)
+        with torch.no_grad():
+            try:
+                kept = module(ids, use_cache=False, logits_to_keep=torch.tensor([2, 5], device=ids.device)).logits
+                self.keeps_logits = kept.shape[1] == 2 and _close(kept, plain[:, [2, 5]], tolerance)
+            except TypeError:
+                self.keeps_logits = False
+
+    # ------------------------------------------------------------------------------------------------ looking up
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def attention(self, layer: int) -> Sublayer | None:
+        """The branch that mixes positions."""
+        return self.layers[layer].sublayer("attn", "mixer")
+
+    def mlp(self, layer: int) -> Sublayer | None:
+        """The branch that does not."""
+        return self.layers[layer].sublayer("mlp", "moe")
+
+    def why_not(self, name: str, layer: int) -> str:
+        """Why a component is not offered at a layer, in one clause; empty if it is."""
+        here, attention, mlp = self.layers[layer], self.attention(layer), self.mlp(layer)
+        unproved = "the residual sum of this layer does not close"
+        if name in ("embed", "logits", "resid_pre", "resid_post"):
+            return ""
+        if name == "resid_mid":
+            if here.form == "parallel":
+                return "attention and MLP read the same stream in a parallel block, so there is nothing between them"
+            kinds = [s.kind for s in here.sublayers]
+            if here.form != "sequential" or len(kinds) != 2 or kinds[0] not in ("attn", "mixer"):
+                return f"the block is not attention and then an MLP ({here.form}: {', '.join(kinds) or 'no branches'})"
+            return ""
+        if name in ("attn_out", "z", "head_out"):
+            if attention is None:
+                return "it has no attention"
+            if name == "attn_out":
+                return "" if attention.out else unproved
+            if attention.kind == "mixer":
+                return "its mixer has no heads with a softmax pattern"
+            if name == "z":
+                return "" if attention.inner else "the output projection's input is not pattern · v (a gate or norm stands between)"
+            found = self._head_out[layer]
+            return found if isinstance(found, str) else ""
+        if mlp is None:
+            return "it has no MLP"
+        if name == "mlp_out":
+            return "" if mlp.out else unproved
+        if mlp.kind == "moe":
+            return "routed experts have no neurons of their own at a position"
+        return "" if mlp.inner else "its MLP has no last projection"
+
+    def offers(self, name: str, layer: int) -> bool:
+        """Whether a component is proved at a layer."""
+        return not self.why_not(component(name).name, layer)
+
+    def require(self, name: str, layer: int) -> None:
+        """Refuses a component that is not offered at a layer.
+
+        Raises:
+            ComponentError: It is unknown or not proved there.
+        """
+        why = self.why_not(component(name).name, layer)
+        if why:
+            offered = ", ".join(c for c in COMPONENTS if self.offers(c, layer))
+            attention, mlp = self.attention(layer), self.mlp(layer)
+            tried = [t for s in (attention, mlp) if s is not None and s.out is None for t in s.tried]
+            details = f"\nTried:\n{listing(tried)}\nIf you know the place, pass overrides={{'attn_out': 'PATH.output', …}} to " \
+                "tp.Architecture and see whether the proof holds." if tried and "close" in why else ""
+            raise ComponentError(
+                f"Layer {layer} of this {self.model_type} ({self.layers[layer].block}) has no {name}: {why}. It has: {offered}.{details}"
+            )
+
+    def stream(self, layer: int) -> Place:
+        """Where the residual stream enters a layer; at ``len(self)``, where it leaves the last one."""
+        if layer == 0 or (layer in self._broken and layer < len(self)):
+            return self.layers[layer].pre
+        return self.layers[layer - 1].post
+
+    def place(self, name: str, layer: int) -> Place:
+        """Where a component that is read and written as it stands passes by."""
+        if name == "embed":
+            return self.embed
+        if name in ("resid_pre", "resid_post"):
+            return self.stream(layer + (name == "resid_post"))
+        branch = self.attention(layer) if name in ("attn_out", "z") else self.mlp(layer)
+        found = None if branch is None else branch.out if name in ("attn_out", "mlp_out") else branch.inner
+        assert found is not None, f"{name} is not offered at layer {layer}"
+        return found
+
+    def head_projection(self, layer: int) -> HeadProjection:
+        """What turns a head's z into its write to the stream."""
+        found = self._head_out[layer]
+        assert isinstance(found, HeadProjection), found
+        return found
+
+    def units(self, name: str, layer: int) -> int:
+        """How many heads or neurons a component has at a layer; 0 if it is not split."""
+        unit, attention = component(name).unit, self.attention(layer)
+        if unit == "head":
+            return attention.heads if attention else 0
+        return self.layers[layer].width if unit == "neuron" else 0
+
+    def width(self, name: str, layer: int) -> int:
+        """The size of a component's last dim."""
+        attention = self.attention(layer)
+        sizes = {
+            "d_model": self.d_model,
+            "vocab": self.vocab,
+            "neuron": self.layers[layer].width,
+            "d_head": attention.d_head if attention else 0,
+        }
+        return sizes[component(name).dims[-1]]
+
+    # ------------------------------------------------------------------------------------------------ printing
+
+    def __str__(self) -> str:
+        exact = sum(layer.error == 0 for layer in self.layers)
+        worst = max((layer.error for layer in self.layers), default=0.0)
+        lines = [
+            f"{self.name} ({self.model_type}): {len(self)} layers, d_model {self.d_model}, vocabulary {self.vocab}, "
+            f"{str(self.dtype).removeprefix('torch.')}",
+            f"  embed      {self.embed}",
+        ]
+        for _, group in groupby(self.layers, self._signature):
+            members = list(group)
+            lines += self._describe(members)
+        lines += [
+            f"  final norm {self.final_norm or 'none'}, unembedding {self.unembed}",
+            f"  residual sum: closes bitwise in {exact} of {len(self)} layers, largest error {worst:.2g}",
+            f"  causal: {'yes (a changed last token moves nothing before it)' if self.causal else 'NO: nothing is pruned'}",
+            f"  step-by-step attention differs from the default by {self.eager_error:.2g} in the logits",
+        ]
+        return "\n".join(lines)
+
+    def _signature(self, layer: Layer) -> tuple[Any, ...]:
+        def relative(place: Any) -> str:
+            return str(place).replace(layer.path, "")
+
+        branches = tuple(
+            (s.kind, relative(s.out), relative(s.inner), relative(s.pre_norm), relative(s.post_norm), s.heads, s.kv_heads, s.d_head)
+            for s in layer.sublayers
+        )
+        return layer.block, layer.form, branches, layer.width, tuple(self.offers(c, layer.index) for c in COMPONENTS)
+
+    def _describe(self, members: list[Layer]) -> list[str]:
+        one, path = members[0], members[0].path
+
+        def relative(text: Any) -> str:
+            return str(text).removeprefix(path + ".")
+
+        span = str(one.index) if len(members) == 1 else f"{one.index}–{members[-1].index}"
+        lines = [f"  layers {span}: {path.rsplit('.', 1)[0]}.N, {one.block}, {one.form}"]
+        for s in one.sublayers:
+            norms = [f"reads through {relative(s.pre_norm)}"] if s.pre_norm else []
+            norms += [f"writes through {relative(s.post_norm)}"] if s.post_norm else []
+            heads = [f"{s.heads} heads of {s.d_head}"] if s.heads else []
+            heads += [f"{s.kv_heads} kv heads"] if s.heads != s.kv_heads else []
+            width = [f"{one.width} neurons"] if s.kind == "mlp" else []
+            where = f"adds {relative(s.out)}" if s.out else "contribution unproved"
+            lines.append(f"    {s.kind:6} {', '.join([relative(s.path), where, *heads, *width, *norms])}")
+        absent = [c for c in COMPONENTS if not self.offers(c, one.index)]
+        lines.append(f"    offers {', '.join(c for c in COMPONENTS if c not in absent)}")
+        lines += [f"    no {c}: {self.why_not(c, one.index)}" for c in absent]
+        return lines
+
+    def __repr__(self) -> str:
+        return f"<Architecture {self.model_type}, {len(self)} layers>"
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture of a model, probed once."""
+    module = module_of(model)
+    if module not in _KNOWN:
+        _KNOWN[module] = Architecture(model)
+    return _KNOWN[module]
+
+
+def adopt(model: Model, found: Architecture) -> None:
+    """Makes an architecture, probed with overrides perhaps, the one that patching this model uses."""
+    _KNOWN[module_of(model)] = found
+
+
+def _tokens(module: Any) -> torch.Tensor:
+    weight = module.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    # The first ids are often special tokens, which some models treat differently (padding).
+    return torch.randint(min(3, len(weight) - 1), len(weight), (ROWS, POSITIONS), generator=generator).to(weight.device)
+
+
+def _stack(module: Any, given: str) -> tuple[str, int]:
+    """Path and length of the list of blocks: the outermost ModuleList with most parameters, inside the decoder."""
+    if given:
+        try:
+            return given, len(module.get_submodule(given))
+        except (AttributeError, TypeError) as error:
+            raise ArchitectureError(f"overrides: {type(module).__name__} has no list of blocks at {given!r}.") from error
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
+    root = decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else module
+    prefix = next(name for name, m in module.named_modules() if m is root)
+    lists = {name: m for name, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    if not outer:
+        raise ArchitectureError(
+            f"{type(module).__name__} has no ModuleList that could be its stack of blocks. Pass overrides={{'stack': PATH}}."
+        )
+    name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+    return ".".join(filter(None, (prefix, name))), len(outer[name])
+
+
+def _streams(module: Any, stack: Iterable[nn.Module], ids: torch.Tensor) -> list[torch.Tensor]:
+    """The stream entering every block, and the logits."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)).detach().clone())
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
+    try:
+        with torch.no_grad():
+            seen.append(module(ids, use_cache=False).logits)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _is_scaling(norm: Call) -> bool:
+    """Whether a norm is input × (one factor a position) × (one weight a dim): then a frozen scale makes it linear."""
+    x, y = norm.entering, norm.leaving
+    assert x is not None
+    assert y is not None
+    with torch.no_grad():
+        weighted = x * norm.module(torch.ones_like(x))
+    factor = (y * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
+    return _close(factor * weighted, y, 4 * resolution(x.dtype))
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))

@@ -1,0 +1,162 @@
+"""Whether a set of pairs can answer a question on a model, as a list of checks a person reads before patching."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from tracepatch.errors import PromptError, listing
+from tracepatch.models import Model, last_logits, require_ready
+from tracepatch.tokens import EncodedPairs
+
+Verdict: TypeAlias = Literal["ok", "note", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its verdict, one sentence, and the offenders or details, one a line."""
+
+    verdict: Verdict
+    sentence: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.verdict:>4}  {self.sentence}" + ("\n" + listing(["  " * 2 + d for d in self.details]) if self.details else "")
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """The checks of some pairs on a model."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; notes do not count."""
+        return all(c.verdict != "FAIL" for c in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.checks))
+
+
+def check_pairs(model: Model, encoded: EncodedPairs | None, offenders: list[str]) -> Checklist:
+    """All checks; those that need tokens are left out where an answer has none.
+
+    Args:
+        model: From ``tp.load``.
+        encoded: The pairs as tokens, or ``None`` if they have answers that are not one token.
+        offenders: Those answers.
+    """
+    require_ready(model)
+    if encoded is None:
+        return Checklist((Check("FAIL", f"{len(offenders)} answers are not one token", tuple(offenders)),))
+    checks = [Check("ok", f"{len(encoded)} pairs; {encoded.bos}"), _lengths(encoded)]
+    if any(encoded.answer) or any(encoded.wrong):
+        checks.append(_answers(encoded))
+    if checks[1].verdict != "FAIL":
+        checks += _differences(encoded)
+    checks += _behaviour(model, encoded)
+    return Checklist(tuple(checks))
+
+
+def _lengths(encoded: EncodedPairs) -> Check:
+    try:
+        encoded.require_comparable()
+    except PromptError as error:
+        first, *rest = str(error).splitlines()
+        return Check("FAIL", first, tuple(line.strip() for line in rest))
+    shared = sorted(set(encoded.lengths))
+    tokens = f"{shared[0]} tokens each" if len(shared) == 1 else f"{shared[0]} to {shared[-1]} tokens, the same on both sides of each pair"
+    return Check("ok", f"prompts can be compared position by position: {tokens}")
+
+
+def _answers(encoded: EncodedPairs) -> Check:
+    spaceless = []
+    for i, ids in enumerate(encoded.answer):
+        prompt = encoded.clean_prompts[i]
+        for token, word in zip(ids, encoded.words(ids), strict=True):
+            spaced = encoded.tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
+            if isinstance(prompt, str) and not prompt.endswith(" ") and len(spaced) == 1 and spaced[0] != token:
+                spaceless.append(f"pair {i}: {word!r}; a model that continues the prompt would say {' ' + word.strip()!r}")
+    if spaceless:
+        return Check("note", f"{len(spaceless)} answers lack a leading space", tuple(spaceless))
+    same = [f"pair {i}: {encoded.words(set(a) & set(w))}" for i, (a, w) in enumerate(zip(encoded.answer, encoded.wrong, strict=True)) if set(a) & set(w)]
+    if same:
+        return Check("FAIL", f"in {len(same)} pairs a token is both right and wrong", tuple(same))
+    return Check("ok", "every answer is one token")
+
+
+def _differences(encoded: EncodedPairs) -> list[Check]:
+    """Where the prompts differ, and how often each swapped token stands on either side."""
+    if encoded.corrupted is None:
+        return [Check("note", "no corrupted prompts: only ablations (zero, tensors) are possible")]
+    where: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    sides = Counter[str](), Counter[str]()
+    examples = {}
+    for i in range(len(encoded)):
+        differing = encoded.differing(i)
+        where[differing].append(i)
+        texts = [encoded.words(ids[p] for p in differing) for ids in (encoded.clean[i], encoded.corrupted[i])]
+        examples.setdefault(differing, f"pair {i}: " + ", ".join(f"{a!r} → {b!r}" for a, b in zip(*texts, strict=True)))
+        for side, words in zip(sides, texts, strict=True):
+            side.update(words)
+    details = tuple(f"position {', '.join(map(str, at))} in {len(pairs)} pairs, as in {examples[at]}" for at, pairs in where.items())
+    counts = sorted({len(at) for at in where})
+    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    checks = [Check("ok", f"{many} tokens differ between the prompts of a pair", details)]
+    lopsided = [
+        f"{word!r}: {sides[0][word]} × in clean, {sides[1][word]} × in corrupted prompts"
+        for word in sorted(sides[0] | sides[1], key=lambda w: -abs(sides[0][w] - sides[1][w]))
+        if sides[0][word] != sides[1][word]
+    ]
+    if lopsided:
+        sentence = "swapped tokens are not equally frequent on both sides, so an effect may be one of the words themselves; pairs.both_roles() balances them"
+        checks.append(Check("note", sentence, tuple(lopsided)))
+    else:
+        checks.append(Check("ok", "every swapped token is as frequent in the clean as in the corrupted prompts"))
+    return checks
+
+
+def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
+    """Whether the model does the task on both sides, and how surprising the swapped tokens are to it."""
+    sides = ["clean"] if encoded.corrupted is None else ["clean", "corrupted"]
+    gaps: dict[str, list[float]] = {side: [] for side in sides}
+    tops: dict[str, list[str]] = {side: [] for side in sides}
+    surprise: dict[str, list[float]] = {side: [] for side in sides}
+    comparable = encoded.corrupted is None or encoded.lengths == tuple(len(ids) for ids in encoded.corrupted)
+    for side in sides:
+        for i, ids in enumerate(encoded.world(side)):
+            logits = last_logits(model, torch.tensor([ids]))[0]
+            if not torch.isfinite(logits[-1]).all():
+                return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
+            tops[side].append(encoded.words([int(logits[-1].argmax())])[0])
+            if encoded.answer[i] and encoded.wrong[i]:
+                gaps[side].append(float(logits[-1, list(encoded.answer[i])].mean() - logits[-1, list(encoded.wrong[i])].mean()))
+            logs = logits.log_softmax(-1)
+            surprise[side] += [float(logs[p - 1, ids[p]]) for p in (encoded.differing(i) if comparable else ()) if p > 0]
+    checks = [_task(side, gaps[side], tops[side], encoded) for side in sides if gaps[side]]
+    if gaps["clean"] and len(sides) == 2:
+        mean = {side: sum(gaps[side]) / len(gaps[side]) for side in sides}
+        together = mean["clean"] + mean["corrupted"]
+        opposite = abs(together) <= 0.5 * max(abs(m) for m in mean.values())
+        sentence = f"mean logit difference {mean['clean']:+.2f} on clean and {mean['corrupted']:+.2f} on corrupted prompts"
+        checks.append(Check("ok" if opposite else "note", sentence + (": opposite outputs" if opposite else ": the outputs are not opposite")))
+    if surprise["clean"] and surprise.get("corrupted"):
+        nats = {side: sum(v) / len(v) for side, v in surprise.items()}
+        far = nats["clean"] - nats["corrupted"] > 3
+        sentence = f"swapped tokens have mean log-probability {nats['clean']:.1f} in clean and {nats['corrupted']:.1f} in corrupted prompts (nats)"
+        checks.append(Check("note" if far else "ok", sentence + (": the corrupted ones surprise the model" if far else "")))
+    return checks
+
+
+def _task(side: str, gaps: list[float], tops: list[str], encoded: EncodedPairs) -> Check:
+    sign = 1 if side == "clean" else -1
+    wanted = "the answer" if side == "clean" else "the wrong answer"
+    failing = [f"pair {i}: logit difference {gap:+.2f}, the model says {tops[i]!r}" for i, gap in enumerate(gaps) if gap * sign <= 0]
+    right = encoded.answer if side == "clean" else encoded.wrong
+    first = sum(tops[i] in encoded.words(right[i]) for i in range(len(tops)))
+    sentence = f"{side}: the model prefers {wanted} in {len(gaps) - len(failing)} of {len(gaps)} pairs; it is its first choice in {first}"
+    return Check("note" if failing else "ok", sentence, tuple(failing))

@@ -1,0 +1,219 @@
+"""From logits to numbers with a unit.
+
+Each metric declares the positions it reads, so that nothing else is computed, and what it needs to know of a pair.
+Values are computed in float32, one a row; a metric never mixes rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+
+from tracepatch.errors import MetricError
+from tracepatch.sites import Select, select
+
+Given: TypeAlias = dict[str, torch.Tensor]
+LAST = Select((-1,), scalar=True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number read from the logits of a run.
+
+    Attributes:
+        name: Its name in results.
+        unit: What the number counts.
+        function: ``(logits [row, read, vocab], given) → [row]``, or ``[row, 1 + parts]`` for a metric with parts.
+        positions: The positions it reads, in each prompt's own counting.
+        parts: Names of further columns that the function returns, such as the two sides of a difference.
+        needs: What it needs of ``given``: ``answer`` and ``wrong`` (ids ``[row, n]``, padded with -1), ``next`` (ids
+            ``[row, read]``: the clean prompt's next token, after the last one the answer), ``clean`` or ``corrupted``
+            (that run's log-probabilities ``[row, read, vocab]``).
+        note: What it does, in one line.
+    """
+
+    name: str
+    unit: str
+    function: Callable[[torch.Tensor, Given], torch.Tensor]
+    positions: Select = LAST
+    parts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    note: str = ""
+
+    def at(self, positions: Any) -> Metric:
+        """The same metric read at other positions (an integer, slice, list or mask), averaged over them."""
+        return replace(self, positions=select(positions, "pos"))
+
+    def __call__(self, logits: torch.Tensor, given: Given) -> torch.Tensor:
+        """The values and parts, ``[row, 1 + parts]``, of logits ``[row, read, vocab]``."""
+        found = self.function(logits, given)
+        return found if found.ndim == 2 else found[:, None]
+
+
+def metric(
+    function: Callable[..., torch.Tensor], name: str | None = None, unit: str = "", positions: Any = -1
+) -> Metric:
+    """A function of logits as a metric.
+
+    Args:
+        function: ``f(logits)`` or ``f(logits, given)`` → one number a row. ``logits`` is ``[row, vocab]`` at one position, and
+            ``[row, read, vocab]`` where ``positions`` is a slice, list or mask. ``given`` is described at ``Metric``.
+        name: Its name in results; the function's own otherwise.
+        unit: What the number counts.
+        positions: What it reads; the last position otherwise.
+    """
+    if not callable(function):
+        raise MetricError(f"{function!r} is no metric: pass tp.logit_diff, another metric, or a function of logits.")
+    picked = select(positions, "pos")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        wants_given = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+    except ValueError:
+        wants_given = False
+
+    def read(logits: torch.Tensor, given: Given) -> torch.Tensor:
+        seen = logits[:, 0] if picked.scalar else logits
+        return function(seen, given) if wants_given else function(seen)
+
+    label = name or getattr(function, "__name__", type(function).__name__)
+    return Metric(label, unit, read, picked, note=(inspect.getdoc(function) or "").split("\n")[0])
+
+
+MetricLike: TypeAlias = Metric | Callable[..., torch.Tensor]
+Metrics: TypeAlias = MetricLike | Iterable[MetricLike] | Mapping[str, MetricLike]
+
+
+def as_metrics(given: Metrics) -> tuple[Metric, ...]:
+    """One metric, several, or a mapping of names to metrics, as a tuple.
+
+    Raises:
+        MetricError: None, two of one name, or something that is no metric.
+    """
+    if isinstance(given, Mapping):
+        found = tuple(replace(_one(m), name=str(name)) for name, m in given.items())
+    elif isinstance(given, Metric) or callable(given):
+        found = (_one(given),)
+    elif isinstance(given, Iterable) and not isinstance(given, str):
+        found = tuple(_one(m) for m in given)
+    else:
+        found = (_one(given),)
+    names = [m.name for m in found]
+    if not found:
+        raise MetricError("There is no metric: pass tp.logit_diff, another metric, or a function of logits.")
+    if len(set(names)) < len(names):
+        raise MetricError(f"Two metrics share a name: {', '.join(names)}. Pass a mapping of names to metrics.")
+    return found
+
+
+def _one(given: Any) -> Metric:
+    return given if isinstance(given, Metric) else metric(given)
+
+
+def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
+    """Tries a metric on made-up logits.
+
+    Raises:
+        MetricError: It raises, has the wrong shape, or mixes rows.
+    """
+    rows = 3
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, reads, vocab, generator=generator)
+    given = {
+        "answer": torch.zeros(rows, 1, dtype=torch.long),
+        "wrong": torch.ones(rows, 1, dtype=torch.long),
+        "next": torch.zeros(rows, reads, dtype=torch.long),
+        "clean": logits.flip(0).log_softmax(-1),
+        "corrupted": logits.flip(0).log_softmax(-1),
+    }
+    try:
+        found = chosen.function(logits.clone(), dict(given))
+    except Exception as error:
+        raise MetricError(
+            f"Metric {chosen.name!r} fails on logits of shape {[rows, reads, vocab]} [row, read, vocab]: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
+    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
+        raise MetricError(
+            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
+            f"returned {got}. Keep the row dim: reduce over the others only."
+        )
+    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
+    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
+        raise MetricError(
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row is a run of "
+            "its own; reduce over positions and vocabulary only."
+        )
+
+
+def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """values [row, read, vocab] at ids [row, n] → [row, read, n]; 0 where an id is padding."""
+    picked = values.gather(-1, ids.clamp(min=0)[:, None].expand(-1, values.shape[1], -1))
+    return picked * (ids >= 0)[:, None]
+
+
+def _mean_over(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return (_gather(values, ids).sum(-1) / (ids >= 0).sum(-1)[:, None]).mean(1)
+
+
+def _logit(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    return _mean_over(logits, given["answer"])
+
+
+def _logit_diff(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    right, wrong = _mean_over(logits, given["answer"]), _mean_over(logits, given["wrong"])
+    return torch.stack([right - wrong, right, wrong], 1)
+
+
+def _prob(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    return _gather(logits.softmax(-1), given["answer"]).sum(-1).mean(1)
+
+
+def _log_prob(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    ids = given["answer"]
+    picked = logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1))
+    return picked.masked_fill((ids < 0)[:, None], -torch.inf).logsumexp(-1).mean(1)
+
+
+def _rank(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    ids = given["answer"]
+    picked = logits.gather(-1, ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1))
+    best = picked.masked_fill((ids < 0)[:, None], -torch.inf).max(-1, keepdim=True).values
+    return (logits > best).sum(-1).float().mean(1)
+
+
+def _cross_entropy(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    return -logits.log_softmax(-1).gather(-1, given["next"][..., None])[..., 0].mean(1)
+
+
+def _kl(logits: torch.Tensor, given: Given) -> torch.Tensor:
+    reference = given["clean"]
+    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean(1)
+
+
+logit_diff = Metric(
+    "logit_diff",
+    "logits",
+    _logit_diff,
+    parts=("answer", "wrong"),
+    needs=("answer", "wrong"),
+    note="mean logit of the answers minus mean logit of the wrong ones; its two sides are kept beside it",
+)
+logit = Metric("logit", "logits", _logit, needs=("answer",), note="mean logit of the answers")
+prob = Metric("prob", "probability", _prob, needs=("answer",), note="summed probability of the answers")
+log_prob = Metric("log_prob", "nats", _log_prob, needs=("answer",), note="log of the summed probability of the answers")
+rank = Metric("rank", "rank", _rank, needs=("answer",), note="how many tokens have a larger logit than the best answer")
+kl = Metric("kl", "nats", _kl, needs=("clean",), note="KL divergence of the run's distribution from the clean run's")
+cross_entropy = Metric(
+    "cross_entropy",
+    "nats",
+    _cross_entropy,
+    Select(),
+    needs=("next",),
+    note="mean loss on the clean prompt's next tokens, and on the answer after its last one",
+)

@@ -1,0 +1,261 @@
+"""A Hugging Face model, wrapped for tracing by nnsight: loading, and what the rest of tracepatch asks of a model.
+
+Facts about nnsight 0.8 and transformers 5 that loading has to respect, all of them handled here and nowhere else:
+
+* With transformers 5.23 nnsight cannot look up a tokenizer by repo id when it builds a model without weights. So weights
+  and tokenizer are loaded with transformers, and nnsight wraps the finished module.
+* A module from ``from_config`` starts in training mode, where dropout makes every measurement noise.
+* ``from_pretrained`` fills weights that a folder lacks with random numbers and only logs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import nnsight
+import torch
+import transformers
+from nnsight import TransformersModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from tracepatch.errors import ModelError, listing
+
+Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
+
+_REMOTE: WeakKeyDictionary[Model, bool | str] = WeakKeyDictionary()
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    model: str | os.PathLike[str] | torch.nn.Module | Model,
+    tokenizer: Any = None,
+    *,
+    remote: bool | str = False,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    **options: Any,
+) -> Model:
+    """A model that tracepatch can patch, and that you can trace with nnsight.
+
+    Args:
+        model: A Hugging Face repo id, a folder with a model, a Hugging Face module, or an nnsight model.
+        tokenizer: The tokenizer, or its repo id or folder. Needed with a Hugging Face module; otherwise it comes with the
+            model.
+        remote: Run on a server instead of here: ``True`` for NDIF, or the URL of a server of your own. No weights are
+            loaded.
+        dtype: ``"float32"``, ``"bfloat16"``, … or a torch dtype. Without it, the checkpoint's own.
+        device_map: As in transformers: ``"auto"``, ``"cuda"``, … (needs accelerate).
+        options: Anything else ``from_pretrained`` takes (``revision``, ``attn_implementation``, ``trust_remote_code``, …).
+
+    Returns:
+        An nnsight ``TransformersModel`` in eval mode.
+
+    Raises:
+        ModelError: No model there, no next-token logits, weights missing, or no tokenizer.
+    """
+    if isinstance(model, TransformersModel):
+        loaded = model
+    elif isinstance(model, torch.nn.Module):
+        loaded = _wrap(model, tokenizer)
+    elif remote:
+        source = os.fspath(model)
+        loaded = TransformersModel(
+            source,
+            task="text-generation",
+            tokenizer=_tokenizer(tokenizer or source, options),
+            **({} if dtype is None else {"dtype": dtype}),
+            **options,
+        )
+    else:
+        loaded = _from_pretrained(os.fspath(model), tokenizer, dtype, device_map, options)
+    if remote:
+        _REMOTE[loaded] = remote
+    module_of(loaded).eval()
+    return loaded
+
+
+def _from_pretrained(source: str, tokenizer: Any, dtype: Any, device_map: Any, options: dict[str, Any]) -> Model:
+    config = _config(source, options)
+    _refuse_encoders(config, source)
+    given = {"dtype": dtype, "device_map": device_map}
+    try:
+        with _quiet_bars():
+            module, info = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **{k: v for k, v in given.items() if v is not None}, **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{source!r} could not be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source!r} lacks {len(missing)} weights of {type(module).__name__}; transformers would fill them with random "
+            f"numbers.\n{listing(missing)}\nLoad a checkpoint that was saved with its language-model head."
+        )
+    return _wrap(module, tokenizer or _tokenizer(source, options))
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Without transformers' progress bars where nobody watches a terminal."""
+    hide = not sys.stderr.isatty() and transformers.utils.logging.is_progress_bar_enabled()
+    if hide:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _config(source: str, options: dict[str, Any]) -> Any:
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        kind = "a folder without config.json" if path.is_dir() else "a file"
+        raise ModelError(
+            f"{source!r} is not a model: it is {kind}. Pass a folder written by save_pretrained (config.json, weights, "
+            "tokenizer) or a Hugging Face repo id."
+        )
+    if not path.exists() and not _REPO_ID.fullmatch(source):
+        raise ModelError(f"There is no folder {source!r}, and it is no Hugging Face repo id ('organisation/name').")
+    try:
+        return AutoConfig.from_pretrained(
+            source, **{k: v for k, v in options.items() if k in ("revision", "trust_remote_code", "token", "cache_dir")}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        what = "the folder" if path.exists() else "the repo id"
+        raise ModelError(f"No model could be read from {what} {source!r}: {_first_line(error)}") from error
+
+
+def _refuse_encoders(config: Any, source: str) -> None:
+    kind, names = config.model_type, list(getattr(config, "architectures", None) or [])
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{source!r} is an encoder–decoder model ({kind}); tracepatch patches causal language models.")
+    decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(name in decoders for name in names):
+        raise ModelError(
+            f"{source!r} is an encoder ({', '.join(names) or kind}): it has no next-token logits to read a metric from. "
+            "Load a causal language model."
+        )
+
+
+def _tokenizer(source: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, **{k: v for k, v in options.items() if k in ("revision", "trust_remote_code", "token", "cache_dir")}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"No tokenizer could be read from {source!r}: {_first_line(error)} Pass tokenizer=."
+        ) from error
+
+
+def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
+    if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(module).__name__} has no language-model head, so it gives no logits to read a metric from. "
+            "Pass a causal language model, such as AutoModelForCausalLM gives."
+        )
+    if tokenizer is None:
+        name = getattr(module, "name_or_path", "")
+        if not name:
+            raise ModelError(f"A {type(module).__name__} module comes without a tokenizer: pass tokenizer=.")
+        tokenizer = name
+    return TransformersModel(module, task="text-generation", tokenizer=_tokenizer(tokenizer, {}))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def module_of(model: Model) -> PreTrainedModel:
+    """The Hugging Face module inside an nnsight model."""
+    return model._module
+
+
+def remote_of(model: Model) -> bool | str:
+    """Where the model runs: ``False`` for here, ``True`` for NDIF, or the URL of a server."""
+    return _REMOTE.get(model, False)
+
+
+def require_ready(model: Model) -> None:
+    """Refuses a model whose measurements would be noise.
+
+    Raises:
+        ModelError: It is not an nnsight model, or some module is in training mode.
+    """
+    if not isinstance(model, TransformersModel):
+        raise ModelError(f"{type(model).__name__} is not a traced model: pass it through tp.load first.")
+    training = [name or type(module_of(model)).__name__ for name, m in module_of(model).named_modules() if m.training]
+    if training:
+        raise ModelError(
+            f"{len(training)} modules are in training mode (the first: {training[0]}), so dropout and the like may make "
+            "every forward different. Call model.eval()."
+        )
+
+
+def name_of(model: Model) -> str:
+    """What to call the model in results: the repo id or folder it came from, else its class."""
+    module = module_of(model)
+    name = getattr(module, "name_or_path", "") or ""
+    return Path(name).name if name and Path(name).is_dir() else name or type(module).__name__
+
+
+def fingerprint(model: Model) -> str:
+    """A short hash of config and weights: 256 evenly spaced values of every parameter, with names, shapes and dtypes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module_of(model).state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 256)]
+        digest.update(picked.to("cpu", torch.float64).numpy().tobytes() if not picked.is_complex() else b"complex")
+    return digest.hexdigest()
+
+
+@contextmanager
+def eager_attention(module: PreTrainedModel) -> Iterator[None]:
+    """The module with its attention computed step by step, where transformers can switch it; put back afterwards."""
+    before = module.config._attn_implementation
+    switched = module._can_set_attn_implementation() and before != "eager"
+    if switched:
+        module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if switched:
+            module.set_attn_implementation(before)
+
+
+def last_logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """All logits of plain forwards, in float32: ids ``[row, pos]`` → ``[row, pos, vocab]``, on the CPU."""
+    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False, remote=remote_of(model)):
+        logits = nnsight.save(model.output.logits.float().cpu())
+    return logits
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result, for its provenance."""
+    import tracepatch
+
+    return {
+        "tracepatch": tracepatch.__version__,
+        "nnsight": nnsight.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }

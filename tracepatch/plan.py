@@ -1,0 +1,224 @@
+"""A plan: what will be traced, as data. Printed before anything runs, compared by tests, executed by an executor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracepatch.metrics import Metric
+from tracepatch.recording import Row
+from tracepatch.sources import Constant, WorldName
+
+
+class Status(IntEnum):
+    """What a cell of a result rests on."""
+
+    ABSENT = 0
+    MEASURED = 1
+    PROVED_ZERO = 2
+
+
+class Proof(IntEnum):
+    """Why a row needs no forward of its own."""
+
+    NONE = 0
+    EQUAL = 1
+    UNREACHABLE = 2
+    BOTH = 3
+    IDENTICAL = 4
+    ABSENT = 5
+
+
+PROOFS = {
+    Proof.EQUAL: "writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value",
+    Proof.UNREACHABLE: "cannot reach the metric: after the last position read, or beside it with no attention left to carry it",
+    Proof.BOTH: "each of its positions falls under one of the two proofs above",
+    Proof.IDENTICAL: "the same edits on the same pair are measured once",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A multiple of a world's activation at given positions and units; single ones are broadcast."""
+
+    factor: float
+    world: WorldName
+    component: str
+    layer: int
+    positions: tuple[int, ...]
+    units: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One edit of one row with every index resolved: the sum of its terms and constant is set, or added, at its cells.
+
+    Attributes:
+        component: What is written; ``resid_post`` of a layer is ``resid_pre`` of the next.
+        layer: Where; the stream leaving the last layer is the one entering layer ``n``.
+        positions: The positions that survived pruning.
+        offsets: Their places among the positions of the edit as recorded, which constants and terms are aligned with.
+        units: Heads or neurons; ``None`` for all, or where there are none.
+        add: Whether it adds to the live value.
+        terms: Worlds' values.
+        constant: A fixed summand; it broadcasts to the activation at the recorded index, as arrays do.
+        recorded: How many positions the recorded index picked.
+        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, for units.
+    """
+
+    component: str
+    layer: int
+    positions: tuple[int, ...]
+    offsets: tuple[int, ...]
+    units: tuple[int, ...] | None
+    add: bool
+    terms: tuple[Term, ...]
+    constant: Constant | None
+    recorded: int
+    scalar: tuple[bool, bool]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A row on a pair that must be measured.
+
+    Attributes:
+        row: Number of the recorded row.
+        pair: Number of the pair.
+        base: The world that is edited.
+        writes: Its edits in forward order.
+        start: The first position that differs from the base; what stands before it need not be computed.
+        birth: The first layer that differs from the base.
+    """
+
+    row: int
+    pair: int
+    base: WorldName
+    writes: tuple[Write, ...]
+    start: int
+    birth: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One traced forward: an unpatched witness, then one batch element a job."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Pairs of one length whose worlds are run, kept, and used together.
+
+    Attributes:
+        length: Tokens of each prompt.
+        pairs: Their numbers.
+        reads: The positions whose logits are computed.
+        needed: The (component, layer) of worlds' values that some edit writes.
+        batches: The patched forwards.
+    """
+
+    length: int
+    pairs: tuple[int, ...]
+    reads: tuple[int, ...]
+    needed: frozenset[tuple[str, int]]
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The traced forwards that answer a recipe, and every row that was proved to need none.
+
+    Attributes:
+        model: What the model is called.
+        layers: Its depth.
+        rows: The rows as recorded.
+        pairs: How many pairs each is run on.
+        worlds: The worlds that are run for each pair.
+        metrics: What is read.
+        groups: What will be traced.
+        proofs: Per recorded row and pair, why it needs no forward (``Proof``).
+        twins: Per recorded row and pair, the flat index of the row whose value it shares, or -1.
+        row_bytes: Estimated memory of one batch element at its peak.
+        budget: Bytes that a batch may take.
+        notes: Anything a user should know before running.
+        remote: Where it runs, if not here.
+    """
+
+    model: str
+    layers: int
+    rows: tuple[Row, ...]
+    pairs: int
+    worlds: tuple[WorldName, ...]
+    metrics: tuple[Metric, ...]
+    groups: tuple[Group, ...]
+    proofs: NDArray[np.int8]
+    twins: NDArray[np.int64]
+    row_bytes: int
+    budget: int
+    notes: tuple[str, ...] = ()
+    remote: str = ""
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        """Traced forwards with patched rows."""
+        return sum(len(g.batches) for g in self.groups)
+
+    @property
+    def jobs(self) -> int:
+        """Patched rows that are measured."""
+        return sum(len(b.jobs) for g in self.groups for b in g.batches)
+
+    def explain(self) -> str:
+        """What will be traced and what will not, and why: a table for people.
+
+        After the plan has run, a column of measured numbers stands beside the estimates.
+        """
+        total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
+        worlds = len(self.worlds) * self.pairs
+        captures = len(self.groups)
+        forwards = self.jobs + worlds + self.batches
+        read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
+        absent = counts[Proof.ABSENT]
+        lines = [
+            f"{len(self.rows):,} rows × {self.pairs} pairs on {self.model} ({self.layers} layers)",
+            f"  metric       {read}",
+            f"  patches      {total - absent:,}" + (f" ({absent:,} more have no such position in their pair)" if absent else ""),
+        ]
+        for proof in (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH, Proof.IDENTICAL):
+            if counts[proof]:
+                lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
+        largest = max((len(b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
+        lines += [
+            f"    {self.jobs:>9,}  to be measured",
+            f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, {self.batches:,} of up to "
+            f"{largest:,} rows (one of them an unpatched witness)",
+            f"  forwards     {forwards:,} instead of {total - absent + worlds:,} ({_ratio(total - absent + worlds, forwards)} fewer)",
+            f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
+        ]
+        if self.remote:
+            lines.append(f"  runs on      {self.remote}")
+        lines += [f"  note         {note}" for note in self.notes]
+        if self.measured:
+            lines.append("  measured     " + ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items()))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{before / after:.1f} ×" if after else "all"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

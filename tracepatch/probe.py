@@ -1,0 +1,556 @@
+"""Where the activations of a model live, found by one tiny forward and proved by closing the residual sum.
+
+No table of models: a forward on a few random tokens is recorded module by module. What a block adds to the residual
+stream is the first of (the sublayer's last projection, its module, the norm that consumes either) for which
+``stream + contribution == next stream`` holds bitwise in the model's own dtype. Names are not trusted: in 33 of 63
+architecture variants ``post_attention_layernorm`` is the norm before the MLP, and modules called attention return the
+residual stream, are mutated in place, or are followed by another norm.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Side: TypeAlias = Literal["input", "output"]
+Key: TypeAlias = int | str | None
+
+POSITIONS = 7  # of the probe's prompts: unlike any other size, so that shapes tell dims apart
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value passes by: the input or output of a module.
+
+    Attributes:
+        path: The module.
+        side: Its input or its output.
+        key: Index or name of the value among several; ``None`` where there is only one.
+        order: When it passes by; values must be taken in this order.
+        scale: The component is this multiple of what passes by.
+        flat: Rows and positions are one dim there.
+    """
+
+    path: str
+    side: Side
+    key: Key = None
+    order: int = 0
+    scale: float = 1.0
+    flat: bool = False
+
+    def __str__(self) -> str:
+        key = "" if self.key is None else f"[{self.key!r}]"
+        return f"{self.path}.{self.side}{key}" + ("" if self.scale == 1 else f" × {self.scale:.4g}")
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """An attention, an MLP or another branch of a block.
+
+    Attributes:
+        kind: ``attn``, ``mixer`` (mixes positions without softmax attention), ``mlp`` or ``moe``.
+        path: Its module; the block itself where it has none of its own.
+        out: What it adds to the stream, if that was proved.
+        inner: The input of its last projection: z, or the neurons.
+        projection: That projection.
+        pre_norm: The norm that it reads through.
+        post_norm: The norm between it and the stream.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        d_head: Width of a head's value.
+        tried: What was tried to close the sum, with the errors.
+    """
+
+    kind: str
+    path: str
+    out: Place | None = None
+    inner: Place | None = None
+    projection: str = ""
+    pre_norm: str = ""
+    post_norm: str = ""
+    heads: int = 0
+    kv_heads: int = 0
+    d_head: int = 0
+    tried: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of the stack.
+
+    Attributes:
+        index: Its number.
+        path: Its module.
+        block: Its class.
+        form: ``sequential``, ``parallel`` or, where the sum does not close, ``unproved``.
+        pre: The stream entering it.
+        post: The stream leaving it.
+        sublayers: Its branches, in the order in which they run.
+        error: Largest error of the residual sum; 0 where it closes bitwise.
+        width: Neurons of its MLP.
+    """
+
+    index: int
+    path: str
+    block: str
+    form: str
+    pre: Place
+    post: Place
+    sublayers: tuple[Sublayer, ...]
+    error: float
+    width: int = 0
+
+    def sublayer(self, *kinds: str) -> Sublayer | None:
+        """The first branch of one of these kinds."""
+        return next((s for s in self.sublayers if s.kind in kinds), None)
+
+
+@dataclass
+class Call:
+    """One call of a module, with clones of the tensors that went in and out."""
+
+    name: str
+    module: nn.Module
+    start: int
+    inputs: list[tuple[Key, torch.Tensor]]
+    outputs: list[tuple[Key, torch.Tensor]] = field(default_factory=list)
+    end: int = 0
+    raw: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    @property
+    def entering(self) -> torch.Tensor | None:
+        """The first tensor that went in."""
+        return self.inputs[0][1] if self.inputs else None
+
+    @property
+    def leaving(self) -> torch.Tensor | None:
+        """The first tensor that came out."""
+        return self.outputs[0][1] if self.outputs else None
+
+    def under(self, path: str) -> bool:
+        """Whether the module is at or below a path."""
+        return self.name == path or self.name.startswith(path + ".")
+
+    def place(self, side: Side, rows: int) -> Place:
+        """Where the first tensor passes by; ``rows`` is rows × positions of the probe."""
+        key, tensor = (self.inputs if side == "input" else self.outputs)[0]
+        key = None if side == "input" and key == 0 else key
+        return Place(self.name, side, key, self.start if side == "input" else self.end, flat=_flat(tensor, rows))
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One softmax attention, seen as it was computed: who called it, its values, and pattern · values."""
+
+    name: str
+    heads: int
+    values: torch.Tensor
+    z: torch.Tensor
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Sees every softmax attention, whichever code computes it: step by step or in one fused call."""
+
+    def __init__(self, stack: list[Call], rows: int) -> None:
+        super().__init__()
+        self.stack, self.rows, self.found = stack, rows, []
+        self.pattern: torch.Size | None = None
+
+    found: list[Attended]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            self._keep(given["value"], result)
+        elif name == "softmax" and result.ndim >= 3 and result.shape[-2] == POSITIONS:
+            self.pattern = result.shape
+        elif self.pattern is not None and name in ("matmul", "__matmul__", "bmm", "baddbmm") and isinstance(args[0], torch.Tensor):
+            left, right = args[0], args[1]
+            # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
+            if left.shape[:-1] == self.pattern[:-1] and right.shape[-2] == left.shape[-1]:
+                self._keep(right, result)
+                self.pattern = None
+        return result
+
+    def _keep(self, values: torch.Tensor, z: torch.Tensor) -> None:
+        if z.ndim == 3:  # batch and heads are one dim
+            values, z = (t.reshape(self.rows, -1, *t.shape[-2:]) for t in (values, z))
+        self.found.append(Attended(self.stack[-1].name, z.shape[1], values.clone(), z.clone()))
+
+
+def record(model: nn.Module, run: Callable[[], Any], rows: int) -> tuple[list[Call], list[Attended], Any]:
+    """One forward: every call of a module in order of its start, every softmax attention, and the output."""
+    calls: list[Call] = []
+    stack: list[Call] = []
+    clock = itertools.count(1)
+    handles = []
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = [(key, t.detach().clone()) for key, t in (*_floats(args), *_floats(kwargs))]
+            stack.append(Call(name, module, next(clock), inputs, raw=(args, kwargs)))
+
+        return hook
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = stack.pop()
+        call.outputs = [(key, t.detach().clone()) for key, t in _floats(output)]
+        call.end = next(clock)
+        calls.append(call)
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    watch = _AttentionWatch(stack, rows)
+    try:
+        with torch.no_grad(), watch:
+            output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(calls, key=lambda c: c.start), watch.found, output
+
+
+def _floats(value: Any) -> Iterator[tuple[Key, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        pairs: Iterable[tuple[Key, Any]] = [(None, value)]
+    elif isinstance(value, (tuple, list)):
+        pairs = enumerate(value)
+    elif isinstance(value, Mapping):
+        pairs = value.items()
+    else:
+        pairs = []
+    return ((k, v) for k, v in pairs if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1)
+
+
+def _flat(tensor: torch.Tensor | None, rows: int) -> bool:
+    return tensor is not None and tensor.ndim == 2 and len(tensor) == rows
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return (
+        a is not None
+        and b is not None
+        and a.numel() == b.numel()
+        and a.shape[-1] == b.shape[-1]
+        and torch.equal(a.reshape(-1), b.reshape(-1))
+    )
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Relative error that rounding alone may cause in one sum of this dtype."""
+    return 2e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+
+
+def _is_linear(call: Call) -> bool:
+    weight = getattr(call.module, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.ndim == 2
+        and not isinstance(call.module, nn.Embedding)
+        and call.entering is not None
+        and call.leaving is not None
+        and {call.entering.shape[-1], call.leaving.shape[-1]} == set(weight.shape)
+    )
+
+
+def _has_experts(call: Call) -> bool:
+    return any(p.ndim == 3 and p.shape[0] > 1 for p in call.module.parameters(recurse=False))
+
+
+def _is_norm(call: Call, width: int) -> bool:
+    inp, out = call.entering, call.leaving
+    if inp is None or out is None or not inp.shape[-1] == out.shape[-1] == width or inp.numel() != out.numel():
+        return False
+    if _same(inp, out) or any(p.ndim >= 2 for p in call.module.parameters()):
+        return False
+    named = "norm" in (type(call.module).__name__ + call.name.rsplit(".", 1)[-1]).lower()
+    return named or any(p.numel() == width for p in call.module.parameters())
+
+
+def _mixes_positions(call: Call) -> bool:
+    """Whether the output at the last position moves when the input at the one before it does."""
+    (key, x), (args, kwargs) = call.inputs[0], call.raw
+    bumped = x.clone()
+    bumped[:, -2] += torch.randn(bumped[:, -2].shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+    def last(value: torch.Tensor) -> torch.Tensor:
+        if isinstance(key, int):
+            out = call.module(*args[:key], value, *args[key + 1 :], **kwargs)
+        else:
+            out = call.module(*args, **{**kwargs, str(key): value})
+        return next(t for _, t in _floats(out)).reshape(*x.shape[:2], -1)[:, -1]
+
+    with torch.no_grad():
+        a, b = last(x.clone()), last(bumped)
+    return bool((a - b).abs().max() > 1e-5 * a.abs().max())
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a user says about a model that the probe cannot resolve; it goes through the same proof.
+
+    Attributes:
+        stack: Path of the list of blocks.
+        out: ``attn_out`` and ``mlp_out`` as ``path.output``, with ``{layer}`` for the layer.
+    """
+
+    stack: str = ""
+    out: Mapping[str, str] = field(default_factory=dict)
+
+
+class Blocks:
+    """The recorded forward of a stack of blocks, resolved layer by layer."""
+
+    def __init__(self, calls: list[Call], attended: list[Attended], stack: str, overrides: Overrides) -> None:
+        self.calls, self.attended, self.stack, self.overrides = calls, attended, stack, overrides
+        self.by_name: dict[str, Call] = {}
+        for call in calls:
+            self.by_name.setdefault(call.name, call)
+
+    def layer(self, index: int) -> Layer:
+        """One block: its branches, what each adds to the stream, and the proof."""
+        path = f"{self.stack}.{index}"
+        block = self.by_name[path]
+        assert block.entering is not None
+        assert block.leaving is not None
+        x, y = block.entering, block.leaving.reshape(block.entering.shape)
+        rows = x[..., 0].numel()
+        branches = [_Branch(self, path, calls, kind) for kind, calls in self._branches(block)]
+        for branch in branches:
+            branch.collect_candidates(self._override(branch.kind, index))
+        form, error = _close(x, y, branches)
+        act = next((b.inner_width for b in branches if b.kind == "mlp"), 0)
+        return Layer(
+            index=index,
+            path=path,
+            block=type(block.module).__name__,
+            form=form,
+            pre=block.place("input", rows),
+            post=block.place("output", rows),
+            sublayers=tuple(b.resolved(rows) for b in branches),
+            error=error,
+            width=act,
+        )
+
+    def _override(self, kind: str, index: int) -> str:
+        given = self.overrides.out.get("attn_out" if kind in ("attn", "mixer") else "mlp_out", "")
+        return given.format(layer=index)
+
+    def _branches(self, block: Call) -> list[tuple[str, list[Call]]]:
+        """The parts of a block that hold weights other than norms', each with the calls inside it."""
+        own = [c for c in self.calls if c.under(block.name) and c is not block]
+        called = {c.name for c in own} | {block.name}
+        assert block.entering is not None
+        width = block.entering.shape[-1]
+
+        def parent(call: Call) -> str:
+            name = call.name.rsplit(".", 1)[0]
+            while name not in called:
+                name = name.rsplit(".", 1)[0]
+            return name
+
+        queue, found = [c for c in own if parent(c) == block.name], []
+        while queue:
+            call = queue.pop(0)
+            inner = [c for c in own if c.under(call.name)]
+            if _is_norm(call, width) or not any(_is_linear(c) or _has_experts(c) for c in inner):
+                continue
+            if self._adds_residual(call, inner):
+                queue = [c for c in own if parent(c) == call.name] + queue
+                continue
+            if _is_linear(call):  # fc1, fc2 without a module around them
+                if found and found[-1][0] == "mlp" and all(_is_linear(c) for c in found[-1][1]):
+                    found[-1][1].append(call)
+                else:
+                    found.append(("mlp", [call]))
+                continue
+            found.append((self._kind(call, inner), inner))
+        return found
+
+    @staticmethod
+    def _adds_residual(call: Call, inner: list[Call]) -> bool:
+        if call.entering is None or call.leaving is None or call.entering.shape != call.leaving.shape:
+            return False
+        difference = call.leaving - call.entering
+        bound = resolution(difference.dtype) * (1 + call.leaving.abs().max())
+        return any(
+            c is not call
+            and c.leaving is not None
+            and c.leaving.numel() == difference.numel()
+            and bool((c.leaving.reshape(-1) - difference.reshape(-1)).abs().max() <= bound)
+            for c in inner
+        )
+
+    def _kind(self, call: Call, inner: list[Call]) -> str:
+        if any(a.name == call.name or a.name.startswith(call.name + ".") for a in self.attended):
+            return "attn"
+        if any(_has_experts(c) for c in inner):
+            return "moe"
+        return "mixer" if call.inputs and call.inputs[0][1].ndim == 3 and _mixes_positions(call) else "mlp"
+
+
+class _Branch:
+    """One branch of a block while it is being resolved."""
+
+    def __init__(self, blocks: Blocks, block: str, calls: list[Call], kind: str) -> None:
+        self.blocks, self.block, self.calls, self.kind = blocks, block, calls, kind
+        bare = all(_is_linear(c) for c in calls)
+        self.path = block if bare else calls[0].name
+        self.first, self.module = calls[0], calls[-1] if bare else calls[0]
+        assert self.first.entering is not None
+        self.width = blocks.by_name[block].entering.shape[-1]  # type: ignore[union-attr]  # a block takes the stream
+        last = [c for c in calls if _is_linear(c) and c.leaving is not None and c.leaving.shape[-1] == self.width]
+        self.projection = max(last, key=lambda c: c.end, default=None) if kind != "moe" else None
+        self.candidates: list[Call] = []
+        self.chosen: Call | None = None
+        self.scale = 1.0
+        self.tried: list[str] = []
+        own = [c for c in blocks.calls if c.under(block)]
+        inside = {id(c) for c in calls}
+        self.outside = [c for c in own if id(c) not in inside and c.name != block]
+        norms = [c for c in self.outside if _is_norm(c, self.width) and c.start < self.first.start]
+        self.pre_norm = next((c for c in norms if _same(c.leaving, self.first.entering)), None)
+
+    @property
+    def reads(self) -> torch.Tensor:
+        """The stream where this branch reads it, before its norm."""
+        tensor = self.pre_norm.entering if self.pre_norm else self.first.entering
+        assert tensor is not None
+        return tensor
+
+    @property
+    def inner_width(self) -> int:
+        return self.projection.entering.shape[-1] if self.projection and self.projection.entering is not None else 0
+
+    def collect_candidates(self, override: str) -> None:
+        """What could be added to the stream: the projection, the module, then whatever consumes either."""
+        size = self.blocks.by_name[self.block].entering.numel()  # type: ignore[union-attr]
+        if override:
+            path = override.removesuffix(".output")
+            self.candidates = [c for c in self.blocks.calls if c.name == path and c.leaving is not None and c.leaving.numel() == size]
+            if not self.candidates:
+                self.tried.append(f"{override}: no module of that path gave a tensor of the stream's shape")
+            return
+        pool = [c for c in (self.projection, self.module) if c is not None and c.leaving is not None and c.leaving.numel() == size]
+        for call in self.outside:
+            if call.leaving is None or call.leaving.numel() != size or call.start < self.module.end:
+                continue
+            if any(_same(call.entering, c.leaving) for c in pool):
+                pool.append(call)
+        self.candidates = list({id(c): c for c in pool}.values())
+
+    def resolved(self, rows: int) -> Sublayer:
+        """The branch as a value."""
+        out = None
+        if self.chosen is not None:
+            out = replace(self.chosen.place("output", rows), scale=self.scale)
+        found = Sublayer(
+            kind=self.kind,
+            path=self.path,
+            out=out,
+            pre_norm=self.pre_norm.name if self.pre_norm else "",
+            post_norm=self.chosen.name if self.chosen is not None and _is_norm(self.chosen, self.width) else "",
+            tried=tuple(self.tried),
+        )
+        if self.projection is None:
+            return found
+        inner = self.projection.place("input", rows)
+        found = replace(found, projection=self.projection.name)
+        if self.kind == "mlp":
+            return replace(found, inner=inner)
+        if self.kind != "attn":
+            return found
+        seen = next(a for a in self.blocks.attended if a.name == self.path or a.name.startswith(self.path + "."))
+        z = seen.z.transpose(1, 2).flatten(2)
+        entering = self.projection.entering
+        assert entering is not None
+        exact = z.numel() == entering.numel() and _near(z, entering.reshape(z.shape))
+        return replace(
+            found,
+            inner=inner if exact else None,  # a gate or norm stands between pattern · v and the projection
+            heads=seen.heads,
+            kv_heads=_kv_heads(seen.values),
+            d_head=seen.z.shape[-1],
+        )
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= resolution(a.dtype) * (1 + b.abs().max()))
+
+
+def _kv_heads(values: torch.Tensor) -> int:
+    """How many different heads there are before they were repeated over their query groups."""
+    heads = values.shape[1]
+    groups = [n for n in range(heads, 0, -1) if heads % n == 0]
+    return next(heads // n for n in groups if torch.equal(values, values[:, ::n].repeat_interleave(n, 1)))
+
+
+def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[str, float]:
+    """Chooses each branch's contribution such that the residual sum closes; the block's form and the largest error."""
+    current, group, error, forms = x, [], 0.0, []
+    for i, branch in enumerate(branches):
+        group.append(branch)
+        later = branches[i + 1] if i + 1 < len(branches) else None
+        if later is not None and (_same(later.reads, current) or _same(later.first.entering, branch.first.entering)):
+            continue  # it reads the same stream: a parallel branch
+        target = y if later is None else later.reads.reshape(x.shape)
+        gap = _close_group(current, target, group)
+        forms.append("unproved" if gap is None else "parallel" if len(group) > 1 else "sequential")
+        error = max(error, float("inf") if gap is None else gap)
+        current, group = target, []
+    if not branches:
+        return ("sequential", 0.0) if torch.equal(x, y) else ("unproved", float("inf"))
+    return next((f for f in ("unproved", "parallel") if f in forms), "sequential"), error
+
+
+def _close_group(start: torch.Tensor, end: torch.Tensor, group: list[_Branch]) -> float | None:
+    combinations = list(itertools.product(*[b.candidates for b in group]))
+    for combination in combinations:
+        parts = [c.leaving.reshape(start.shape) for c in combination if c.leaving is not None]
+        if any(torch.equal(total, end) for total in _sums(start, parts)):
+            _choose(group, combination, [1.0] * len(group))
+            return 0.0
+    for combination in combinations:  # the contribution may be scaled by a constant
+        parts = [c.leaving.reshape(start.shape) for c in combination if c.leaving is not None]
+        scales, gap = _fit(end.double() - start.double(), parts)
+        if gap <= resolution(start.dtype) * end.abs().max().item():
+            _choose(group, combination, scales)
+            return gap
+        for branch, call in zip(group, combination, strict=True):
+            branch.tried.append(f"{call.name}.output leaves the sum open by {gap:.2g}")
+    return None
+
+
+def _sums(start: torch.Tensor, parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The sum in every order of addition that a block might use."""
+    if len(parts) == 1:
+        yield start + parts[0]
+    elif len(parts) == 2:
+        yield parts[0] + parts[1] + start
+        yield start + parts[0] + parts[1]
+        yield start + parts[1] + parts[0]
+
+
+def _choose(group: list[_Branch], combination: tuple[Call, ...], scales: list[float]) -> None:
+    for branch, call, scale in zip(group, combination, scales, strict=True):
+        branch.chosen, branch.scale = call, scale
+
+
+def _fit(target: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
+    matrix = torch.stack([p.reshape(-1).double() for p in parts], 1)
+    wanted = target.reshape(-1)
+    solution = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+    # A multiplier in a config has few digits; the rounded one is the true one.
+    scales = [float(f"{s:.6g}") for s in solution.tolist()]
+    gap = (matrix @ torch.tensor(scales, dtype=torch.float64) - wanted).abs().max().item()
+    return scales, gap
+

@@ -1,0 +1,280 @@
+"""Pairs of prompts.
+
+A pair is a clean and a corrupted prompt that differ in one thing, with the tokens that would be a right and a wrong
+answer to the clean one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tracepatch.checklist import Checklist, check_pairs
+from tracepatch.errors import PromptError, listing
+from tracepatch.models import Model
+from tracepatch.tokens import Answer, EncodedPairs, Prompt, answer_id, bos_policy, encode_prompt, pieces, shown
+
+SEPARATOR = "|"  # between several answers in one cell of a table
+
+
+@dataclass(frozen=True, init=False)
+class Pairs:
+    """Clean and corrupted prompts with their answers, one entry a pair.
+
+    Prompts are strings or sequences of token ids. ``answer`` and ``wrong`` are one token (a string or an id) or several
+    for each pair; a single string or id serves every pair. Without ``corrupted`` only ablations are possible.
+
+    Attributes:
+        clean: The prompts whose behaviour is asked about.
+        corrupted: The prompts in which one thing is different, or ``None``.
+        answer: Per pair, the tokens that continue the clean prompt rightly.
+        wrong: Per pair, the tokens that would be right for the corrupted prompt.
+        bos: ``None``: the tokenizer's own habit; ``True``: a beginning-of-sequence token always; ``False``: never.
+        name: What to call the set in results.
+        seed: The seed it was made from, for the provenance of results.
+    """
+
+    clean: tuple[Prompt, ...]
+    corrupted: tuple[Prompt, ...] | None
+    answer: tuple[tuple[Answer, ...], ...]
+    wrong: tuple[tuple[Answer, ...], ...]
+    bos: bool | None
+    name: str
+    seed: int | None
+
+    def __init__(
+        self,
+        clean: str | Sequence[str] | Sequence[Sequence[int]],
+        corrupted: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
+        answer: Answer | Sequence[Answer] | Sequence[Sequence[Answer]] | None = None,
+        wrong: Answer | Sequence[Answer] | Sequence[Sequence[Answer]] | None = None,
+        *,
+        bos: bool | None = None,
+        name: str = "pairs",
+        seed: int | None = None,
+    ) -> None:
+        sides = {"clean": _prompts(clean, "clean")}
+        if corrupted is not None:
+            sides["corrupted"] = _prompts(corrupted, "corrupted")
+        count = len(sides["clean"])
+        answers = {"answer": _answers(answer, count, "answer"), "wrong": _answers(wrong, count, "wrong")}
+        counts = {k: len(v) for k, v in sides.items()} | {k: len(v) for k, v in answers.items()}
+        if len(set(counts.values())) > 1:
+            raise PromptError(
+                "Every pair needs one entry in each list; there are "
+                + ", ".join(f"{n} {side}" for side, n in counts.items())
+                + "."
+            )
+        _put(self, clean=sides["clean"], corrupted=sides.get("corrupted"), bos=bos, name=name, seed=seed, **answers)
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Pairs:
+        """Some of the pairs, as pairs."""
+        if isinstance(index, slice):
+            picked: Sequence[int] = range(len(self))[index]
+        else:
+            picked = [index] if isinstance(index, int) else index
+        return Pairs(
+            [self.clean[i] for i in picked],
+            None if self.corrupted is None else [self.corrupted[i] for i in picked],
+            [self.answer[i] for i in picked],
+            [self.wrong[i] for i in picked],
+            bos=self.bos,
+            name=self.name,
+            seed=self.seed,
+        )
+
+    def __str__(self) -> str:
+        corrupted = "without corrupted prompts" if self.corrupted is None else "with corrupted prompts"
+        lines = [f"{self.name}: {len(self)} pairs {corrupted}"]
+        for i in range(min(len(self), 3)):
+            lines.append(f"  {i} clean     {shown(self.clean[i])} → {', '.join(map(repr, self.answer[i])) or '?'}")
+            if self.corrupted is not None:
+                wrong = ", ".join(map(repr, self.wrong[i])) or "?"
+                lines.append(f"    corrupted {shown(self.corrupted[i])} → {wrong}")
+        return "\n".join(lines + ([f"  … and {len(self) - 3} more"] if len(self) > 3 else []))
+
+    def both_roles(self) -> Pairs:
+        """These pairs, then the same with clean and corrupted, answer and wrong, exchanged.
+
+        In such a set neither prompt of a pair is special, so that the mean metric of the clean runs is minus that of the
+        corrupted ones.
+        """
+        if self.corrupted is None:
+            raise PromptError("These pairs have no corrupted prompts, so there are no roles to exchange.")
+        return Pairs(
+            [*self.clean, *self.corrupted],
+            [*self.corrupted, *self.clean],
+            [*self.answer, *self.wrong],
+            [*self.wrong, *self.answer],
+            bos=self.bos,
+            name=f"{self.name}, both roles",
+            seed=self.seed,
+        )
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> EncodedPairs:
+        """The pairs as token ids.
+
+        Raises:
+            PromptError: An answer that is not one token, or a prompt without tokens; all of them are listed.
+        """
+        policy = bos_policy(tokenizer, self.bos)
+        sides = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
+        ids = [tuple(encode_prompt(tokenizer, prompt, policy) for prompt in side) for side in sides]
+        empty = [f"pair {i}: {shown(side[i])}" for side, got in zip(sides, ids, strict=True) for i, t in enumerate(got) if not t]
+        if empty:
+            raise PromptError(f"{len(empty)} prompts have no tokens.\n{listing(empty)}")
+        offenders = self.unencodable(tokenizer)
+        if offenders:
+            raise PromptError(
+                f"{len(offenders)} answers are not one token of this tokenizer.\n{listing(offenders)}\n"
+                "Pick words that are one token (mind the leading space), or pass token ids."
+            )
+        answers = [
+            tuple(tuple(answer_id(tokenizer, t, self.clean[i]) or 0 for t in tokens) for i, tokens in enumerate(which))
+            for which in (self.answer, self.wrong)
+        ]
+        return EncodedPairs(
+            clean_prompts=self.clean,
+            corrupted_prompts=self.corrupted or (),
+            tokenizer=tokenizer,
+            clean=ids[0],
+            corrupted=ids[1] if len(ids) > 1 else None,
+            answer=answers[0],
+            wrong=answers[1],
+            bos=policy,
+            name=self.name,
+            seed=self.seed,
+        )
+
+    def check(self, model: Model) -> Checklist:
+        """Whether these pairs can answer a question on this model: token counts, answers, and whether it does the task.
+
+        Args:
+            model: From ``tp.load``.
+
+        Returns:
+            A checklist to print; ``checklist.passed`` says whether nothing stands in the way of patching.
+        """
+        offenders = self.unencodable(model.tokenizer)
+        return check_pairs(model, None if offenders else self.encode(model.tokenizer), offenders)
+
+    def unencodable(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answers that are not one token, each with what it is instead."""
+        return [
+            f"pair {i}: {t!r} is {pieces(tokenizer, t)}"
+            for which in (self.answer, self.wrong)
+            for i, tokens in enumerate(which)
+            for t in tokens
+            if answer_id(tokenizer, t, self.clean[i]) is None
+        ]
+
+    @classmethod
+    def from_frame(cls, frame: Any, **options: Any) -> Pairs:
+        """Pairs from a table with the columns ``clean`` and, where wanted, ``corrupted``, ``answer``, ``wrong``.
+
+        A cell may hold several answers, as a list or separated by ``|``.
+
+        Args:
+            frame: A pandas frame, or a mapping of columns.
+            options: As for ``Pairs``.
+        """
+        columns = {str(name): list(frame[name]) for name in frame}
+        known = ("clean", "corrupted", "answer", "wrong")
+        if "clean" not in columns:
+            raise PromptError(f"The table has no column 'clean'; it has {', '.join(columns) or 'none'}.")
+        picked: dict[str, Any] = {}
+        for name in known:
+            if name not in columns:
+                continue
+            cells = columns[name]
+            absent = [f"row {i}" for i, cell in enumerate(cells) if cell is None or cell != cell]  # noqa: PLR0124 (NaN)
+            if absent:
+                raise PromptError(f"Column {name!r} is empty in {len(absent)} rows.\n{listing(absent)}")
+            picked[name] = [_split(cell) for cell in cells] if name in ("answer", "wrong") else cells
+        return cls(**picked, **options)
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str], **options: Any) -> Pairs:
+        """Pairs from a CSV file with the columns of ``from_frame``; leading spaces in cells are kept."""
+        import pandas as pd
+
+        source = _readable(path)
+        try:
+            frame = pd.read_csv(source, dtype=str, keep_default_na=False, na_values=[""])
+        except (ValueError, UnicodeDecodeError) as error:
+            raise PromptError(f"{source} is not a CSV table: {error}") from error
+        return cls.from_frame(frame, **{"name": source.stem, **options})
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str], **options: Any) -> Pairs:
+        """Pairs from a file with one JSON object a line, its keys as the columns of ``from_frame``."""
+        source = _readable(path)
+        rows, offenders = [], []
+        for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = error.msg
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                offenders.append(f"line {number}: {row}")
+        if offenders or not rows:
+            raise PromptError(
+                f"{source}: {len(offenders)} lines are not JSON objects.\n{listing(offenders)}"
+                if offenders
+                else f"{source} holds no pairs."
+            )
+        keys = [key for key in ("clean", "corrupted", "answer", "wrong") if any(key in row for row in rows)]
+        return cls.from_frame({key: [row.get(key) for row in rows] for key in keys}, **{"name": source.stem, **options})
+
+
+def _prompts(given: Any, side: str) -> tuple[Prompt, ...]:
+    prompts = [given] if isinstance(given, str) else list(given)
+    if prompts and all(isinstance(t, int) for t in prompts):
+        prompts = [prompts]
+    if not prompts:
+        raise PromptError(f"There are no {side} prompts.")
+    return tuple(p if isinstance(p, str) else tuple(int(t) for t in p) for p in prompts)
+
+
+def _answers(given: Any, count: int, side: str) -> tuple[tuple[Answer, ...], ...]:
+    if given is None:
+        return ((),) * count
+    if isinstance(given, (str, int)):
+        return ((given,),) * count
+    entries = [(entry,) if isinstance(entry, (str, int)) else tuple(entry) for entry in given]
+    bad = [f"pair {i}: {t!r}" for i, entry in enumerate(entries) for t in entry if not isinstance(t, (str, int))]
+    if bad:
+        raise PromptError(f"{side} takes strings or token ids.\n{listing(bad)}")
+    return tuple(entries)
+
+
+def _split(cell: Any) -> list[Answer]:
+    if isinstance(cell, str):
+        return [*cell.split(SEPARATOR)]
+    return [int(t) if not isinstance(t, str) else t for t in (cell if isinstance(cell, Iterable) else [cell])]
+
+
+def _readable(path: str | os.PathLike[str]) -> Path:
+    source = Path(path)
+    if not source.is_file():
+        raise PromptError(f"There is no file {source}.")
+    return source
+
+
+def _put(instance: Any, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+

@@ -1,0 +1,236 @@
+"""What a user writes: ``tp.patching``, ``@tp.recipe`` and ``tp.patch``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tracepatch.architecture import architecture_of
+from tracepatch.errors import RecipeError
+from tracepatch.executors import run
+from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
+from tracepatch.models import Model, name_of, remote_of, require_ready
+from tracepatch.plan import Plan
+from tracepatch.planner import make_plan
+from tracepatch.prompts import Pairs
+from tracepatch.recording import Recorder
+from tracepatch.results import Result, to_result
+from tracepatch.sites import component
+from tracepatch.sources import OTHER, WorldName
+
+Direction: TypeAlias = Literal["denoising", "noising"]
+BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
+
+
+class Patching(Recorder):
+    """A recording context that is planned when its block ends, and run when asked to.
+
+    Attributes:
+        plan: What will be traced; there once the block has ended.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pairs: Pairs,
+        metric: Metrics = logit_diff,
+        *,
+        prune: bool = True,
+        batch_size: int | None = None,
+        memory: int | None = None,
+    ) -> None:
+        require_ready(model)
+        self.model = model
+        super().__init__(architecture_of(model), _require_pairs(pairs).encode(model.tokenizer))
+        self.metrics = as_metrics(metric)
+        for chosen in self.metrics:
+            found = chosen.positions.resolve(self.lengths[0])
+            require_sound(chosen, self.architecture.vocab, len(found or (0,)))
+        self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
+        self.plan: Plan | None = None
+
+    def __enter__(self) -> Patching:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.plan = self.make_plan()
+
+    def make_plan(self) -> Plan:
+        """The plan of the rows recorded so far."""
+        return make_plan(
+            self.architecture,
+            self.encoded,
+            self.rows,
+            self.metrics,
+            model=name_of(self.model),
+            remote=_where(self.model),
+            **self._limits,
+        )
+
+    def run(self, progress: bool | None = None) -> Result:
+        """Traces what the plan says and returns the labelled result (``tp.results.to_result`` describes it).
+
+        Args:
+            progress: Whether to show a bar; by default only on a terminal.
+
+        Raises:
+            RecipeError: The block has not ended.
+            MeasurementError: A number came out NaN or inf.
+        """
+        if self.plan is None:
+            raise RecipeError("The recipe is still being recorded: call run() after the `with` block, when it has been planned.")
+        require_ready(self.model)
+        with _bar(self.plan.jobs, name_of(self.model), progress) as advance:
+            measured = run(self.model, self.architecture, self.encoded, self.plan, advance)
+        return to_result(self.model, self.architecture, self.encoded, self.plan, measured)
+
+
+def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:
+    """A context in which assignments between worlds are recorded as patches.
+
+    Args:
+        model: From ``tp.load``.
+        pairs: The prompts.
+        metric: What is read from the logits: one metric or function, several, or a mapping of names.
+        options: ``prune=False`` measures every row; ``batch_size`` rows and ``memory`` bytes bound a traced run.
+
+    Raises:
+        ModelError: The model is in training mode or is no traced model.
+        PromptError: The pairs cannot be compared.
+        MetricError: A metric has the wrong shape.
+    """
+    return Patching(model, pairs, metric, **options)
+
+
+class Recipe:
+    """An experiment without a model in it, to be applied to any: a function of the recording context.
+
+    Called with a recording context it records into it, so that recipes can be combined; called with a model and pairs it is planned and run.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, target: Recorder | Model, pairs: Pairs | None = None, metric: Metrics = logit_diff, **options: Any) -> Result | None:
+        """Runs the recipe on a model and pairs, or records it into a context.
+
+        Args:
+            target: A model from ``tp.load``, or the context of ``tp.patching``.
+            pairs: The prompts.
+            metric: What is read.
+            options: The recipe's own arguments, and those of ``tp.patching``; ``progress`` as in ``Patching.run``.
+        """
+        if isinstance(target, Recorder):
+            self.function(target, **options)
+            return None
+        progress = options.pop("progress", None)
+        return self._record(target, pairs, metric, options).run(progress)
+
+    def plan(self, model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Plan:
+        """What running the recipe would trace; nothing is traced."""
+        found = self._record(model, pairs, metric, options).plan
+        assert found is not None
+        return found
+
+    def _record(self, model: Model, pairs: Pairs | None, metric: Metrics, options: dict[str, Any]) -> Patching:
+        limits = {k: options.pop(k) for k in ("prune", "batch_size", "memory") if k in options}
+        with Patching(model, _require_pairs(pairs), metric, **limits) as p:
+            self.function(p, **options)
+        return p
+
+    def __repr__(self) -> str:
+        summary = (self.function.__doc__ or "").strip().split("\n")[0]
+        return f"<recipe {self.__name__}: {summary}>"  # type: ignore[attr-defined]  # update_wrapper sets it
+
+
+def recipe(function: Callable[..., None]) -> Recipe:
+    """Makes a function of a recording context into a recipe that can be applied to any model."""
+    return Recipe(function)
+
+
+def patch(
+    model: Model,
+    pairs: Pairs,
+    components: str | Sequence[str],
+    metric: Metrics = logit_diff,
+    *,
+    by: str | Sequence[str] | None = None,
+    direction: Direction = "denoising",
+    source: Any = None,
+    only: dict[str, Any] | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Patches every site of a component, one at a time: the sweep that most questions start with.
+
+    Args:
+        model: From ``tp.load``.
+        pairs: The prompts.
+        components: One component, or several with the same dims.
+        metric: What is read.
+        by: The dims to run over; what is left out is patched whole. By default layer × pos, for heads layer × head, for neurons
+            layer × neuron.
+        direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the clean run.
+        source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
+        only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
+        progress: Whether to show a bar; by default only on a terminal.
+        options: Those of ``tp.patching``.
+
+    Returns:
+        The result, with a dim for each of ``by``, and ``component`` where there are several.
+    """
+    if direction not in BASES:
+        raise RecipeError(f"direction is 'denoising' or 'noising', not {direction!r}.")
+    names = (components,) if isinstance(components, str) else tuple(components)
+    base = BASES[direction]
+    with Patching(model, pairs, metric, **options) as p:
+        for name in names:
+            kind = component(name)
+            dims = _default_by(kind.index) if by is None else (by,) if isinstance(by, str) else tuple(by)
+            chosen = only or {}
+            for index in p.grid(name, dims, **chosen):
+                labels = dict(zip(dims, index, strict=True))
+                site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)
+                named = {"component": name} if len(names) > 1 else {}
+                with p.row(**named, **labels):
+                    target = getattr(getattr(p, base), name)
+                    target[site] = getattr(getattr(p, OTHER[base]), name)[site] if source is None else source
+    return p.run(progress)
+
+
+def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
+    return (index[0], index[2]) if len(index) > 2 else index
+
+
+def _require_pairs(pairs: Any) -> Pairs:
+    if not isinstance(pairs, Pairs):
+        raise RecipeError(f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}.")
+    return pairs
+
+
+def _where(model: Model) -> str:
+    remote = remote_of(model)
+    return "" if not remote else "NDIF, one request a traced run" if remote is True else f"{remote}, one request a traced run"
+
+
+@contextmanager
+def _bar(total: int, what: str, wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar over rows, on stderr; nothing where it is not a terminal."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda done: None
+        return
+    columns: Iterable[Any] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+

@@ -1,0 +1,369 @@
+"""The recording context: inside it nothing runs, edits are written down.
+
+Assignments between worlds are recorded as they stand in the code, with plain Python and no source capture, so that they work in
+a REPL, a notebook, ``exec``, a function or a comprehension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from types import TracebackType
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+
+from tracepatch.architecture import Architecture
+from tracepatch.errors import RecipeError, SiteError
+from tracepatch.prompts import EncodedPairs
+from tracepatch.sites import (
+    ALL,
+    COMPONENTS,
+    Component,
+    Site,
+    component,
+    layers_of,
+    positions_of,
+    select,
+    split_index,
+    units_of,
+)
+from tracepatch.sources import Increment, Source, Sum, Value, WorldName, as_source
+
+Label: TypeAlias = int | float | str
+RESERVED = ("pair", "metric", "model", "row")
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """``site ← source``, or ``site += source``."""
+
+    site: Site
+    source: Source
+    add: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.site} {'+=' if self.add else '='} {self.source}"
+
+
+@dataclass(slots=True)
+class Row:
+    """One patched forward for every pair: a base world, its edits, and the labels that place it in the result."""
+
+    number: int
+    labels: dict[str, Label]
+    base: WorldName = "clean"
+    edits: list[Edit] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        labels = ", ".join(f"{k}={v!r}" for k, v in self.labels.items())
+        return f"row({labels}): " + "; ".join(f"{self.base}.{e}" for e in self.edits)
+
+
+class Recorder:
+    """What a recipe is written against: the worlds, rows, and grids of sites of one model and one set of pairs.
+
+    Attributes:
+        architecture: Of the model.
+        encoded: The pairs, as tokens.
+        clean: The world of the clean prompts. On the left of an assignment it is the row, on the right its pristine values.
+        rows: What was recorded.
+    """
+
+    def __init__(self, architecture: Architecture, encoded: EncodedPairs) -> None:
+        encoded.require_comparable()
+        self.architecture, self.encoded = architecture, encoded
+        self.rows: list[Row] = []
+        self.clean = World(self, "clean")
+        self._corrupted = World(self, "corrupted")
+        self._open: Row | None = None
+        self._taken: set[tuple[Any, ...]] = set()
+        self.lengths = tuple(sorted(set(encoded.lengths)))
+
+    @property
+    def corrupted(self) -> World:
+        """The world of the corrupted prompts."""
+        self.encoded.world("corrupted")
+        return self._corrupted
+
+    def row(self, **labels: Label) -> _RowBlock:
+        """A block whose edits are one patched forward.
+
+        Args:
+            labels: Where its result stands: ``layer=…, pos=…, head=…``, ``name="…"`` or any other names. A label of a site's dim must
+                be touched by one of the edits.
+
+        Raises:
+            RecipeError: At the end of the block: no edits, labels that contradict them, or labels used before.
+        """
+        return _RowBlock(self, labels)
+
+    @overload
+    def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
+    @overload
+    def grid(self, name: str, by: Sequence[str] = ..., **only: Any) -> list[tuple[int, ...]]: ...
+    def grid(self, name: str, by: str | Sequence[str] = ("layer", "pos"), **only: Any) -> list[Any]:
+        """The sites of a component that exist in this model, as index tuples (as numbers where ``by`` is one string).
+
+        Args:
+            name: The component.
+            by: Which of its dims to run over: ``layer``, ``pos``, ``head``, ``neuron``.
+            only: A dim and the indices to keep, as in ``layer=slice(0, 4)`` or ``pos=[-1, 3]``.
+
+        Raises:
+            SiteError: The component lacks such a dim, or an index does not exist.
+            ComponentError: No layer of this model has the component.
+        """
+        kind = component(name)
+        dims = (by,) if isinstance(by, str) else tuple(by)
+        wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
+        if wrong or len(set(dims)) < len(dims):
+            raise SiteError(f"{name} has the dims {', '.join(kind.index)}; a grid by {', '.join(dims)} {only or ''} asks for others.")
+        layers = range(len(self.architecture)) if kind.layered else range(1)
+        picked = select(only["layer"], "layer") if "layer" in only else ALL
+        layers = [n for n in layers_of(kind, picked, len(self.architecture)) if n in layers]
+        offered = [n for n in layers if self.architecture.offers(name, n)]
+        if not offered:
+            self.architecture.require(name, layers[0])
+        positions = select(only["pos"], "pos").resolve(self.lengths[-1]) if "pos" in only else tuple(range(self.lengths[-1]))
+        if positions is None:
+            raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.")
+        found: list[Any] = []
+        for n in offered if "layer" in dims else offered[:1]:
+            units = self._units(kind, n, only)
+            ranges = {"layer": (n,), "pos": positions, kind.unit or "": units}
+            found += product(*(ranges[dim] for dim in dims))
+        return [index[0] for index in found] if isinstance(by, str) else found
+
+    def _units(self, kind: Component, layer: int, only: dict[str, Any]) -> tuple[int, ...]:
+        count = self.architecture.units(kind.name, layer)
+        if kind.unit not in only:
+            return tuple(range(count))
+        picked = select(only[kind.unit], kind.unit)
+        units_of(kind, layer, picked, count)
+        return picked.resolve(count) or ()
+
+    # ------------------------------------------------------------------------------------------------ called by worlds and rows
+
+    def write(self, world: WorldName, site: Site, given: Any) -> None:
+        """Records one assignment."""
+        row = self._open
+        if row is None:
+            raise RecipeError(
+                f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block for each patched forward."
+            )
+        add = isinstance(given, Increment)
+        if isinstance(given, Increment):
+            if not isinstance(given.target, Value) or given.target != Value(world, site):
+                raise RecipeError(f"{world}.{site}: += must add to the same site of the same world.")
+            source = given.source
+        else:
+            source = as_source(given)
+        if row.edits and row.base != world:
+            raise RecipeError(
+                f"One row edits one world: this one edits {row.base}.{row.edits[0].site}, so {world}.{site} cannot be edited in it. "
+                "The world that is assigned into is the base of the forward; open another row."
+            )
+        if not (isinstance(source, Value) and source.site == site):
+            self._require_shape(site, source.terms())
+        row.base = world
+        row.edits.append(Edit(site, source, add))
+
+    def _require_shape(self, site: Site, source: Sum) -> None:
+        for length in self.lengths:
+            target = self._shape(site, length)
+            if target is None:
+                continue
+            for _, value in source.values:
+                self._require_value(site, value, length)
+            if source.constant is None:
+                continue
+            shape = tuple(source.constant.tensor.shape)
+            sizes = tuple(n for _, n in target)
+            try:
+                fits = np.broadcast_shapes(shape, sizes) == sizes
+            except ValueError:
+                fits = False
+            if not fits:
+                dims = ", ".join(f"{dim} {n}" for dim, n in target)
+                raise RecipeError(
+                    f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+                )
+
+    def _require_value(self, site: Site, value: Value, length: int) -> None:
+        target, given = dict(self._shape(site, length) or ()), self._shape(value.site, length)
+        if given is None:
+            return
+        if COMPONENTS[site.component].dims[-1] != COMPONENTS[value.site.component].dims[-1]:
+            ends = [COMPONENTS[s.component].dims[-1] for s in (site, value.site)]
+            raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
+        for dim, count in given:
+            if count not in (1, target.get(dim, 1)):
+                raise RecipeError(
+                    f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
+                    f"(in prompts of {length} tokens)."
+                )
+
+    def _shape(self, site: Site, length: int) -> tuple[tuple[str, int], ...] | None:
+        """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions."""
+        return _shape(site, length, self.architecture.units(site.component, site.layer), self.architecture.width(site.component, site.layer))
+
+    def finish(self, row: Row) -> None:
+        """Checks a finished row and keeps it."""
+        if not row.edits:
+            raise RecipeError(f"{row} has no edits. A row is one patched forward; without an edit it would be its base.")
+        for name, label in row.labels.items():
+            self._require_label(row, name, label)
+        key = tuple(row.labels.items())
+        if key in self._taken:
+            labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
+            raise RecipeError(f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'.")
+        self._taken.add(key)
+        self.rows.append(row)
+
+    def _require_label(self, row: Row, name: str, label: Label) -> None:
+        if name == "layer":
+            touched = any(e.site.layer == label for e in row.edits) or any(e.site.layer - len(self.architecture) == label for e in row.edits)
+        elif name == "component":
+            touched = any(e.site.component == label for e in row.edits)
+        elif name == "pos":
+            touched = any(_selects(e.site, "pos", label, n) for e in row.edits for n in self.lengths)
+        elif name in ("head", "kv_head", "neuron"):
+            split = [e.site for e in row.edits if COMPONENTS[e.site.component].unit == name]
+            touched = any(_selects(s, "unit", label, self.architecture.units(s.component, s.layer)) for s in split)
+        else:
+            return
+        if not touched:
+            raise RecipeError(
+                f"The label {name}={label!r} contradicts the row's edits, none of which touches it: "
+                + "; ".join(f"{row.base}.{e}" for e in row.edits[:3])
+            )
+
+
+class World:
+    """One world of a recorder: ``world.component[layer, pos, head]``."""
+
+    __slots__ = ("_components", "_name", "_recorder")
+
+    def __init__(self, recorder: Recorder, name: WorldName) -> None:
+        object.__setattr__(self, "_recorder", recorder)
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_components", {})
+
+    def __getattr__(self, name: str) -> _Activations:
+        found = self._components.get(name)
+        if found is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            found = self._components[name] = _Activations(self._recorder, self._name, component(name))
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        index = ", ".join(component(name).index)
+        raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
+
+    def __dir__(self) -> list[str]:
+        return list(COMPONENTS)
+
+
+class _Activations:
+    """One component of a world, waiting for an index."""
+
+    __slots__ = ("kind", "recorder", "sites", "world")
+
+    def __init__(self, recorder: Recorder, world: WorldName, kind: Component) -> None:
+        self.recorder, self.world, self.kind = recorder, world, kind
+        self.sites: dict[Any, Site] = {}
+
+    def __getitem__(self, index: Any) -> Value:
+        return Value(self.world, self._site(index))
+
+    def __setitem__(self, index: Any, given: Any) -> None:
+        self.recorder.write(self.world, self._site(index), given)
+
+    def _site(self, index: Any) -> Site:
+        key = _hashable(index)
+        found = self.sites.get(key)
+        if found is None:
+            found = self._resolve(index)
+            if key is not None:
+                self.sites[key] = found
+        return found
+
+    def _resolve(self, index: Any) -> Site:
+        architecture, kind = self.recorder.architecture, self.kind
+        layers, pos, units = split_index(kind, index)
+        if not layers.scalar:
+            raise SiteError(f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row.")
+        (layer,) = layers_of(kind, layers, len(architecture))
+        architecture.require(kind.name, layer)
+        if kind.unit:
+            units_of(kind, layer, units, architecture.units(kind.name, layer))
+        site = Site(kind.name, layer, pos, units)
+        positions_of(site, self.recorder.encoded.lengths)
+        return site
+
+
+class _RowBlock:
+    """The block of one row."""
+
+    __slots__ = ("recorder", "row")
+
+    def __init__(self, recorder: Recorder, labels: dict[str, Any]) -> None:
+        bad = [f"{k}={v!r}" for k, v in labels.items() if not isinstance(v, (int, float, str, np.integer, np.floating))]
+        if bad:
+            raise RecipeError(f"Labels are numbers or strings: {', '.join(bad)}.")
+        taken = [name for name in labels if name in RESERVED]
+        if taken:
+            raise RecipeError(f"{', '.join(taken)} cannot be a row's label: results use the name themselves.")
+        self.recorder = recorder
+        self.row = Row(len(recorder.rows), {k: v.item() if isinstance(v, np.generic) else v for k, v in labels.items()})
+
+    def __enter__(self) -> Row:
+        if self.recorder._open is not None:
+            raise RecipeError("A row cannot be opened inside another; a joint patch is several edits in one row.")
+        self.recorder._open = self.row
+        return self.row
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.recorder._open = None
+        if error is None:
+            self.recorder.finish(self.row)
+
+
+@lru_cache(maxsize=1 << 14)
+def _shape(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, int], ...] | None:
+    kind = COMPONENTS[site.component]
+    positions = site.pos.resolve(length)
+    if not positions:
+        return None
+    dims = [] if site.pos.scalar else [("pos", len(positions))]
+    if kind.unit and not site.unit.scalar:
+        dims.append((kind.unit, len(site.unit.resolve(units) or ())))
+    return tuple(dims) if kind.dims[-1] == kind.unit else (*dims, (kind.dims[-1], width))
+
+
+def _selects(site: Site, which: str, label: Any, length: int) -> bool:
+    picked = site.pos if which == "pos" else site.unit
+    if picked.items is not None and label in picked.items:
+        return True
+    found = picked.resolve(length) or ()
+    return isinstance(label, int) and -length <= label < length and label % length in found
+
+
+def _hashable(index: Any) -> Any:
+    if type(index) is int:
+        return index
+    if type(index) is not tuple:
+        index = (index,)
+    key: list[Any] = []
+    for part in index:
+        if type(part) is int:
+            key.append(part)
+        elif type(part) is slice:
+            key.append((part.start, part.stop, part.step))
+        else:
+            return None
+    return tuple(key)

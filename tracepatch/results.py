@@ -1,0 +1,328 @@
+"""Measured rows as labelled arrays: ``xarray.Dataset`` with token labels, baselines, status and provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from tracepatch.architecture import Architecture
+from tracepatch.errors import ResultError, listing
+from tracepatch.executors import Measured
+from tracepatch.models import Model, fingerprint, name_of, versions
+from tracepatch.plan import Plan, Proof, Status
+from tracepatch.recording import Label
+from tracepatch.tokens import EncodedPairs, Prompt
+
+Result: TypeAlias = xr.Dataset | xr.DataTree
+FORMAT = 1
+SPARSE = 4  # a grid with more than this many cells a row is kept as a list of rows
+
+
+def to_result(
+    model: Model, architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured
+) -> Result:
+    """One dataset for the rows that share their labels' names; a tree of datasets where there are several such sets.
+
+    Dims are ``metric`` (where there are several), ``pair`` and the labels. Variables:
+
+    * ``value``: the metric of the patched run, in its unit.
+    * ``effect``: value − value of the unpatched base.
+    * ``normalized``: effect / (clean − corrupted): 0 nothing happened, ±1 the whole difference. NaN for a pair whose clean and corrupted
+      runs are too close to divide by.
+    * ``effect_…``: the effect on one part of a metric, such as the answer's logit.
+    * ``base``, ``clean``, ``corrupted``: the unpatched values.
+    * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero.
+    """
+    sets: dict[tuple[str, ...], list[int]] = {}
+    for number, row in enumerate(plan.rows):
+        sets.setdefault(tuple(row.labels), []).append(number)
+    attrs = _provenance(model, encoded, plan, measured)
+    found = {
+        "_".join(names) or "rows": _dataset(names, numbers, architecture, encoded, plan, measured, attrs)
+        for names, numbers in sets.items()
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs)} | found)  # type: ignore[arg-type]  # a dict of datasets
+
+
+def _dataset(
+    names: tuple[str, ...],
+    numbers: list[int],
+    architecture: Architecture,
+    encoded: EncodedPairs,
+    plan: Plan,
+    measured: Measured,
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    rows = [plan.rows[n] for n in numbers]
+    axes = {name: _axis([row.labels[name] for row in rows]) for name in names}
+    shape = tuple(len(axis) for axis in axes.values())
+    dense = bool(names) and int(np.prod(shape)) <= SPARSE * len(rows)
+    if dense:
+        at = tuple(np.array([axes[name].index(row.labels[name]) for row in rows]) for name in names)
+        coords: dict[str, Any] = {name: list(axis) for name, axis in axes.items()}
+        dims = names
+    else:
+        shape, at, dims = (len(rows),), (np.arange(len(rows)),), ("row",)
+        coords = {"row": np.arange(len(rows))} | {name: ("row", [row.labels[name] for row in rows]) for name in names}
+
+    def spread(values: NDArray[Any], empty: Any) -> NDArray[Any]:
+        """[row, pair] → [pair, *labels]."""
+        out = np.full((plan.pairs, *shape), empty, values.dtype)
+        out[(slice(None), *at)] = values.T
+        return out
+
+    metrics = [m.name for m in plan.metrics]
+    lead, dims = (("metric", "pair") if len(metrics) > 1 else ("pair",)), tuple(dims)
+    bases = {row.base for row in rows}
+    base = np.stack([measured.baselines[row.base] for row in rows])  # [row, pair, column]
+    values = measured.values[numbers]
+    absent = plan.proofs[numbers] == Proof.ABSENT
+    base = np.where(absent[..., None], np.nan, base)
+    columns = measured.columns
+
+    def variable(array: NDArray[Any], part: str = "") -> NDArray[Any]:
+        """[row, pair, column] → [(metric,) pair, *labels]; NaN where a metric has no such part."""
+        stacked = [
+            spread(array[..., columns.index((m, part))], np.nan) if (m, part) in columns else np.full((plan.pairs, *shape), np.nan)
+            for m in metrics
+        ]
+        return np.stack(stacked) if len(metrics) > 1 else stacked[0]
+
+    def baseline(world: Any) -> NDArray[np.float64]:
+        stacked = [measured.baselines[world][:, columns.index((m, ""))] for m in metrics]
+        return np.stack(stacked) if len(metrics) > 1 else stacked[0]
+
+    data: dict[str, Any] = {
+        "effect": ((*lead, *dims), variable(values - base)),
+        "value": ((*lead, *dims), variable(values)),
+    }
+    for part in dict.fromkeys(p for m in plan.metrics for p in m.parts):
+        data[f"effect_{part}"] = ((*lead, *dims), variable(values - base, part))
+    data["base"] = (lead, baseline(next(iter(bases)))) if len(bases) == 1 else ((*lead, *dims), variable(base))
+    for world in plan.worlds:
+        data[world] = (lead, baseline(world))
+    proofs = plan.proofs[numbers]
+    status = np.where(absent, Status.ABSENT, np.where((proofs == Proof.NONE) | (proofs == Proof.IDENTICAL), Status.MEASURED, Status.PROVED_ZERO))
+    data["status"] = (("pair", *dims), spread(status.astype(np.int8), np.int8(Status.ABSENT)))
+    dataset = xr.Dataset(data, coords=coords | _pair_coords(encoded), attrs=attrs)
+    if len(metrics) > 1:
+        dataset = dataset.assign_coords(metric=metrics)
+    else:
+        dataset = dataset.assign_coords(metric=metrics[0])
+    if dense:
+        dataset = _site_coords(dataset, architecture, encoded)
+    if len(plan.worlds) == 2:
+        dataset = _normalize(dataset, measured)
+    dataset.attrs["base"] = " and ".join(sorted(bases))
+    units = {m.name: m.unit for m in plan.metrics}
+    for name in ("effect", "value", "base", "clean", "corrupted", *(v for v in dataset.data_vars if str(v).startswith("effect_"))):
+        if name in dataset:
+            dataset[name].attrs["units"] = ", ".join(dict.fromkeys(units.values()))
+    dataset["status"].attrs.update(flag_values=[int(s) for s in Status], flag_meanings=" ".join(s.name.lower() for s in Status))
+    order = ["effect", "normalized", "value", *(v for v in dataset.data_vars if str(v).startswith("effect_")), "base", *plan.worlds, "status"]
+    return dataset[[name for name in order if name in dataset]]
+
+
+def _axis(labels: Sequence[Label]) -> list[Label]:
+    unique = list(dict.fromkeys(labels))
+    return sorted(unique) if all(isinstance(label, (int, float)) for label in unique) else unique  # type: ignore[type-var]  # all numbers
+
+
+def _pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
+    coords: dict[str, Any] = {"pair": np.arange(len(encoded)), "clean_prompt": ("pair", [_text(encoded, p) for p in encoded.clean_prompts])}
+    if encoded.corrupted is not None:
+        coords["corrupted_prompt"] = ("pair", [_text(encoded, p) for p in encoded.corrupted_prompts])
+    for name, ids in (("answer", encoded.answer), ("wrong", encoded.wrong)):
+        if any(ids):
+            coords[name] = ("pair", ["|".join(encoded.words(i)) for i in ids])
+    return coords
+
+
+def _text(encoded: EncodedPairs, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "".join(encoded.words(prompt))
+
+
+def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs) -> xr.Dataset:
+    if "layer" in dataset.dims:
+        depth = dataset["layer"].values / max(1, len(architecture) - 1)
+        dataset = dataset.assign_coords(depth=("layer", depth))
+    if "head" in dataset.dims:
+        groups = {(a.heads, a.kv_heads) for i in range(len(architecture)) if (a := architecture.attention(i)) is not None and a.heads}
+        if len(groups) == 1:
+            heads, kv_heads = groups.pop()
+            dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
+    if "pos" in dataset.dims and all(isinstance(p, int) and p >= 0 for p in dataset["pos"].values.tolist()):
+        sides = {"token": encoded.clean} if encoded.corrupted is None else {"token": encoded.clean, "corrupted_token": encoded.corrupted}
+        for name, side in sides.items():
+            words = [encoded.words(ids) for ids in side]
+            picked = [[w[p] if p < len(w) else "" for p in dataset["pos"].values] for w in words]
+            shared = all(p == picked[0] for p in picked)
+            dataset = dataset.assign_coords({name: ("pos", picked[0]) if shared else (("pair", "pos"), picked)})
+    return dataset
+
+
+def _normalize(dataset: xr.Dataset, measured: Measured) -> xr.Dataset:
+    """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by."""
+    gap = dataset["clean"] - dataset["corrupted"]
+    noise = float(np.nanmax(measured.noise, initial=0.0))
+    floor = xr.where(True, 1e-5, 0.0) * np.maximum(abs(dataset["clean"]), abs(dataset["corrupted"])) + 10 * noise  # noqa: FBT003
+    usable = abs(gap) > floor
+    normalized = dataset["effect"] / gap.where(usable)
+    normalized = normalized.transpose(*dataset["effect"].dims)
+    close = sorted({int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]})
+    dataset = dataset.assign(normalized=normalized)
+    dataset["normalized"].attrs["units"] = "fraction of the clean − corrupted difference"
+    dataset.attrs["pairs_too_close"] = json.dumps(close)
+    return dataset
+
+
+def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measured) -> dict[str, Any]:
+    return {
+        "tracepatch_format": FORMAT,
+        "model": plan.model or name_of(model),
+        "fingerprint": fingerprint(model),
+        "pairs": encoded.name,
+        "bos": str(encoded.bos),
+        "seed": "none" if encoded.seed is None else encoded.seed,
+        "versions": json.dumps(versions()),
+        "plan": plan.explain(),
+        "metrics": json.dumps({m.name: m.note for m in plan.metrics}),
+        "noise_floor": json.dumps({".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}),
+        "seconds": round(measured.seconds, 3),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def over_pairs(effects: xr.Dataset) -> xr.Dataset:
+    """The same result averaged over pairs, ``normalized`` as a ratio of means.
+
+    A mean of the pairs' own normalized effects would let a pair with a small clean − corrupted difference outvote the others; here each
+    pair counts in the metric's unit. Pairs too close to divide by still count.
+    """
+    require_dataset(effects)
+    numeric = [v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)]
+    mean = effects[numeric].mean("pair", keep_attrs=True)
+    if {"clean", "corrupted"} <= set(effects.data_vars):
+        present = effects["effect"].notnull()
+        gap = (effects["clean"] - effects["corrupted"]).where(present).mean("pair")
+        mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
+        mean["normalized"].attrs = dict(effects["normalized"].attrs)
+    status = effects["status"]
+    proved = (status == Status.PROVED_ZERO).all("pair")
+    measured = (status == Status.MEASURED).any("pair") | (status == Status.PROVED_ZERO).any("pair")
+    combined = xr.where(proved, int(Status.PROVED_ZERO), xr.where(measured, int(Status.MEASURED), int(Status.ABSENT)))
+    mean = mean.assign(status=combined.astype(np.int8))
+    mean["status"].attrs = dict(status.attrs)
+    return mean.assign_attrs(effects.attrs)
+
+
+def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Results of several models, or of one model on several sets, along a new dim ``model``.
+
+    What one model lacks (a head, a layer, a position) is NaN with status 0. ``depth`` tells how far up a layer stands in its own model.
+
+    Raises:
+        ResultError: Nothing to join, results with different dims, or two of one model.
+    """
+    for result in results:
+        require_dataset(result)
+    if not results:
+        raise ResultError("There are no results to concatenate.")
+    dims = [tuple(sorted(map(str, r["effect"].dims))) for r in results]
+    names = [str(r.attrs["model"]) for r in results]
+    if len(set(dims)) > 1:
+        raise ResultError("Results with different dims cannot be joined.\n" + listing([f"{n}: {', '.join(d)}" for n, d in zip(names, dims, strict=True)]))
+    if len(set(names)) < len(names):
+        raise ResultError(f"Two results are of one model: {', '.join(names)}. Rename one: result.attrs['model'] = '…'.")
+    prepared = []
+    loose: set[str] = set()
+    for name, result in zip(names, results, strict=True):
+        extra = [str(c) for c in result.coords if c not in result.dims and c != "metric"]
+        loose |= set(extra)
+        prepared.append(result.reset_coords(extra).expand_dims(model=[name]))
+    variables = {str(v) for r in prepared for v in r.data_vars}
+    empty: dict[str, Any] = {}
+    for name in variables:
+        kind = next(r[name].dtype.kind for r in prepared if name in r)
+        empty[name] = "" if kind in "OUT" else 0 if name == "status" else np.nan
+    wide = _same_dims(prepared)
+    joined = xr.concat(wide, dim="model", join="outer", fill_value=empty, data_vars="all", coords="minimal", compat="override", combine_attrs="drop_conflicts")
+    joined = joined.set_coords([c for c in loose if c in joined])
+    joined.attrs["model"] = ", ".join(names)
+    joined.attrs["sources"] = json.dumps([{k: str(v) for k, v in r.attrs.items()} for r in results])
+    return joined
+
+
+def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
+    """Every variable with the same dims in all results: tokens that one set's pairs share are repeated for another's."""
+    out = []
+    for result in results:
+        for name in list(result.data_vars):
+            wanted = max((tuple(r[name].dims) for r in results if name in r), key=len)
+            missing = {d: result[d] for d in wanted if d not in result[name].dims and d in result.dims}
+            if missing:
+                result = result.assign({name: result[name].expand_dims(missing).transpose(*wanted)})
+        out.append(result)
+    return out
+
+
+def require_dataset(result: Any) -> None:
+    """Refuses anything that is not one of our datasets.
+
+    Raises:
+        ResultError: It is something else, or a tree of several.
+    """
+    if isinstance(result, xr.DataTree):
+        raise ResultError(f"This result is a tree of several datasets: pick one, as in result[{next(iter(result.children), '…')!r}].to_dataset().")
+    if not isinstance(result, xr.Dataset) or "effect" not in result or "tracepatch_format" not in result.attrs:
+        raise ResultError(f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance.")
+
+
+def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
+    """Writes a result as netCDF; the file appears whole or not at all.
+
+    Returns:
+        The path.
+    """
+    target = Path(path)
+    if not isinstance(result, xr.DataTree):
+        require_dataset(result)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    os.close(handle)
+    try:
+        result.to_netcdf(partial, engine="h5netcdf")
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return target
+
+
+def open_result(path: str | os.PathLike[str]) -> Result:
+    """A result that was written by ``save_result``, in memory.
+
+    Raises:
+        ResultError: There is no such file, or it is not a result.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise ResultError(f"There is no file {source}.")
+    try:
+        with xr.open_datatree(source, engine="h5netcdf") as tree:
+            tree.load()
+    except (OSError, ValueError, KeyError) as error:
+        raise ResultError(f"{source} is not a result: it is no netCDF file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from error
+    if "tracepatch_format" not in tree.attrs:
+        raise ResultError(f"{source} is netCDF, but not a tracepatch result: it has no `tracepatch_format`. Open it with xarray.")
+    return tree if tree.children else tree.to_dataset()

@@ -1,0 +1,252 @@
+"""The places that can be patched, as names and integers; no torch model in sight.
+
+A *component* is a named kind of activation, a *site* is a component at a layer, at some positions, for some heads or
+neurons. Indices read as in an array: ``z[layer, pos, head]``, with integers (negative ones count from the end),
+slices, lists and boolean masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from tracepatch.errors import ComponentError, SiteError, listing
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named kind of activation.
+
+    Attributes:
+        name: The one word for it, everywhere.
+        index: The dims a user indexes, in order.
+        dims: The dims of its value at one layer, in order; the last one is never indexed unless it is in ``index``.
+        stage: Where in a block it acts; edits of one row act in this order within a layer.
+        meaning: One line for people.
+    """
+
+    name: str
+    index: tuple[str, ...]
+    dims: tuple[str, ...]
+    stage: int
+    meaning: str
+
+    @property
+    def unit(self) -> str | None:
+        """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron`` or nothing."""
+        return self.index[2] if len(self.index) > 2 else None
+
+    @property
+    def layered(self) -> bool:
+        """Whether every layer has one."""
+        return self.index[0] == "layer"
+
+
+_POS = ("layer", "pos")
+COMPONENTS: Final[dict[str, Component]] = {
+    c.name: c
+    for c in (
+        Component("embed", ("pos",), ("pos", "d_model"), 0, "output of the token embedding"),
+        Component("resid_pre", _POS, ("pos", "d_model"), 1, "residual stream entering a block"),
+        Component(
+            "z", (*_POS, "head"), ("pos", "head", "d_head"), 2, "pattern-weighted values of a head, before W_O"
+        ),
+        Component(
+            "head_out", (*_POS, "head"), ("pos", "head", "d_model"), 3, "what one head writes to the stream, z · W_O"
+        ),
+        Component("attn_out", _POS, ("pos", "d_model"), 4, "what attention adds to the stream"),
+        Component("resid_mid", _POS, ("pos", "d_model"), 5, "residual stream between attention and MLP"),
+        Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), 6, "neurons: input of the MLP's last projection"),
+        Component("mlp_out", _POS, ("pos", "d_model"), 7, "what the MLP adds to the stream"),
+        Component("resid_post", _POS, ("pos", "d_model"), 8, "residual stream leaving a block"),
+        Component("logits", ("pos",), ("pos", "vocab"), 9, "the model's output"),
+    )
+}
+
+
+def component(name: str) -> Component:
+    """The component of that name.
+
+    Raises:
+        ComponentError: The name is unknown.
+    """
+    try:
+        return COMPONENTS[name]
+    except KeyError:
+        known = ", ".join(COMPONENTS)
+        raise ComponentError(f"There is no component {name!r}. Components: {known}.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Which indices along one dim: all of them, one, some, or those where a mask is true.
+
+    Attributes:
+        items: The indices as written, ``None`` for a slice.
+        bounds: ``(start, stop, step)`` of a slice.
+        scalar: Written as one integer, so that the dim is dropped from shapes.
+        mask: Length of the boolean mask it came from.
+    """
+
+    items: tuple[int, ...] | None = None
+    bounds: tuple[int | None, int | None, int | None] = (None, None, None)
+    scalar: bool = False
+    mask: int | None = None
+
+    def __str__(self) -> str:
+        if self.items is None:
+            start, stop, step = ("" if b is None else str(b) for b in self.bounds)
+            return f"{start}:{stop}" + (f":{step}" if step else "")
+        return str(self.items[0]) if self.scalar else str(list(self.items))
+
+    @property
+    def all(self) -> bool:
+        """Whether it is a plain ``:``."""
+        return self.items is None and self.bounds == (None, None, None)
+
+    def resolve(self, length: int) -> tuple[int, ...] | None:
+        """The indices along a dim of ``length``, counted from 0; ``None`` if one of them does not exist there."""
+        return _resolve(self, length)
+
+
+@lru_cache(maxsize=1 << 16)
+def _resolve(select: Select, length: int) -> tuple[int, ...] | None:
+    if select.items is None:
+        return tuple(range(length)[slice(*select.bounds)])
+    if select.mask is not None and select.mask != length:
+        return None
+    if any(not -length <= i < length for i in select.items):
+        return None
+    return tuple(i % length for i in select.items)
+
+
+ALL: Final = Select()
+
+
+def select(index: Any, dim: str) -> Select:
+    """An index as a user writes it, along ``dim``: an integer, slice, list, range, integer or boolean array.
+
+    Raises:
+        SiteError: It is something else, or it names one index twice.
+    """
+    if type(index) is int:
+        return Select(items=(index,), scalar=True)
+    if isinstance(index, slice):
+        bounds = []
+        for bound in (index.start, index.stop, index.step):
+            if bound is not None and not isinstance(bound, (int, np.integer)):
+                raise SiteError(f"A slice along {dim} takes integers, not {bound!r}.")
+            bounds.append(None if bound is None else int(bound))
+        return Select(bounds=(bounds[0], bounds[1], bounds[2])) if any(b is not None for b in bounds) else ALL
+    if isinstance(index, (bool, np.bool_, str)) or index is None or index is Ellipsis:
+        raise SiteError(f"{index!r} is no index along {dim}: pass an integer, a slice, a list or a mask.")
+    if hasattr(index, "detach"):
+        index = index.detach().cpu().numpy()
+    if not isinstance(index, np.ndarray) and isinstance(index, Iterable):
+        index = list(index)
+    array = np.asarray(index)
+    if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
+        return Select(items=(int(array),), scalar=True)
+    if array.ndim != 1 or array.size == 0 or not (array.dtype == bool or np.issubdtype(array.dtype, np.integer)):
+        raise SiteError(
+            f"{index!r} is no index along {dim}: pass an integer, a slice, a list of integers, or a boolean mask."
+        )
+    if array.dtype == bool:
+        if not array.any():
+            raise SiteError(f"The mask along {dim} selects nothing.")
+        return Select(items=tuple(int(i) for i in array.nonzero()[0]), mask=len(array))
+    items = tuple(int(i) for i in array)
+    if len(set(items)) < len(items):
+        twice = sorted({i for i in items if items.count(i) > 1})
+        raise SiteError(f"{list(items)} along {dim} names {twice} twice; an edit writes each index once.")
+    return Select(items=items)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place: component, layer (0 for embed and logits), positions and, where it has them, heads or neurons."""
+
+    component: str
+    layer: int
+    pos: Select = ALL
+    unit: Select = ALL
+
+    def __str__(self) -> str:
+        kind = COMPONENTS[self.component]
+        parts = [str(self.layer)] if kind.layered else []
+        parts.append(str(self.pos))
+        if kind.unit:
+            parts.append(str(self.unit))
+        return f"{self.component}[{', '.join(parts)}]"
+
+
+def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select]:
+    """An index expression as (layers, positions, units).
+
+    Trailing indices that are left out mean all. Components without layers take their layer, 0, or leave it out.
+
+    Raises:
+        SiteError: Too many indices, or no layer.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    if not kind.layered and len(parts) == len(kind.index) + 1 and parts[0] == 0:
+        parts = parts[1:]
+    if len(parts) > len(kind.index):
+        raise SiteError(
+            f"{kind.name} has the indices [{', '.join(kind.index)}]; {len(parts)} were given: "
+            f"[{', '.join(_written(p) for p in parts)}]."
+        )
+    picks = {dim: select(part, dim) for dim, part in zip(kind.index, parts, strict=False)}
+    return picks.get("layer", Select((0,), scalar=True)), picks.get("pos", ALL), picks.get(kind.unit or "", ALL)
+
+
+def _written(part: Any) -> str:
+    return str(select(part, "index")) if isinstance(part, slice) else str(part)
+
+
+def layers_of(kind: Component, picked: Select, count: int) -> tuple[int, ...]:
+    """The layers an index picks in a model of ``count`` layers.
+
+    Raises:
+        SiteError: A layer does not exist.
+    """
+    layers = picked.resolve(count if kind.layered else 1)
+    if not layers:
+        raise SiteError(f"{kind.name}[{picked}, …]: this model has {count} layers, 0 to {count - 1} (or -{count} to -1).")
+    return layers
+
+
+def units_of(kind: Component, layer: int, picked: Select, count: int) -> None:
+    """Checks that the heads or neurons an index picks exist.
+
+    Raises:
+        SiteError: One does not exist.
+    """
+    if picked.all:
+        return
+    if not picked.resolve(count):
+        raise SiteError(
+            f"{kind.name}[{layer}, …, {picked}]: layer {layer} has {count} {kind.unit}s, 0 to {count - 1} "
+            f"(or -{count} to -1)."
+        )
+
+
+def positions_of(site: Site, lengths: Iterable[int]) -> tuple[tuple[int, ...] | None, ...]:
+    """The positions a site picks in prompts of these lengths; ``None`` for a prompt that lacks one of them.
+
+    Raises:
+        SiteError: No prompt has them.
+    """
+    lengths = tuple(lengths)
+    found = tuple(site.pos.resolve(n) or None for n in lengths)
+    if not any(found):
+        shown = sorted(set(lengths))
+        tokens = f"{shown[0]} tokens" if len(shown) == 1 else f"{shown[0]} to {shown[-1]} tokens"
+        what = f"a mask of {site.pos.mask} positions" if site.pos.mask is not None else f"position {site.pos}"
+        offenders = listing([f"pair {i}: {n} tokens, 0 to {n - 1} (or -{n} to -1)" for i, n in enumerate(lengths)])
+        raise SiteError(f"{site}: {what} is in no prompt; the prompts have {tokens}.\n{offenders}")
+    return found

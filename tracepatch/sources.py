@@ -1,0 +1,165 @@
+"""What an edit writes: values of worlds, numbers, tensors, and sums of them.
+
+A *world* is a forward whose values are known. On the right-hand side of an edit a world gives its pristine values, those
+of an unpatched run; sums and multiples of them are values too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from tracepatch.errors import RecipeError
+from tracepatch.sites import Site
+
+WorldName: TypeAlias = Literal["clean", "corrupted"]
+OTHER: dict[str, WorldName] = {"clean": "corrupted", "corrupted": "clean"}
+
+
+class Source:
+    """Something an edit can write: supports ``a + b``, ``a - b``, ``-a`` and multiples by numbers."""
+
+    __slots__ = ()
+    __array_priority__ = 1000  # numpy arrays and tensors on the left leave the arithmetic to us
+    __array_ufunc__ = None
+
+    def terms(self) -> Sum:
+        """The source as a sum."""
+        raise TypeError(type(self).__name__)
+
+    def __add__(self, other: Any) -> Sum:
+        return _plus(self.terms(), as_source(other).terms())
+
+    def __radd__(self, other: Any) -> Sum:
+        return _plus(as_source(other).terms(), self.terms())
+
+    def __sub__(self, other: Any) -> Sum:
+        return _plus(self.terms(), _times(as_source(other).terms(), -1.0))
+
+    def __rsub__(self, other: Any) -> Sum:
+        return _plus(as_source(other).terms(), _times(self.terms(), -1.0))
+
+    def __neg__(self) -> Sum:
+        return _times(self.terms(), -1.0)
+
+    def __mul__(self, factor: Any) -> Sum:
+        return _times(self.terms(), _number(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Sum:
+        return _times(self.terms(), 1.0 / _number(divisor))
+
+    def __iadd__(self, other: Any) -> Increment:  # type: ignore[misc]  # += on a site records an addition to the live value
+        return Increment(self, as_source(other))
+
+    def __isub__(self, other: Any) -> Increment:  # type: ignore[misc]  # as above
+        return Increment(self, -as_source(other))
+
+
+@dataclass(frozen=True, slots=True)
+class Value(Source):
+    """The pristine value of a site in a world."""
+
+    world: WorldName
+    site: Site
+
+    def terms(self) -> Sum:
+        """The value alone."""
+        return Sum(((1.0, self),), None)
+
+    def __str__(self) -> str:
+        return f"{self.world}.{self.site}"
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A fixed tensor, compared by its contents."""
+
+    tensor: torch.Tensor = field(compare=False)
+    digest: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Constant:
+        """The constant with these contents, in float32 or wider."""
+        kept = tensor.detach().cpu()
+        kept = kept.clone() if kept.dtype == torch.float64 else kept.to(torch.float32, copy=True)
+        content = str(tuple(kept.shape)).encode() + kept.contiguous().numpy().tobytes()
+        return cls(kept, hashlib.blake2b(content, digest_size=12).hexdigest())
+
+    def __str__(self) -> str:
+        shape = tuple(self.tensor.shape)
+        return f"{self.tensor.item():g}" if not shape else f"tensor{list(shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Source):
+    """Multiples of worlds' values, plus a constant."""
+
+    values: tuple[tuple[float, Value], ...]
+    constant: Constant | None
+
+    def terms(self) -> Sum:
+        """Itself."""
+        return self
+
+    def __str__(self) -> str:
+        parts = [f"{value}" if factor == 1 else f"{factor:g}·{value}" for factor, value in self.values]
+        return " + ".join(parts + ([str(self.constant)] if self.constant or not parts else [])).replace("+ -1·", "- ")
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """What ``site += source`` hands to the site: an addition to its live value."""
+
+    target: Source
+    source: Source
+
+
+def as_source(given: Any) -> Source:
+    """A right-hand side as a source: another source, a number, or a tensor or array of numbers.
+
+    Raises:
+        RecipeError: It is something else, or not finite.
+    """
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, Increment):
+        raise RecipeError("The result of += is no value; write `site += source` as a statement of its own.")
+    if isinstance(given, (bool, str)) or given is None or callable(given):
+        raise RecipeError(f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor.")
+    try:
+        tensor = given if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given, dtype=float))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor.") from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise RecipeError(f"A tensor of dtype {tensor.dtype} cannot be written at a site: pass real numbers.")
+    if not torch.isfinite(tensor).all():
+        raise RecipeError("The tensor to be written holds NaN or inf.")
+    return Sum((), Constant.of(tensor))
+
+
+def _number(factor: Any) -> float:
+    if isinstance(factor, (torch.Tensor, np.ndarray)) and factor.ndim == 0:
+        factor = factor.item()
+    if isinstance(factor, bool) or not isinstance(factor, (int, float, np.integer, np.floating)):
+        raise RecipeError(f"Values of worlds are multiplied by numbers, not by {type(factor).__name__}.")
+    if not math.isfinite(factor):
+        raise RecipeError(f"{factor} times a value is not finite.")
+    return float(factor)
+
+
+def _plus(a: Sum, b: Sum) -> Sum:
+    if a.constant is None or b.constant is None:
+        return Sum(a.values + b.values, a.constant or b.constant)
+    return Sum(a.values + b.values, Constant.of(a.constant.tensor + b.constant.tensor))
+
+
+def _times(a: Sum, factor: float) -> Sum:
+    constant = None if a.constant is None else Constant.of(a.constant.tensor * factor)
+    return Sum(tuple((factor * f, value) for f, value in a.values), constant)

@@ -1,0 +1,181 @@
+"""Prompts as token ids: what stands before them, what continues them, and where two of them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from tracepatch.errors import PromptError, listing
+
+Prompt: TypeAlias = str | tuple[int, ...]
+Answer: TypeAlias = str | int
+
+
+@dataclass(frozen=True)
+class BosPolicy:
+    """What stands before every prompt.
+
+    Attributes:
+        prefix: The special tokens' ids.
+        text: The same, decoded.
+        why: Who decided.
+    """
+
+    prefix: tuple[int, ...]
+    text: str
+    why: Literal["the tokenizer does so", "you asked for it"]
+
+    def __str__(self) -> str:
+        return f"every prompt starts with {self.text} ({self.why})" if self.prefix else f"no BOS token ({self.why})"
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs as token ids, with the tokenizer that made them.
+
+    Attributes:
+        clean_prompts: The clean prompts as written.
+        corrupted_prompts: The corrupted prompts as written; empty where there are none.
+        tokenizer: Whose ids these are.
+        clean: Per pair, its ids.
+        corrupted: Per pair, its ids, or ``None``.
+        answer: Per pair, the ids of its answers.
+        wrong: Per pair, the ids of its wrong answers.
+        bos: What stands before every prompt.
+        name: What the set is called.
+        seed: The seed it was made from, if it was.
+    """
+
+    clean_prompts: tuple[Prompt, ...]
+    corrupted_prompts: tuple[Prompt, ...]
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    clean: tuple[tuple[int, ...], ...]
+    corrupted: tuple[tuple[int, ...], ...] | None
+    answer: tuple[tuple[int, ...], ...]
+    wrong: tuple[tuple[int, ...], ...]
+    bos: BosPolicy
+    name: str = "pairs"
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def world(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The ids of the clean or the corrupted prompts."""
+        ids = self.clean if name == "clean" else self.corrupted
+        if ids is None:
+            raise PromptError("These pairs have no corrupted prompts: patch from other sources (zero, a tensor), or add them.")
+        return ids
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each pair's clean prompt."""
+        return tuple(len(ids) for ids in self.clean)
+
+    def differing(self, pair: int) -> tuple[int, ...]:
+        """The positions at which a pair's prompts have different tokens."""
+        if self.corrupted is None:
+            return ()
+        return tuple(p for p, (a, b) in enumerate(zip(self.clean[pair], self.corrupted[pair], strict=True)) if a != b)
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """Each id as text, special tokens included."""
+        return [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+
+    def require_comparable(self) -> None:
+        """Refuses pairs that cannot be compared position by position, or that do not differ.
+
+        Raises:
+            PromptError: Unequal token counts, or identical prompts; all offenders are listed.
+        """
+        if self.corrupted is None:
+            return
+        unequal, same = [], []
+        for i, (a, b) in enumerate(zip(self.clean, self.corrupted, strict=True)):
+            texts = f"{shown(self.clean_prompts[i], 40)} / {shown(self.corrupted_prompts[i], 40)}"
+            if len(a) != len(b):
+                unequal.append(f"pair {i}: clean has {len(a)} tokens, corrupted has {len(b)}   {texts}")
+            elif a == b:
+                same.append(f"pair {i}: {shown(self.clean_prompts[i])}")
+        if unequal:
+            raise PromptError(
+                f"{len(unequal)} of {len(self)} pairs cannot be compared position by position.\n{listing(unequal)}\n"
+                "Reword one prompt of each pair until the counts agree."
+            )
+        if same:
+            raise PromptError(
+                f"In {len(same)} of {len(self)} pairs the clean and the corrupted prompt are the same tokens, so no patch can "
+                f"have an effect.\n{listing(same)}\nChange one of them, or leave the pair out."
+            )
+
+
+def bos_policy(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> BosPolicy:
+    """What will stand before every prompt.
+
+    Raises:
+        PromptError: A BOS token is asked for and the tokenizer has none.
+    """
+    if bos is None:
+        plain, full = _ids(tokenizer, "a", special=False), _ids(tokenizer, "a", special=True)
+        starts = [n for n in range(len(full) - len(plain) + 1) if full[n : n + len(plain)] == plain]
+        prefix = tuple(full[: starts[0]]) if starts else ()
+    elif not bos:
+        prefix = ()
+    elif tokenizer.bos_token_id is None:
+        raise PromptError(f"bos=True, but {type(tokenizer).__name__} has no BOS token. Leave bos out, or pass bos=False.")
+    else:
+        prefix = (int(tokenizer.bos_token_id),)
+    why: Literal["the tokenizer does so", "you asked for it"] = "the tokenizer does so" if bos is None else "you asked for it"
+    return BosPolicy(prefix, tokenizer.decode(list(prefix)), why)
+
+
+def one_token(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[str]:
+    """Those of the words that are one token, in order."""
+    return [word for word in words if answer_id(tokenizer, word, "") is not None]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, policy: BosPolicy) -> tuple[int, ...]:
+    """The ids of a prompt; ids are taken as they are."""
+    if not isinstance(prompt, str):
+        return tuple(prompt)
+    ids = tuple(_ids(tokenizer, prompt, special=False))
+    # A prompt that already spells out the BOS token must not get it twice.
+    return ids if policy.prefix and ids[: len(policy.prefix)] == policy.prefix else policy.prefix + ids
+
+
+def answer_id(tokenizer: PreTrainedTokenizerBase, token: Answer, prompt: Prompt) -> int | None:
+    """The id of an answer as it continues the prompt, else on its own; ``None`` if neither is one token.
+
+    In context first: a SentencePiece tokenizer gives " Mary" on its own two tokens, and after a prompt one.
+    """
+    if not isinstance(token, str):
+        return int(token) if 0 <= token < len(tokenizer) else None
+    if isinstance(prompt, str) and prompt:
+        before, after = _ids(tokenizer, prompt, special=False), _ids(tokenizer, prompt + token, special=False)
+        if after[: len(before)] == before and len(after) == len(before) + 1:
+            return after[-1] if after[-1] != tokenizer.unk_token_id else None
+    alone = _ids(tokenizer, token, special=False)
+    return alone[0] if len(alone) == 1 and alone[0] != tokenizer.unk_token_id else None
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, token: Answer) -> str:
+    """Why an answer is not one token."""
+    if not isinstance(token, str):
+        return f"no id of a vocabulary of {len(tokenizer)}"
+    found = _ids(tokenizer, token, special=False)
+    if tokenizer.unk_token_id in found:
+        return "not in the vocabulary"
+    return f"{len(found)} tokens: {' '.join(repr(tokenizer.decode([i])) for i in found)}"
+
+
+def shown(prompt: Prompt, width: int = 60) -> str:
+    """A prompt for an error message, cut to a width."""
+    text = repr(prompt) if isinstance(prompt, str) else str(list(prompt))
+    return text if len(text) <= width else text[: width - 2] + "…" + text[-1]

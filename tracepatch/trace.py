@@ -1,0 +1,232 @@
+"""What runs inside an nnsight trace: reading activations, writing edits, scoring logits. The only place a plan touches a model.
+
+Nothing is decided here. Functions take nested tuples of builtins and tensors and return tensors in builtins, use only torch and
+nnsight, and have no decorators, so that they mean the same wherever they are executed. Values are cloned when they are kept: some
+models add into a module's output in place after it has passed by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nnsight
+import torch
+
+
+def forward(
+    model: Any,
+    ids: torch.Tensor,
+    stops: tuple[Any, ...],
+    known: dict[Any, torch.Tensor],
+    reads: torch.Tensor,
+    options: dict[str, Any],
+    logit_edits: tuple[Any, ...],
+    measures: tuple[Any, ...],
+    keep_logits: bool,
+    remote: Any = False,
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    """One traced forward.
+
+    Args:
+        model: The nnsight model.
+        ids: Token ids ``[row, pos]``.
+        stops: The places to visit, from ``layout.stops``.
+        known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``.
+        reads: The positions whose logits are scored.
+        options: Further arguments of the model's forward.
+        logit_edits: Indexed writes of logits.
+        measures: ``(function, indices into reads, given)`` for each metric.
+        keep_logits: Whether to keep the logits at ``reads`` too.
+        remote: As nnsight takes it.
+
+    Returns:
+        What was kept, and the metrics' values ``[row, column]`` in float32.
+    """
+    with torch.no_grad():
+        with model.trace(input_ids=ids, use_cache=False, remote=remote, **options):
+            result = nnsight.save(
+                inside(model, ids.shape[1], stops, known, reads, bool(options), logit_edits, measures, keep_logits)
+            )
+    return result
+
+
+def inside(
+    model: Any,
+    length: int,
+    stops: tuple[Any, ...],
+    known: dict[Any, torch.Tensor],
+    reads: torch.Tensor,
+    only_reads: bool,
+    logit_edits: tuple[Any, ...],
+    measures: tuple[Any, ...],
+    keep_logits: bool,
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    """The body of the trace."""
+    kept: dict[Any, torch.Tensor] = {}
+    for stop in stops:
+        visit(model, stop, length, known, kept)
+    logits = model.output.logits
+    if not only_reads:
+        logits = logits[:, reads.to(logits.device)]
+    logits = edited(logits, logit_edits, known)
+    if keep_logits:
+        kept["logits", 0] = logits.clone()
+    scores = []
+    for function, at, given in measures:
+        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
+        scores.append(found if found.ndim == 2 else found[:, None])
+    return kept, torch.cat(scores, 1).float().cpu()
+
+
+def module_at(model: Any, path: str) -> Any:
+    """The envoy of a module."""
+    for part in path.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def visit(
+    model: Any, stop: tuple[Any, ...], length: int, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> None:
+    """Keeps and writes what is to be kept and written at one place."""
+    path, side, key, flat, tasks = stop
+    envoy = module_at(model, path)
+    whole = envoy.output if side == "output" else envoy.inputs if key is not None else envoy.input
+    if side == "output":
+        x = whole if key is None else whole[key]
+    else:
+        x = whole if key is None else whole[1][key] if isinstance(key, str) else whole[0][key]
+    shape = x.shape
+    if flat:
+        x = x.unflatten(0, (-1, length))
+    before = x
+    for task in tasks:
+        x = perform(model, task, x, known, kept)
+    if x is before:
+        return
+    x = x.reshape(shape)
+    if side == "output":
+        envoy.output = x if key is None else replaced(whole, key, x)
+    elif key is None:
+        envoy.input = x
+    else:
+        args, kwargs = whole
+        envoy.inputs = (args, {**kwargs, key: x}) if isinstance(key, str) else (replaced(args, key, x), kwargs)
+
+
+def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:
+    """A tuple or mapping with one entry exchanged."""
+    if isinstance(key, str):
+        return {**values, key: value}
+    return (*values[:key], value, *values[key + 1 :])
+
+
+def perform(
+    model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """One task at a place: keep its value aside, or write a component there and keep it."""
+    if task[0] == "aside":
+        kept["aside", task[1]] = x.clone()
+        return x
+    if task[0] == "head_out":
+        return head_out(model, task, x, known, kept)
+    if task[0] == "resid_mid":
+        _, name, writes, keep, stream, scale = task
+        middle = kept["aside", stream] + (x if scale == 1 else x * scale)
+        after = edited(middle, writes, known)
+        if keep:
+            kept[name] = after.clone()
+        # An edit of the sum is an edit of its last summand; where nothing changes the difference is exactly 0.
+        return x if after is middle else x + (after - middle) / scale
+    _, name, writes, keep, heads, scale = task
+    value = x if scale == 1 else x * scale
+    value = value.unflatten(-1, (heads, -1)) if heads else value
+    after = edited(value, writes, known)
+    if keep:
+        kept[name] = after.clone()
+    if after is value:
+        return x
+    return after.reshape(x.shape) if scale == 1 else x + (after - value).reshape(x.shape) / scale
+
+
+def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """x ``[row, pos, …]`` with indexed writes applied to a copy; x itself if there are none."""
+    if not writes:
+        return x
+    x = x.clone()
+    for add, rows, slots, units, terms, constant in writes:
+        cells = tuple(i.to(x.device) for i in (rows, slots, units) if i is not None)
+        value = written(terms, constant, known, x)
+        if add:
+            x.index_put_(cells, value.expand(x[cells].shape), accumulate=True)
+        else:
+            x[cells] = value
+    return x
+
+
+def written(
+    terms: tuple[Any, ...], constant: torch.Tensor | None, known: dict[Any, torch.Tensor], like: torch.Tensor
+) -> torch.Tensor:
+    """The value of a source, one entry a cell."""
+    total = None if constant is None else constant.to(like.device, like.dtype)
+    for factor, name, worlds, positions, units, lift in terms:
+        table = known[name]
+        index = tuple(i.to(table.device) for i in (worlds, positions, units) if i is not None)
+        value = table[index].to(like.device)
+        value = value.unsqueeze(1) if lift else value
+        value = value if factor == 1 else value * factor
+        total = value if total is None else total + value
+    return total if total is not None else like.new_zeros(())
+
+
+def head_out(
+    model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """Keeps, or edits, what single heads add to the stream, at the place x where all of attention adds to it."""
+    _, name, writes, keep, z_name, heads, projection, post_norm, factor_name, scale = task
+    z = kept["aside", z_name].unflatten(-1, (heads, -1))
+    project = module_at(model, projection)
+    weight = None
+    if post_norm:
+        # With its scale frozen the norm multiplies by one factor a position and one weight a dim.
+        entering = kept["aside", factor_name]
+        weight = module_at(model, post_norm)(torch.ones_like(entering))
+        weighted = entering * weight
+        ratio = (x * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
+        weight = weight * ratio
+    if keep:
+        parts = []
+        for head in range(heads):
+            parts.append(head_write(project, z, torch.tensor(head), weight) * scale)
+        kept[name] = torch.stack(parts, 2)
+    if not writes:
+        return x
+    after = x.clone()
+    for add, rows, slots, units, terms, constant in writes:
+        rows, slots = rows.to(x.device), slots.to(x.device)
+        if units is None:  # every head of each cell
+            rows, slots = rows.repeat_interleave(heads), slots.repeat_interleave(heads)
+            units = torch.arange(heads, device=x.device).repeat(len(rows) // heads)
+            value = written(terms, constant, known, x)
+            value = value.expand(len(rows) // heads, heads, x.shape[-1]).flatten(0, 1)
+        else:
+            units = units.to(x.device)
+            value = written(terms, constant, known, x).expand(len(rows), x.shape[-1])
+        if not add:
+            live = head_write(project, z[rows, slots], units, None if weight is None else weight[rows, slots]) * scale
+            value = value - live
+        after.index_put_((rows, slots), value / scale, accumulate=True)
+    return after
+
+
+def head_write(project: Any, z: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """What one head writes, without the bias: z ``[…, head, d_head]`` → ``[…, d_model]``; ``heads`` is one number, or one a cell."""
+    only = torch.zeros_like(z)
+    if heads.ndim:
+        cell = torch.arange(len(z), device=z.device)
+        only[cell, heads] = z[cell, heads]
+    else:
+        only[..., heads, :] = z[..., heads, :]
+    flat = only.flatten(-2)
+    found = project(flat) - project(torch.zeros_like(flat[..., :1, :] if flat.ndim > 2 else flat[:1]))
+    return found if weight is None else found * weight
