@@ -21,7 +21,7 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, plots, toys
+from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
@@ -50,6 +50,7 @@ __all__ = [
     "logit",
     "logit_diff",
     "metric",
+    "models",
     "one_token",
     "open_result",
     "over_pairs",

@@ -5,9 +5,13 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tracepatch import models
+from tracepatch.errors import ModelError
 
 if TYPE_CHECKING:
+    from tracepatch.models import Model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 NAMES: tuple[str, ...] = ("gpt2", "llama", "gpt_neox", "gemma2")
@@ -18,10 +22,10 @@ def folder(name: str) -> Path:
     """The folder of a trained toy, which `AutoModelForCausalLM.from_pretrained` takes.
 
     Raises:
-        ValueError: No trained toy has this name.
+        ModelError: No trained toy has this name.
     """
     if name not in NAMES:
-        raise ValueError(f"no toy is called {name!r}; the trained ones are {', '.join(NAMES)}.")
+        raise ModelError(f"No toy is called {name!r}; the trained ones are {', '.join(NAMES)}.")
     return Path(__file__).parent / "weights" / name
 
 
@@ -32,16 +36,31 @@ def load_module(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
         name: One of `NAMES`, or `"wired"` for the model of `wired.wired` with its default saturation.
 
     Raises:
-        ValueError: No toy has this name.
+        ModelError: No toy has this name.
     """
     if name == "wired":
         from .wired import wired
 
         return wired()
     if name not in NAMES:
-        raise ValueError(f"no toy is called {name!r}; there are {', '.join(NAMES)} and wired.")
+        raise ModelError(f"No toy is called {name!r}; there are {', '.join(NAMES)} and wired.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = folder(name)
     model = AutoModelForCausalLM.from_pretrained(where, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(where, local_files_only=True)
+
+
+def load(name: str, **options: Any) -> "Model":
+    """A toy, loaded as `tracepatch.load` loads any model.
+
+    Args:
+        name: One of `NAMES`, or `"wired"`.
+        options: Those of `tracepatch.load`.
+
+    Raises:
+        ModelError: No toy has this name.
+    """
+    if name == "wired":
+        return models.load(*load_module(name), **options)
+    return models.load(folder(name), **options)

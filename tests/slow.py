@@ -1,0 +1,100 @@
+"""Recorded rows, measured the slow way: what each row says, evaluated with array indexing, one oracle forward a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from reference import Edit, Reference
+from torch import Tensor
+
+from tracepatch.prompts import Pairs
+from tracepatch.recording import Row
+from tracepatch.sites import Select, Site
+from tracepatch.tokens import EncodedPairs
+
+
+def index(select: Select) -> Any:
+    """The index as the user wrote it."""
+    if select.items is None:
+        return slice(*select.bounds)
+    return select.items[0] if select.scalar else list(select.items)
+
+
+def pick(value: Tensor, site: Site, split: bool) -> Tensor:
+    """What indexing an activation [pos, (unit), …] gives at a site, with integers dropping their dim."""
+    found = value[index(site.pos)]
+    if not split:
+        return found
+    return found[index(site.unit)] if site.pos.scalar else found[:, index(site.unit)]
+
+
+class Slow:
+    """The oracle for recorded rows of one model on some pairs."""
+
+    def __init__(self, model: Any, encoded: EncodedPairs) -> None:
+        self.reference, self.encoded = Reference(model), encoded
+        sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
+        self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
+        self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}
+
+    def edits(self, row: Row, pair: int) -> list[Edit]:
+        """The oracle's edits for a row."""
+        found = []
+        for edit in row.edits:
+            site, source = edit.site, edit.source.terms()
+            live = self.values[row.base, pair][site.component, site.layer]
+            split = live.ndim == 3 or site.component == "mlp_act"
+            target = pick(live, site, split)
+            value = torch.zeros_like(target)
+            for factor, part in source.values:
+                world = self.values[part.world, pair][part.site.component, part.site.layer]
+                term = pick(world, part.site, world.ndim == 3 or part.site.component == "mlp_act")
+                value = value + factor * (term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term)
+            if source.constant is not None:
+                value = value + source.constant.tensor.to(value.dtype)
+            value = value.expand(target.shape)
+            if site.pos.scalar:
+                value = value[None]
+            if split and site.unit.scalar:
+                value = value[:, None]
+            at = torch.arange(len(live))[index(site.pos)].reshape(-1).tolist()
+            units = torch.arange(live.shape[1])[index(site.unit)].reshape(-1).tolist() if split else None
+            found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set"))
+        return found
+
+    def logits(self, row: Row, pair: int) -> Tensor:
+        """The logits [pos, vocab] of a row."""
+        return self.reference.logits(self.ids[row.base, pair], self.edits(row, pair))
+
+    def base(self, world: str, pair: int) -> Tensor:
+        """The logits [pos, vocab] of an unpatched world."""
+        return self.values[world, pair]["logits", 0]
+
+    def score(self, rows: Iterable[Row], metric: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """[row, pair], with ``metric(logits [pos, vocab], pair)``."""
+        return torch.stack([torch.stack([metric(self.logits(r, i), i) for i in range(len(self.encoded))]) for r in rows])
+
+
+def gap(encoded: EncodedPairs) -> Callable[[Tensor, int], Tensor]:
+    """The logit difference at the last position, written down once more."""
+
+    def metric(logits: Tensor, pair: int) -> Tensor:
+        last = logits[-1].double()
+        return last[list(encoded.answer[pair])].mean() - last[list(encoded.wrong[pair])].mean()
+
+    return metric
+
+
+def made_up_pairs(words: list[str], seed: int = 0) -> Pairs:
+    """Three pairs of two lengths from a model's words; tokens differ in the middle, at the start and at two places."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, corrupted = [], []
+    for length, differing in ((7, (4,)), (7, (0,)), (8, (2, 5))):
+        ids = torch.randint(len(words), (length,), generator=generator).tolist()
+        other = [(i + 5) % len(words) if p in differing else i for p, i in enumerate(ids)]
+        clean.append(" ".join(words[i] for i in ids))
+        corrupted.append(" ".join(words[i] for i in other))
+    picks = torch.randperm(len(words), generator=generator).tolist()
+    return Pairs(clean, corrupted, [words[i] for i in picks[:3]], [words[i] for i in picks[3:6]], name="made up")

@@ -1,0 +1,86 @@
+"""Every number against one plain forward per patch: each component, both directions, four trained toys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ioi_pairs, toy
+from slow import Slow, gap
+from tiny_models import EIGHT, build, tokenizer
+from slow import made_up_pairs
+
+import tracepatch as tp
+from tracepatch.sources import OTHER
+
+BATCHES = {"gpt2": 7, "llama": None, "gpt_neox": 1, "gemma2": 64}
+
+
+def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
+    """Rows for every site of a component: single positions, all positions, slices, lists, single and several heads or neurons."""
+    kind = tp.COMPONENTS[name]
+    live, other = getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+    length = p.lengths[0]
+    layers = range(len(p.architecture)) if kind.layered else range(1)
+    number = 0
+    for layer in layers:
+        if not p.architecture.offers(name, layer):
+            continue
+        spots: list[Any] = [*range(0, length, thin), -1, slice(None), slice(1, None, 2), [0, length - 1], slice(-3, None)]
+        count = p.architecture.units(name, layer)
+        units: list[Any] = [()] if not kind.unit else [(0,), (count - 1,), (slice(None),), ([0, count // 2],)]
+        if kind.unit == "head":
+            units += [(h,) for h in range(1, count - 1)]
+        for unit in units:
+            for spot in spots if unit in ((), (0,)) else [slice(None), -1]:
+                site = (layer, spot, *unit) if kind.layered else (spot,)
+                with p.row(component=name, number=number):
+                    live[site] = other[site]
+                number += 1
+
+
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_every_component_equals_one_forward_per_patch(name: str, base: str) -> None:
+    model, pairs = toy(name), ioi_pairs(2)
+    worst: dict[str, float] = {}
+    for component in tp.COMPONENTS:
+        if not any(tp.Architecture(model).offers(component, i) for i in range(2)):
+            continue
+        with tp.patching(model, pairs, batch_size=BATCHES[name]) as p:
+            sweep(p, component, base, thin=3)
+        compare(model, p, worst)
+    assert len(worst) >= 9, worst
+
+
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize("model_type", EIGHT)
+def test_every_component_on_eight_architectures(model_type: str, base: str) -> None:
+    """Random weights, so that nothing is hidden by a trained model's habits; 11 layers once, for digits in paths."""
+    module = build(model_type, layers=11 if model_type == "llama" else 2)
+    model = tp.load(module, tokenizer())
+    pairs = made_up_pairs([f"w{i}" for i in range(30, 60)])
+    worst: dict[str, float] = {}
+    for component in tp.COMPONENTS:
+        with tp.patching(model, pairs) as p:
+            if not any(p.architecture.offers(component, i) for i in range(2)):
+                with p.row():
+                    p.clean.resid_pre[0, 0] = 0
+                continue
+            sweep(p, component, base, thin=4 if model_type != "llama" else 7)
+        compare(model, p, worst)
+
+
+def compare(model: Any, p: tp.Patching, worst: dict[str, float]) -> None:
+    """The plan's numbers against the oracle's; also that something happened at all."""
+    slow = Slow(tp.models.module_of(model), p.encoded)
+    wanted = slow.score(p.rows, gap(p.encoded))
+    found = torch.tensor(p.run()["value"].isel(component=0).values).T
+    scale = 1 + wanted.abs().max()
+    error = (found - wanted).abs().max() / scale
+    name = str(p.rows[0].labels["component"])
+    worst[name] = float(error)
+    assert error < 1e-5, f"{name}: {error:.2g}"
+    bases = torch.stack([gap(p.encoded)(slow.base(p.rows[0].base, i), i) for i in range(len(p.encoded))])
+    assert (wanted - bases).abs().max() > 1e-3, f"{name}: no patch moved the metric, so this compared nothing"
