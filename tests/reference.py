@@ -801,7 +801,7 @@ def _edited(live: Tensor, edit: Edit) -> Tensor:
     dims = DIMS[edit.component]
     chosen: dict[str, int | Sequence[int] | None] = dict.fromkeys(dims)
     unit_dim = next((dim for dim in dims if dim in UNITS), None)
-    if edit.unit is not None and unit_dim is None or edit.sources is not None and "src" not in dims:
+    if (edit.unit is not None and unit_dim is None) or (edit.sources is not None and "src" not in dims):
         raise ValueError(f"{edit.component} has dims {dims}")
     chosen["dest" if "dest" in dims else "pos"] = edit.positions
     if unit_dim:

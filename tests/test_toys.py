@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tracepatch import toys
-from tracepatch.toys import tasks, vocabulary
+from tracepatch.errors import ModelError
+from tracepatch.toys import tasks, train, vocabulary
 from tracepatch.toys.train import accuracy, encode, losses
 from tracepatch.toys.wired import LENGTH, wired, wired_pairs
 
@@ -194,12 +195,11 @@ def test_load_module_gives_models_ready_to_use(trained):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no toy is called 'gpt3'; there are gpt2, llama, gpt_neox, gemma2 and wired"):
+    with pytest.raises(ModelError, match="No toy is called 'gpt3'; there are gpt2, llama, gpt_neox, gemma2 and wired"):
         toys.load_module("gpt3")
-    with pytest.raises(
-        ValueError, match="no toy is called 'wired'; the trained ones are gpt2, llama, gpt_neox, gemma2"
-    ):
-        toys.folder("wired")
+    for unknown in (toys.folder, train.recipe):
+        with pytest.raises(ModelError, match="No toy is called 'wired'; the trained ones are gpt2, llama, gpt_neox"):
+            unknown("wired")
 
 
 def test_all_weights_together_are_small():
@@ -274,8 +274,6 @@ def changed(tokens: torch.Tensor, **config: object) -> float:
 
 
 def test_training_runs_and_is_deterministic(tmp_path):
-    from tracepatch.toys import train
-
     app = train.typer.Typer()
     app.command()(train.main)
     for folder in ("a", "b"):

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tracepatch.errors import ArchitectureError, ComponentError, listing
+from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.probe import POSITIONS, Attended, Blocks, Call, Layer, Overrides, Place, Sublayer, record, resolution
 from tracepatch.sites import COMPONENTS, component
@@ -78,6 +78,7 @@ class Architecture:
 
         Raises:
             ArchitectureError: There is no stack of blocks, or an override is not understood.
+            ModelError: A plain forward gives NaN or inf.
         """
         module = model if isinstance(model, nn.Module) else module_of(model)
         known = {"stack", "attn_out", "mlp_out"}
@@ -98,6 +99,7 @@ class Architecture:
             ids = _tokens(module)
             with torch.no_grad():
                 plain = module(ids, use_cache=False).logits
+            _require_finite(module, plain)
             with eager_attention(module):
                 calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
             logits = output.logits
@@ -365,6 +367,16 @@ def _tokens(module: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     # The first ids are often special tokens, which some models treat differently (padding).
     return torch.randint(min(3, len(weight) - 1), len(weight), (ROWS, POSITIONS), generator=generator).to(weight.device)
+
+
+def _require_finite(module: Any, logits: torch.Tensor) -> None:
+    if bool(torch.isfinite(logits).all()):
+        return
+    bad = [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]
+    raise ModelError(
+        f"{type(module).__name__} gives NaN or inf on a plain forward of random tokens. "
+        + (f"These weights are not finite:\n{listing(bad)}\nLoad another checkpoint." if bad else "Its weights are finite: try bfloat16 or float32.")
+    )
 
 
 def _stack(module: Any, given: str) -> tuple[str, int]:

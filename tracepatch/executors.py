@@ -150,8 +150,8 @@ class _Run:
         bad = [f"pair {pair}, {world} run: {self._describe(v)}" for (pair, world), v in zip(runs, values, strict=True) if not np.isfinite(v).all()]
         if bad:
             raise MeasurementError(
-                f"The unpatched model gives numbers that are not finite.\n{listing(bad)}\nNothing was patched yet: look at its weights and "
-                "dtype (float16 overflows in some models; try bfloat16 or float32)."
+                f"The metric of unpatched runs is not finite.\n{listing(bad)}\nNothing was patched yet: look at the metric, and at the model's dtype "
+                "(float16 overflows in some models; try bfloat16 or float32)."
             )
         for (pair, world), value in zip(runs, values, strict=True):
             self.baselines[world][pair] = value

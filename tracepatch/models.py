@@ -36,6 +36,7 @@ from tracepatch.errors import ModelError, listing
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
 _REMOTE: WeakKeyDictionary[Model, bool | str] = WeakKeyDictionary()
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -154,6 +155,10 @@ def _refuse_encoders(config: Any, source: str) -> None:
 def _tokenizer(source: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     if isinstance(source, PreTrainedTokenizerBase):
         return source
+    path = Path(source)
+    # Without these files transformers makes up an empty tokenizer for some model types.
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"The folder {str(source)!r} holds no tokenizer: pass tokenizer= (a tokenizer, a repo id or a folder).")
     try:
         return AutoTokenizer.from_pretrained(
             source, **{k: v for k, v in options.items() if k in ("revision", "trust_remote_code", "token", "cache_dir")}

@@ -548,6 +548,8 @@ def _choose(group: list[_Branch], combination: tuple[Call, ...], scales: list[fl
 def _fit(target: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
     matrix = torch.stack([p.reshape(-1).double() for p in parts], 1)
     wanted = target.reshape(-1)
+    if not (matrix.isfinite().all() and wanted.isfinite().all()):
+        return [1.0] * len(parts), float("inf")
     solution = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
     # A multiplier in a config has few digits; the rounded one is the true one.
     scales = [float(f"{s:.6g}") for s in solution.tolist()]

@@ -132,12 +132,13 @@ def perform(
         return head_out(model, task, x, known, kept)
     if task[0] == "resid_mid":
         _, name, writes, keep, stream, scale = task
-        middle = kept["aside", stream] + (x if scale == 1 else x * scale)
+        entering = kept["aside", stream]
+        middle = entering + (x if scale == 1 else x * scale)
         after = edited(middle, writes, known)
         if keep:
             kept[name] = after.clone()
-        # An edit of the sum is an edit of its last summand; where nothing changes the difference is exactly 0.
-        return x if after is middle else x + (after - middle) / scale
+        # An edit of the sum is an edit of its last summand; what is not edited stays as it is to the last bit.
+        return x if after is middle else torch.where(after == middle, x, (after - entering) / scale)
     _, name, writes, keep, heads, scale = task
     value = x if scale == 1 else x * scale
     value = value.unflatten(-1, (heads, -1)) if heads else value

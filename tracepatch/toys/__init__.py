@@ -11,8 +11,9 @@ from tracepatch import models
 from tracepatch.errors import ModelError
 
 if TYPE_CHECKING:
-    from tracepatch.models import Model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tracepatch.models import Model
 
 NAMES: tuple[str, ...] = ("gpt2", "llama", "gpt_neox", "gemma2")
 """The trained toys."""

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from tracepatch.errors import ModelError
+
 from . import NAMES, folder, tasks, vocabulary
 
 LENGTH = 64
@@ -56,7 +58,11 @@ class Recipe:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of one of `NAMES`."""
+    """The recipe of one of `NAMES`.
+
+    Raises:
+        ModelError: No trained toy has this name.
+    """
     words = 4 + len(vocabulary.task_words())
     ids = {"pad_token_id": vocabulary.PAD, "eos_token_id": vocabulary.EOS, "bos_token_id": vocabulary.BOS}
     common = {
@@ -92,7 +98,7 @@ def recipe(name: str) -> Recipe:
                 final_logit_softcapping=15.0,
             )
             return Recipe(config, seed=0, prepend_bos=True)
-    raise ValueError(f"no toy is called {name!r}; the trained ones are {', '.join(NAMES)}.")
+    raise ModelError(f"No toy is called {name!r}; the trained ones are {', '.join(NAMES)}.")
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompts: tasks.Prompts) -> tuple[torch.Tensor, torch.Tensor]:
