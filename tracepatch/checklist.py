@@ -10,7 +10,7 @@ import torch
 
 from tracepatch.errors import PromptError, listing
 from tracepatch.models import Model, last_logits, require_ready
-from tracepatch.tokens import EncodedPairs
+from tracepatch.tokens import EncodedPairs, shown
 
 Verdict: TypeAlias = Literal["ok", "note", "FAIL"]
 
@@ -53,7 +53,7 @@ def check_pairs(model: Model, encoded: EncodedPairs | None, offenders: list[str]
     require_ready(model)
     if encoded is None:
         return Checklist((Check("FAIL", f"{len(offenders)} answers are not one token", tuple(offenders)),))
-    checks = [Check("ok", f"{len(encoded)} pairs; {encoded.bos}"), _lengths(encoded)]
+    checks = [Check("ok", f"{len(encoded)} pairs; {encoded.bos}"), _lengths(encoded), *_unknown_words(encoded)]
     if any(encoded.answer) or any(encoded.wrong):
         checks.append(_answers(encoded))
     if checks[1].verdict != "FAIL":
@@ -71,6 +71,13 @@ def _lengths(encoded: EncodedPairs) -> Check:
     shared = sorted(set(encoded.lengths))
     tokens = f"{shared[0]} tokens each" if len(shared) == 1 else f"{shared[0]} to {shared[-1]} tokens, the same on both sides of each pair"
     return Check("ok", f"prompts can be compared position by position: {tokens}")
+
+
+def _unknown_words(encoded: EncodedPairs) -> list[Check]:
+    unknown = encoded.tokenizer.unk_token_id
+    texts = [*zip(encoded.clean, encoded.clean_prompts, strict=True), *zip(encoded.corrupted or (), encoded.corrupted_prompts, strict=True)]
+    bad = tuple(shown(prompt) for ids, prompt in texts if unknown is not None and unknown in ids)
+    return [Check("FAIL", f"{len(bad)} prompts have tokens that are not in the vocabulary", bad)] if bad else []
 
 
 def _answers(encoded: EncodedPairs) -> Check:

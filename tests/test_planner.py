@@ -1,0 +1,157 @@
+"""What is planned: golden texts, exact counts, and that whatever was pruned would have measured zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ioi_pairs, toy
+
+import tracepatch as tp
+from tracepatch.plan import Proof
+
+EXPLAINED = """\
+42 rows × 2 pairs on gpt2 (3 layers)
+  metric       logit_diff [logits] at position -1
+  patches      84
+          -62  writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value
+           22  to be measured
+  traced runs  2: 1 for the 4 unpatched worlds, 1 of up to 23 rows (one of them an unpatched witness)
+  forwards     27 instead of 88 (3.3 × fewer)
+  memory       about 1.67 MB a run, budget 1.07 GB"""
+
+MIXED = """\
+9 rows × 2 pairs on gpt2 (3 layers)
+  metric       logit_diff [logits] at position -1; kl [nats] at position -1
+  patches      17 (1 more have no such position in their pair)
+           -2  writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value
+           -6  cannot reach the metric: after the last position read, or beside it with no attention left to carry it
+           -2  each of its positions falls under one of the two proofs above
+           -2  the same edits on the same pair are measured once
+            5  to be measured
+  traced runs  7: 2 for the 4 unpatched worlds, 5 of up to 2 rows (one of them an unpatched witness)
+  forwards     14 instead of 21 (1.5 × fewer)
+  memory       about 190 kB a run, budget 1.07 GB"""
+
+
+def mixed(p: tp.Patching) -> None:
+    """A row for each thing that planning can find."""
+    longest = p.lengths[-1]
+    with p.row(name="equal"):
+        p.corrupted.z[1, 2, 0] = p.clean.z[1, 2, 0]
+    with p.row(name="beside"):
+        p.corrupted.mlp_out[-1, -2] = p.clean.mlp_out[-1, -2]
+    with p.row(name="both"):
+        p.corrupted.z[1, 2, 0] = p.clean.z[1, 2, 0]
+        p.corrupted.mlp_out[-1, :-1] = p.clean.mlp_out[-1, :-1]
+    with p.row(name="one"):
+        p.corrupted.z[0, -1, 1] = 0
+    with p.row(name="twin"):
+        p.corrupted.z[0, -1, 1] = 0.0
+    with p.row(name="other"):
+        p.corrupted.z[0, -1, 1] = p.clean.z[0, -1, 1]
+    with p.row(name="not everywhere"):
+        p.corrupted.mlp_out[-1, longest - 1] = 0
+    with p.row(name="logits"):
+        p.corrupted.logits[0] = 0
+    with p.row(name="unread"):
+        p.corrupted.resid_post[-1, 3] = 0
+
+
+def test_explain_a_sweep(gpt2: Any) -> None:
+    with tp.patching(gpt2, ioi_pairs(2)) as p:
+        for layer, pos in p.grid("resid_pre"):
+            with p.row(layer=layer, pos=pos):
+                p.corrupted.resid_pre[layer, pos] = p.clean.resid_pre[layer, pos]
+    assert p.plan is not None
+    assert p.plan.explain() == EXPLAINED
+
+
+def test_explain_everything_else(gpt2: Any) -> None:
+    one, two = ioi_pairs(1, 0), ioi_pairs(1, 1)
+    pairs = tp.Pairs(one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong)  # type: ignore[operator]
+    with tp.patching(gpt2, pairs, [tp.logit_diff, tp.kl], batch_size=1) as p:
+        mixed(p)
+    assert p.plan is not None
+    assert p.plan.explain() == MIXED
+    found = {row.labels["name"]: Proof(p.plan.proofs[i, 1]).name for i, row in enumerate(p.rows)}
+    assert found == {
+        "equal": "EQUAL",
+        "beside": "UNREACHABLE",
+        "both": "BOTH",
+        "one": "NONE",
+        "twin": "IDENTICAL",
+        "other": "NONE",
+        "not everywhere": "NONE",
+        "logits": "UNREACHABLE",
+        "unread": "UNREACHABLE",
+    }
+    result = p.run()
+    assert result["status"].sel(name="not everywhere").values.tolist() == [int(tp.Status.ABSENT), int(tp.Status.MEASURED)]
+    assert np.isnan(result["value"].sel(name="not everywhere", pair=0)).all()
+    twins = result["value"].sel(name=["one", "twin"]).values
+    assert (twins[..., 0] == twins[..., 1]).all()
+
+
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_whatever_is_pruned_measures_zero(name: str) -> None:
+    model = toy(name)
+    pairs = ioi_pairs(1, 2)
+    for component in tp.COMPONENTS:
+        if not tp.Architecture(model).offers(component, 0):
+            continue
+        kind = tp.COMPONENTS[component]
+        by = ("layer", "pos") if kind.layered else ("pos",)
+        for direction in ("denoising", "noising"):
+            pruned = tp.patch(model, pairs, component, by=by, direction=direction)
+            measured = tp.patch(model, pairs, component, by=by, direction=direction, prune=False)
+            zero = pruned["status"] == tp.Status.PROVED_ZERO
+            assert zero.any()
+            assert (pruned["effect"].where(zero, 0) == 0).all()
+            assert float(abs(measured["effect"].where(zero, 0)).max()) < 1e-4, (component, direction)
+
+
+def test_the_first_layers_stream_is_local() -> None:
+    """Before any attention a value depends on its own token, so that positions after the difference are inert as well."""
+    model, pairs = toy("gpt2"), ioi_pairs(1)
+    (position,) = pairs.encode(model.tokenizer).differing(0)
+    status = tp.patch(model, pairs, "resid_pre", only={"layer": [0]})["status"].values[0, 0]
+    assert np.flatnonzero(status == tp.Status.MEASURED).tolist() == [position]
+
+
+def test_a_later_set_overrides(gpt2: Any, pairs: tp.Pairs) -> None:
+    with tp.patching(gpt2, pairs) as p:
+        with p.row(name="twice"):
+            p.corrupted.head_out[1, -1, 2] = 5.0
+            p.corrupted.head_out[1, -1, 2] += 1.0
+            p.corrupted.head_out[1, -1, 2] = p.clean.head_out[1, -1, 2]
+        with p.row(name="once"):
+            p.corrupted.head_out[1, -1, 2] = p.clean.head_out[1, -1, 2]
+    assert p.plan is not None
+    assert p.plan.jobs == len(pairs)
+
+
+def test_jobs_carry_where_they_begin(gpt2: Any, pairs: tp.Pairs) -> None:
+    with tp.patching(gpt2, pairs) as p, p.row(name="joint"):
+        p.corrupted.mlp_out[2, -1] = 0
+        p.corrupted.z[1, 5:, 0] = 0
+    assert p.plan is not None
+    (job, *_), *_ = [b.jobs for g in p.plan.groups for b in g.batches]
+    assert (job.birth, job.start) == (1, 5)
+    assert [w.component for w in job.writes] == ["z", "mlp_out"]
+
+
+def test_memory_bounds_a_run(gpt2: Any, pairs: tp.Pairs) -> None:
+    def largest(**options: Any) -> int:
+        with tp.patching(gpt2, pairs, **options) as p:
+            for layer, head in p.grid("z", by=("layer", "head")):
+                with p.row(layer=layer, head=head):
+                    p.corrupted.z[layer, :, head] = 0
+        assert p.plan is not None
+        return max(len(b.jobs) for g in p.plan.groups for b in g.batches)
+
+    assert largest() == 36
+    assert largest(batch_size=5) == 5
+    assert largest(memory=1_000_000) < 12
+    assert largest(memory=1) == 1
