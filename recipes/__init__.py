@@ -1,7 +1,7 @@
 """The experiments of the field, as files that read like a methods section.
 
-``from tracepatch.recipes import ioi`` gives the recipes of a file, to be applied to any model; ``tracepatch run ioi`` runs its experiment.
-A file that the command line can run has
+``from tracepatch.recipes import ioi`` gives the recipes of a file, to be applied to any model; ``tracepatch run ioi``
+runs its experiment. A file that the command line can run has
 
 * a docstring: the paper, the question, and what to expect;
 * ``prompts(tokenizer, count, seed) -> tp.Pairs``;

@@ -1,16 +1,18 @@
 """Indirect object identification: which activations tell who is given the bag?
 
-"When John and Mary went to the store, John gave the bag to" continues with " Mary": the name that stands there once, not the one that is
-repeated. Wang et al. (2022), *Interpretability in the Wild* (arXiv:2211.00593), found the circuit that does this in GPT-2 small.
+"When John and Mary went to the store, John gave the bag to" continues with " Mary": the name that stands there once,
+not the one that is repeated. Wang et al. (2022), *Interpretability in the Wild* (arXiv:2211.00593), found the circuit
+that does this in GPT-2 small.
 
-The corrupted prompt replaces the second mention of the subject by the other name, so that the right answer is exchanged with the wrong
-one. Clean values are written into the corrupted run (denoising): an effect of 1 says that this activation suffices to bring the clean answer
-back. Every pair is used in both roles, so that no name is special.
+The corrupted prompt replaces the second mention of the subject by the other name, so that the right answer is exchanged
+with the wrong one. Clean values are written into the corrupted run (denoising): an effect of 1 says that this
+activation suffices to bring the clean answer back. Every pair is used in both roles, so that no name is special.
 
-What to expect. The residual stream carries the information at the changed token in early layers and at the last token in late ones; where
-it moves from one to the other, attention outputs and single heads light up. In GPT-2 small these are the S-inhibition heads (layers 7 and 8) and
-the name movers (layers 9 and 10); MLPs matter little beyond the first. A denoising sweep does not find components whose work is backed up
-by others, and negative name movers show up as effects below 0.
+What to expect. The residual stream carries the information at the changed token in early layers and at the last token
+in late ones; where it moves from one to the other, attention outputs and single heads light up. In GPT-2 small these
+are the S-inhibition heads (layers 7 and 8) and the name movers (layers 9 and 10); MLPs matter little beyond the first.
+Negative name movers show up as effects below 0. A denoising sweep misses parts that only work together; a noising sweep
+misses parts whose work others take over.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import random
 import tracepatch as tp
 
 NAMES = """
-    John Mary Tom James Dan Sean Mark Alice Robert Michael David William Richard Joseph Thomas Charles Daniel Matthew Anthony Steven Paul
-    Andrew Kevin Brian George Edward Jason Ryan Jacob Eric Jonathan Stephen Justin Scott Brandon Benjamin Samuel Frank Jennifer Elizabeth
-    Susan Jessica Sarah Karen Lisa Nancy Ashley Emily Michelle Laura Rebecca Rachel Anna Amy Kate Jane Emma
+    John Mary Tom James Dan Sean Mark Alice Robert Michael David William Richard Joseph Thomas Charles Daniel Matthew
+    Anthony Steven Paul Andrew Kevin Brian George Edward Jason Ryan Jacob Eric Jonathan Stephen Justin Scott Brandon
+    Benjamin Samuel Frank Jennifer Elizabeth Susan Jessica Sarah Karen Lisa Nancy Ashley Emily Michelle Laura Rebecca
+    Rachel Anna Amy Kate Jane Emma
 """.split()
 PLACES = ("store", "park", "school", "office", "garden", "house", "station", "restaurant")
 OBJECTS = ("bag", "drink", "book", "ring", "ball", "snack", "key", "letter")
@@ -37,10 +40,13 @@ def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
         count: How many pairs; rounded up to an even number.
         seed: The same seed gives the same pairs, as long as the same words are one token.
     """
-    names, places, things = (tp.one_token(tokenizer, [f" {word}" for word in words]) for words in (NAMES, PLACES, OBJECTS))
+    names, places, things = (
+        tp.one_token(tokenizer, [f" {word}" for word in words]) for words in (NAMES, PLACES, OBJECTS)
+    )
     if len(names) < 2 or not places or not things:
         raise tp.errors.PromptError(
-            f"This tokenizer has {len(names)} of our {len(NAMES)} names, {len(places)} of {len(PLACES)} places and {len(things)} of "
+            f"This tokenizer has {len(names)} of our {len(NAMES)} names, {len(places)} of {len(PLACES)} "
+            f"places and {len(things)} of "
             f"{len(OBJECTS)} objects as one token; the task needs two names, a place and an object."
         )
     rng = random.Random(seed)
@@ -49,7 +55,12 @@ def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
         first, second = rng.sample(names, 2)
         # ABBA and BABA in turn: the subject is named second, then first.
         subject, other = (second, first) if number % 2 == 0 else (first, second)
-        words = {"first": first.strip(), "second": second.strip(), "place": rng.choice(places).strip(), "thing": rng.choice(things).strip()}
+        words = {
+            "first": first.strip(),
+            "second": second.strip(),
+            "place": rng.choice(places).strip(),
+            "thing": rng.choice(things).strip(),
+        }
         clean.append(TEMPLATE.format(subject=subject.strip(), **words))
         corrupted.append(TEMPLATE.format(subject=other.strip(), **words))
         answer.append(other)

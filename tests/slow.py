@@ -51,7 +51,9 @@ class Slow:
             for factor, part in source.values:
                 world = self.values[part.world, pair][part.site.component, part.site.layer]
                 term = pick(world, part.site, world.ndim == 3 or part.site.component == "mlp_act")
-                value = value + factor * (term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term)
+                value = value + factor * (
+                    term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term
+                )
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
             value = value.expand(target.shape)
@@ -61,7 +63,9 @@ class Slow:
                 value = value[:, None]
             at = torch.arange(len(live))[index(site.pos)].reshape(-1).tolist()
             units = torch.arange(live.shape[1])[index(site.unit)].reshape(-1).tolist() if split else None
-            found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set"))
+            found.append(
+                Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set")
+            )
         return found
 
     def logits(self, row: Row, pair: int) -> Tensor:
@@ -74,7 +78,9 @@ class Slow:
 
     def score(self, rows: Iterable[Row], metric: Callable[[Tensor, int], Tensor]) -> Tensor:
         """[row, pair], with ``metric(logits [pos, vocab], pair)``."""
-        return torch.stack([torch.stack([metric(self.logits(r, i), i) for i in range(len(self.encoded))]) for r in rows])
+        return torch.stack(
+            [torch.stack([metric(self.logits(r, i), i) for i in range(len(self.encoded))]) for r in rows]
+        )
 
 
 def gap(encoded: EncodedPairs) -> Callable[[Tensor, int], Tensor]:

@@ -1,4 +1,5 @@
-"""What the probe finds, proved again from outside: by plain hooks, by the oracle's hand-written tables, and through traces."""
+"""What the probe finds, proved again from outside: by plain hooks, by the oracle's hand-written tables, and "
+"through traces."""
 
 from __future__ import annotations
 
@@ -12,20 +13,37 @@ from torch import nn
 
 import tracepatch as tp
 from tracepatch import errors, trace
-from tracepatch.architecture import adopt, architecture_of
+from tracepatch.architecture import architecture_of
 from tracepatch.layout import stops
 
 IDS = torch.tensor([[7, 33, 41, 12, 50, 8, 29]])
 CAPTURED = [c for c in tp.COMPONENTS if c != "logits"]
 
 
-def captured(model: Any, writes: dict[Any, Any] | None = None, keep: bool = True) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+def captured(
+    model: Any, writes: dict[Any, Any] | None = None, keep: bool = True
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """Every offered component of one traced forward, and its logits."""
     architecture = architecture_of(model)
-    keys = [(c, i) for c in CAPTURED for i in range(len(architecture)) if architecture.offers(c, i) and (i == 0 or tp.COMPONENTS[c].layered)]
+    keys = [
+        (c, i)
+        for c in CAPTURED
+        for i in range(len(architecture))
+        if architecture.offers(c, i) and (i == 0 or tp.COMPONENTS[c].layered)
+    ]
     keys = [k for k in keys if k[0] != "resid_post"] + [("resid_pre", len(architecture))]
     visited = stops(architecture, keys if keep else (), writes or {})
-    kept, _ = trace.forward(model, IDS, visited, {}, torch.arange(7), {}, (), ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}),), True)
+    kept, _ = trace.forward(
+        model,
+        IDS,
+        visited,
+        {},
+        torch.arange(7),
+        {},
+        (),
+        ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}),),
+        True,
+    )
     return kept, kept["logits", 0][0]
 
 
@@ -49,7 +67,9 @@ def test_places_agree_with_a_table_written_by_hand(model: Any) -> None:
     for (component, layer), value in kept.items():
         if component == "aside":
             continue
-        name, at = ("resid_post", layer - 1) if (component, layer) == ("resid_pre", len(architecture)) else (component, layer)
+        name, at = (
+            ("resid_post", layer - 1) if (component, layer) == ("resid_pre", len(architecture)) else (component, layer)
+        )
         wanted = values[name, at]
         assert value[0].shape == wanted.shape
         assert (value[0] - wanted).abs().max() <= 2e-6 * (1 + wanted.abs().max()), (component, layer)
@@ -117,16 +137,27 @@ GPT2LMHeadModel (gpt2): 3 layers, d_model 64, vocabulary 161, float32
 def test_it_prints_what_it_found(gpt2: Any) -> None:
     assert str(tp.Architecture(gpt2)).startswith(GPT2_PRINTED)
     printed = str(tp.Architecture(tp.toys.load("gemma2")))
-    for part in ("writes through post_attention_layernorm", "2 kv heads", "4 heads of 16", "reads through pre_feedforward_layernorm"):
+    for part in (
+        "writes through post_attention_layernorm",
+        "2 kv heads",
+        "4 heads of 16",
+        "reads through pre_feedforward_layernorm",
+    ):
         assert part in printed, printed
 
 
 def test_probing_leaves_the_model_alone(gpt2: Any) -> None:
     module = tp.models.module_of(gpt2)
-    before = module.config._attn_implementation, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    before = (
+        module.config._attn_implementation,
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
+    )
     state = torch.random.get_rng_state()
     tp.Architecture(gpt2)
-    assert before == (module.config._attn_implementation, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()])
+    assert before == (
+        module.config._attn_implementation,
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
+    )
     assert torch.equal(state, torch.random.get_rng_state())
     assert not module.training
 
@@ -158,7 +189,9 @@ def hidden_gate(module: Any) -> None:
         block.mlp = Doubled(block.mlp)
         original, gate = block.forward, torch.linspace(0.5, 1.5, module.config.n_embd)
 
-        def forward(x: torch.Tensor, *args: Any, block: Any = block, original: Any = original, gate: Any = gate, **kwargs: Any) -> Any:
+        def forward(
+            x: torch.Tensor, *args: Any, block: Any = block, original: Any = original, gate: Any = gate, **kwargs: Any
+        ) -> Any:
             middle = x + block.attn(block.ln_1(x), *args, **kwargs)[0]
             return middle + gate * block.mlp(block.ln_2(middle))
 
@@ -178,7 +211,8 @@ def test_a_layer_that_cannot_be_proved(pairs: tp.Pairs) -> None:
     for part in (
         "Layer 1 of this gpt2 (GPT2Block) has no mlp_out: the residual sum of this layer does not close.",
         "transformer.h.1.mlp.inner.c_proj.output leaves the sum open by ",
-        "overrides={'attn_out': 'PATH.output', …}",
+        "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …})",
+        "tp.adopt(model, found)",
         "It has: embed, resid_pre, z, head_out, attn_out,",
     ):
         assert part in str(error.value), str(error.value)
@@ -189,7 +223,9 @@ def test_a_layer_that_cannot_be_proved(pairs: tp.Pairs) -> None:
 def test_overrides_go_through_the_same_proof() -> None:
     module = build("gpt2")
     right = tp.Architecture(module, {"stack": "transformer.h", "attn_out": "transformer.h.{layer}.attn.c_proj.output"})
-    assert [str(layer.sublayers[0].out) for layer in right.layers] == [f"transformer.h.{i}.attn.c_proj.output" for i in range(3)]
+    assert [str(layer.sublayers[0].out) for layer in right.layers] == [
+        f"transformer.h.{i}.attn.c_proj.output" for i in range(3)
+    ]
     wrong = tp.Architecture(module, {"attn_out": "transformer.h.{layer}.ln_1.output"})
     assert not wrong.offers("attn_out", 0)
     with pytest.raises(errors.ComponentError, match=r"transformer.h.0.ln_1.output leaves the sum open"):
@@ -206,7 +242,7 @@ def test_overrides_go_through_the_same_proof() -> None:
 def test_an_adopted_architecture_is_the_one_that_is_used(pairs: tp.Pairs) -> None:
     model = tp.load(*tp.toys.load_module("gpt2"))
     narrow = tp.Architecture(model, {"attn_out": "transformer.h.{layer}.ln_1.output"})
-    adopt(model, narrow)
+    tp.adopt(model, narrow)
     with pytest.raises(errors.ComponentError, match="no attn_out"):
         tp.patch(model, pairs, "attn_out")
 
@@ -217,7 +253,9 @@ def test_a_model_without_causality_is_not_pruned() -> None:
     for layer in module.model.layers:
         original = layer.self_attn.forward
         layer.self_attn.forward = lambda hidden_states, attention_mask=None, original=original, **k: original(
-            hidden_states, attention_mask=torch.ones(1, 1, hidden_states.shape[1], hidden_states.shape[1], dtype=torch.bool), **k
+            hidden_states,
+            attention_mask=torch.ones(1, 1, hidden_states.shape[1], hidden_states.shape[1], dtype=torch.bool),
+            **k,
         )
     model = tp.load(module, tokenizer())
     assert not tp.Architecture(model).causal

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ioi_pairs, toy
+from conftest import toy
 from tiny_models import build, tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2Model
 
@@ -35,7 +35,8 @@ def test_unequal_lengths(gpt2: Any) -> None:
         pass
     assert str(error.value) == (
         "1 of 2 pairs cannot be compared position by position.\n"
-        "  pair 1: clean has 7 tokens, corrupted has 9   'When Tom and Dan left, Tom' / 'When Tom and Dan left the store, Tom'\n"
+        "  pair 1: clean has 7 tokens, corrupted has 9   'When Tom and Dan left, Tom' / 'When Tom and Dan "
+        "left the store, Tom'\n"
         "Reword one prompt of each pair until the counts agree."
     )
 
@@ -44,14 +45,25 @@ def test_clean_equals_corrupted(gpt2: Any) -> None:
     pairs = tp.Pairs(["When John and Mary", "When Tom"], ["When John and Dan", "When Tom"], " Mary", " Dan")
     with pytest.raises(errors.PromptError) as error, tp.patching(gpt2, pairs):
         pass
-    says(error, "In 1 of 2 pairs the clean and the corrupted prompt are the same tokens", "pair 1: 'When Tom'", "leave the pair out")
+    says(
+        error,
+        "In 1 of 2 pairs the clean and the corrupted prompt are the same tokens",
+        "pair 1: 'When Tom'",
+        "leave the pair out",
+    )
 
 
 def test_answers_that_are_not_one_token(gpt2: Any) -> None:
     pairs = tp.Pairs(["When John", "When Mary"], ["When Tom", "When Dan"], [" Mary Ann", 10_000], [" Maryam", " Dan"])
     with pytest.raises(errors.PromptError) as error:
         pairs.encode(gpt2.tokenizer)
-    says(error, "3 answers are not one token", "pair 0: ' Mary Ann' is", "pair 1: 10000 is no id of a vocabulary of 161", "' Maryam' is not in the")
+    says(
+        error,
+        "3 answers are not one token",
+        "pair 0: ' Mary Ann' is",
+        "pair 1: 10000 is no id of a vocabulary of 161",
+        "' Maryam' is not in the",
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +83,10 @@ def test_pairs_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
 
 def test_no_corrupted_prompts(gpt2: Any) -> None:
     pairs = tp.Pairs("When John and Mary", answer=" Mary", wrong=" John")
-    with pytest.raises(errors.PromptError, match="no corrupted prompts: patch from other sources"), tp.patching(gpt2, pairs) as p:
+    with (
+        pytest.raises(errors.PromptError, match="no corrupted prompts: patch from other sources"),
+        tp.patching(gpt2, pairs) as p,
+    ):
         p.corrupted  # noqa: B018
     with pytest.raises(errors.PromptError, match="no roles to exchange"):
         pairs.both_roles()
@@ -116,7 +131,8 @@ def test_resid_mid_in_a_parallel_block(pairs: tp.Pairs) -> None:
         p.clean.resid_mid[0, 0]
     says(
         error,
-        "Layer 0 of this gpt_neox (GPTNeoXLayer) has no resid_mid: attention and MLP read the same stream in a parallel block",
+        "Layer 0 of this gpt_neox (GPTNeoXLayer) has no resid_mid: attention and MLP read the same stream in "
+        "a parallel block",
         "It has: embed, resid_pre, z, head_out, attn_out, mlp_act, mlp_out, resid_post, logits.",
     )
 
@@ -138,7 +154,10 @@ def test_an_edit_outside_a_row(gpt2: Any, pairs: tp.Pairs) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"layer": 1}, "The label layer=1 contradicts the row's edits, none of which touches it: corrupted.z[0, -1, 2] = 0"),
+        (
+            {"layer": 1},
+            "The label layer=1 contradicts the row's edits, none of which touches it: corrupted.z[0, -1, 2] = 0",
+        ),
         ({"pos": 3}, "The label pos=3 contradicts"),
         ({"head": 1}, "The label head=1 contradicts"),
         ({"neuron": 2}, "The label neuron=2 contradicts"),
@@ -156,7 +175,14 @@ def test_labels_that_contradict(gpt2: Any, pairs: tp.Pairs, labels: dict[str, An
 
 def test_labels_that_agree(gpt2: Any, pairs: tp.Pairs) -> None:
     p = tp.patching(gpt2, pairs)
-    for labels in ({"layer": 0, "head": 2}, {"layer": -3, "pos": 13}, {"pos": -1}, {"head": -2}, {"component": "z"}, {"window": 3}):
+    for labels in (
+        {"layer": 0, "head": 2},
+        {"layer": -3, "pos": 13},
+        {"pos": -1},
+        {"head": -2},
+        {"component": "z"},
+        {"window": 3},
+    ):
         with p.row(**labels):
             p.corrupted.z[0, -1, 2] = 0
     assert len(p.rows) == 6
@@ -185,7 +211,10 @@ def test_rows_that_cannot_be(gpt2: Any, pairs: tp.Pairs) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: p.clean.mlp_act[0, -1], "is a vector over neuron and does not fit z[0, -1, 2], a vector over d_head"),
+        (
+            lambda p: p.clean.mlp_act[0, -1],
+            "is a vector over neuron and does not fit z[0, -1, 2], a vector over d_head",
+        ),
         (lambda p: p.clean.z[0, :, 2], "clean.z[0, :, 2] has 14 pos entries and does not fit z[0, -1, 2], which has 1"),
         (lambda p: torch.zeros(15), "A tensor of shape [15] does not fit z[0, -1, 2], which is [d_head 16]"),
         (lambda p: "mean", "'mean' cannot be written at a site"),
@@ -286,7 +315,9 @@ def test_models_without_logits(tmp_path: Path) -> None:
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(errors.ModelError, match=r"is an encoder \(BertForMaskedLM\): it has no next-token logits"):
         tp.load(tmp_path / "bert")
-    GPT2Model(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "base")
+    GPT2Model(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)).save_pretrained(
+        tmp_path / "base"
+    )
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(errors.ModelError, match=r"lacks 1 weights of GPT2LMHeadModel.*\n  lm_head.weight"):
@@ -294,7 +325,9 @@ def test_models_without_logits(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_model(tmp_path: Path) -> None:
-    with pytest.raises(errors.ModelError, match="a folder without config.json. Pass a folder written by save_pretrained"):
+    with pytest.raises(
+        errors.ModelError, match="a folder without config.json. Pass a folder written by save_pretrained"
+    ):
         tp.load(tmp_path)
     (tmp_path / "file.bin").write_text("")
     with pytest.raises(errors.ModelError, match="is not a model: it is a file"):
@@ -325,13 +358,20 @@ def test_nan_in_the_model(pairs: tp.Pairs) -> None:
         module.transformer.h[1].mlp.c_proj.bias[0] = float("nan")
     with pytest.raises(errors.ModelError) as error:
         tp.patch(tp.load(module, words), pairs, "resid_pre")
-    says(error, "gives NaN or inf on a plain forward", "These weights are not finite:\n  transformer.h.1.mlp.c_proj.bias")
+    says(
+        error, "gives NaN or inf on a plain forward", "These weights are not finite:\n  transformer.h.1.mlp.c_proj.bias"
+    )
 
 
 def test_nan_in_the_unpatched_metric(gpt2: Any, pairs: tp.Pairs) -> None:
     with pytest.raises(errors.MeasurementError) as error:
         tp.patch(gpt2, pairs, "resid_pre", lambda logits: (logits[:, 0] - 1e9).log())
-    says(error, "The metric of unpatched runs is not finite.", "pair 0, clean run: <lambda> = nan", "try bfloat16 or float32")
+    says(
+        error,
+        "The metric of unpatched runs is not finite.",
+        "pair 0, clean run: <lambda> = nan",
+        "try bfloat16 or float32",
+    )
 
 
 def test_nan_from_a_patch(gpt2: Any, pairs: tp.Pairs) -> None:

@@ -43,7 +43,9 @@ def where(p: tp.Patching, name: str, layer: int, pos: Any) -> tuple[Any, ...]:
 
 @law
 @given(TOYS, TEMPLATE, SEED, WORLDS, st.data())
-def test_1_writing_a_runs_own_values_changes_nothing(name: str, template: int, seed: int, base: str, data: st.DataObject) -> None:
+def test_1_writing_a_runs_own_values_changes_nothing(
+    name: str, template: int, seed: int, base: str, data: st.DataObject
+) -> None:
     with tp.patching(toy(name), ioi_pairs(2, template, seed), prune=False) as p:
         offered = [c for c in tp.COMPONENTS if p.architecture.offers(c, 0)]
         component = data.draw(st.sampled_from(offered))
@@ -97,7 +99,9 @@ def test_4_the_embedding_of_the_one_differing_token_is_everything(name: str, tem
 
 @law
 @given(TOYS, TEMPLATE, SEED)
-def test_5_in_the_last_layer_only_the_stream_entering_it_reaches_other_positions(name: str, template: int, seed: int) -> None:
+def test_5_in_the_last_layer_only_the_stream_entering_it_reaches_other_positions(
+    name: str, template: int, seed: int
+) -> None:
     model, pairs = toy(name), ioi_pairs(1, template, seed)
     last = len(tp.Architecture(model)) - 1
     for component in ADDED:
@@ -129,7 +133,10 @@ def test_5b_holding_a_later_head_at_its_base_value_is_an_edit(name: str) -> None
             p.corrupted.z[last, :, :] = p.corrupted.z[last, :, :]
     result = p.run()
     assert result["status"].sel(name="held only").values.tolist() == [tp.Status.PROVED_ZERO] * 2
-    assert float(abs(result["effect"].sel(name="alone") - result["effect"].sel(name="with the last layer held")).min()) > 0.1
+    assert (
+        float(abs(result["effect"].sel(name="alone") - result["effect"].sel(name="with the last layer held")).min())
+        > 0.1
+    )
     slow = Slow(tp.models.module_of(model), p.encoded)
     near(result["value"].values.T, slow.score(p.rows, gap(p.encoded)))
 
@@ -145,11 +152,20 @@ def test_6_the_final_stream_at_the_end_is_the_metric(name: str, template: int, s
 
 @law
 @given(TOYS, TEMPLATE, SEED, WORLDS, st.sampled_from([*ADDED, "resid_pre"]))
-def test_9_pruned_is_unpruned_and_batch_size_does_not_matter(name: str, template: int, seed: int, base: str, component: str) -> None:
+def test_9_pruned_is_unpruned_and_batch_size_does_not_matter(
+    name: str, template: int, seed: int, base: str, component: str
+) -> None:
     model, pairs = toy(name), ioi_pairs(2, template, seed)
     assume(tp.Architecture(model).offers(component, 0))
     direction = {"corrupted": "denoising", "clean": "noising"}[base]
-    options: list[dict[str, Any]] = [{}, {"prune": False}, {"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}, {"memory": 1}]
+    options: list[dict[str, Any]] = [
+        {},
+        {"prune": False},
+        {"batch_size": 1},
+        {"batch_size": 7},
+        {"batch_size": 64},
+        {"memory": 1},
+    ]
     results = [tp.patch(model, pairs, component, by=("layer", "pos"), direction=direction, **o) for o in options]
     for result in results[1:]:
         near(result["value"], results[0]["value"])

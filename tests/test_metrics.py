@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ioi_pairs
 from slow import Slow
 
 import tracepatch as tp
@@ -36,18 +35,26 @@ def definitions(encoded: Any, clean: list[np.ndarray], corrupted: list[np.ndarra
 
     return {
         "logit": (tp.logit, lambda x, i: x[-1, list(encoded.answer[i])].mean()),
-        "logit_diff": (tp.logit_diff, lambda x, i: x[-1, list(encoded.answer[i])].mean() - x[-1, list(encoded.wrong[i])].mean()),
+        "logit_diff": (
+            tp.logit_diff,
+            lambda x, i: x[-1, list(encoded.answer[i])].mean() - x[-1, list(encoded.wrong[i])].mean(),
+        ),
         "prob": (tp.prob, lambda x, i: softmax(x[-1])[list(encoded.answer[i])].sum()),
         "log_prob": (tp.log_prob, lambda x, i: np.log(softmax(x[-1])[list(encoded.answer[i])].sum())),
         "rank": (tp.rank, lambda x, i: (x[-1] > x[-1, list(encoded.answer[i])].max()).sum()),
-        "kl": (tp.kl, lambda x, i: (softmax(clean[i][-1]) * (np.log(softmax(clean[i][-1])) - np.log(softmax(x[-1])))).sum()),
+        "kl": (
+            tp.kl,
+            lambda x, i: (softmax(clean[i][-1]) * (np.log(softmax(clean[i][-1])) - np.log(softmax(x[-1])))).sum(),
+        ),
         "cross_entropy": (tp.cross_entropy, lambda x, i: loss(x, i, range(len(x)))),
         "loss at the end": (tp.cross_entropy.at([3, -1]), lambda x, i: loss(x, i, [3, len(x) - 1])),
         "two positions": (tp.logit.at([2, -1]), lambda x, i: x[[2, -1]][:, list(encoded.answer[i])].mean()),
         "spread": (lambda logits: logits.std(-1), lambda x, i: x[-1].std(ddof=1)),
         "drop": (tp.metric(lambda logits: logits.amax((1, 2)), positions=slice(-3, None)), lambda x, i: x[-3:].max()),
         "given": (
-            tp.metric(lambda logits, given: logits[:, 0] * 0 + given["answer"][:, 0] if "answer" in given else logits[:, 7]),
+            tp.metric(
+                lambda logits, given: logits[:, 0] * 0 + given["answer"][:, 0] if "answer" in given else logits[:, 7]
+            ),
             lambda x, i: x[-1, 7],
         ),
     }
@@ -68,7 +75,9 @@ def test_every_metric_is_its_definition(gpt2: Any, several: tp.Pairs) -> None:
         np.testing.assert_allclose(result["value"].sel(metric=name), wanted, atol=2e-4, rtol=1e-4, err_msg=name)
         for world, logits in zip(("clean", "corrupted"), worlds, strict=True):
             wanted_base = [definition(logits[i], i) for i in range(3)]
-            np.testing.assert_allclose(result[world].sel(metric=name), wanted_base, atol=2e-4, rtol=1e-4, err_msg=f"{name}, {world}")
+            np.testing.assert_allclose(
+                result[world].sel(metric=name), wanted_base, atol=2e-4, rtol=1e-4, err_msg=f"{name}, {world}"
+            )
     assert float(abs(result["clean"].sel(metric="kl")).max()) < 1e-5, "nothing diverges from itself"
 
 

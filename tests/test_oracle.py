@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ioi_pairs, toy
-from slow import Slow, gap
+from slow import Slow, gap, made_up_pairs
 from tiny_models import EIGHT, build, tokenizer
-from slow import made_up_pairs
 
 import tracepatch as tp
 from tracepatch.sources import OTHER
@@ -18,7 +17,8 @@ BATCHES = {"gpt2": 7, "llama": None, "gpt_neox": 1, "gemma2": 64}
 
 
 def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
-    """Rows for every site of a component: single positions, all positions, slices, lists, single and several heads or neurons."""
+    """Rows for every site of a component: single positions, all positions, slices, lists, single and "
+    "several heads or neurons."""
     kind = tp.COMPONENTS[name]
     live, other = getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
     length = p.lengths[0]
@@ -27,7 +27,14 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
     for layer in layers:
         if not p.architecture.offers(name, layer):
             continue
-        spots: list[Any] = [*range(0, length, thin), -1, slice(None), slice(1, None, 2), [0, length - 1], slice(-3, None)]
+        spots: list[Any] = [
+            *range(0, length, thin),
+            -1,
+            slice(None),
+            slice(1, None, 2),
+            [0, length - 1],
+            slice(-3, None),
+        ]
         count = p.architecture.units(name, layer)
         units: list[Any] = [()] if not kind.unit else [(0,), (count - 1,), (slice(None),), ([0, count // 2],)]
         if kind.unit == "head":

@@ -70,7 +70,9 @@ def test_explain_a_sweep(gpt2: Any) -> None:
 
 def test_explain_everything_else(gpt2: Any) -> None:
     one, two = ioi_pairs(1, 0), ioi_pairs(1, 1)
-    pairs = tp.Pairs(one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong)  # type: ignore[operator]
+    pairs = tp.Pairs(
+        one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong
+    )  # type: ignore[operator]
     with tp.patching(gpt2, pairs, [tp.logit_diff, tp.kl], batch_size=1) as p:
         mixed(p)
     assert p.plan is not None
@@ -88,7 +90,10 @@ def test_explain_everything_else(gpt2: Any) -> None:
         "unread": "UNREACHABLE",
     }
     result = p.run()
-    assert result["status"].sel(name="not everywhere").values.tolist() == [int(tp.Status.ABSENT), int(tp.Status.MEASURED)]
+    assert result["status"].sel(name="not everywhere").values.tolist() == [
+        int(tp.Status.ABSENT),
+        int(tp.Status.MEASURED),
+    ]
     assert np.isnan(result["value"].sel(name="not everywhere", pair=0)).all()
     twins = result["value"].sel(name=["one", "twin"]).values
     assert (twins[..., 0] == twins[..., 1]).all()
@@ -113,7 +118,8 @@ def test_whatever_is_pruned_measures_zero(name: str) -> None:
 
 
 def test_the_first_layers_stream_is_local() -> None:
-    """Before any attention a value depends on its own token, so that positions after the difference are inert as well."""
+    """Before any attention a value depends on its own token, so that positions after the difference are "
+    "inert as well."""
     model, pairs = toy("gpt2"), ioi_pairs(1)
     (position,) = pairs.encode(model.tokenizer).differing(0)
     status = tp.patch(model, pairs, "resid_pre", only={"layer": [0]})["status"].values[0, 0]

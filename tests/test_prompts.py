@@ -17,19 +17,39 @@ from tracepatch import errors
 from tracepatch.toys import tasks
 
 ROWS = [
-    {"clean": "When John and Mary left, John", "corrupted": "When John and Mary left, Mary", "answer": " Mary", "wrong": " John"},
-    {"clean": "When Tom and Dan left, Tom", "corrupted": "When Tom and Dan left, Dan", "answer": " Dan| Sean", "wrong": " Tom"},
+    {
+        "clean": "When John and Mary left, John",
+        "corrupted": "When John and Mary left, Mary",
+        "answer": " Mary",
+        "wrong": " John",
+    },
+    {
+        "clean": "When Tom and Dan left, Tom",
+        "corrupted": "When Tom and Dan left, Dan",
+        "answer": " Dan| Sean",
+        "wrong": " Tom",
+    },
 ]
 
 
 def test_from_files_and_frames(tmp_path: Path, gpt2: Any) -> None:
     frame = pd.DataFrame(ROWS)
     frame.to_csv(tmp_path / "pairs.csv", index=False)
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row | {"answer": row["answer"].split("|")}) for row in ROWS) + "\n\n")
-    wanted = tp.Pairs(
-        [r["clean"] for r in ROWS], [r["corrupted"] for r in ROWS], [[" Mary"], [" Dan", " Sean"]], [" John", " Tom"], name="pairs"
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps(row | {"answer": row["answer"].split("|")}) for row in ROWS) + "\n\n"
     )
-    for found in (tp.Pairs.from_frame(frame), tp.Pairs.from_csv(tmp_path / "pairs.csv"), tp.Pairs.from_jsonl(tmp_path / "pairs.jsonl")):
+    wanted = tp.Pairs(
+        [r["clean"] for r in ROWS],
+        [r["corrupted"] for r in ROWS],
+        [[" Mary"], [" Dan", " Sean"]],
+        [" John", " Tom"],
+        name="pairs",
+    )
+    for found in (
+        tp.Pairs.from_frame(frame),
+        tp.Pairs.from_csv(tmp_path / "pairs.csv"),
+        tp.Pairs.from_jsonl(tmp_path / "pairs.jsonl"),
+    ):
         assert found == wanted
     encoded = wanted.encode(gpt2.tokenizer)
     assert [len(a) for a in encoded.answer] == [1, 2]
@@ -68,7 +88,12 @@ def test_both_roles(gpt2: Any) -> None:
     assert both.corrupted == (*pairs.corrupted, *pairs.clean)  # type: ignore[misc]
     assert both.answer == pairs.answer + pairs.wrong
     back = both[3:].both_roles()[3:]
-    assert (back.clean, back.corrupted, back.answer, back.wrong) == (pairs.clean, pairs.corrupted, pairs.answer, pairs.wrong)
+    assert (back.clean, back.corrupted, back.answer, back.wrong) == (
+        pairs.clean,
+        pairs.corrupted,
+        pairs.answer,
+        pairs.wrong,
+    )
 
 
 def test_bos_policies() -> None:
@@ -80,7 +105,10 @@ def test_bos_policies() -> None:
         assert tp.Pairs(text, bos=True).encode(tokenizer).clean[0][:2].count(bos) == 1
         assert bos not in tp.Pairs(text, bos=False).encode(tokenizer).clean[0]
         assert tp.Pairs("<bos>" + text).encode(tokenizer).clean[0].count(bos) == 1, "never twice"
-    assert str(tp.Pairs(text).encode(toy("llama").tokenizer).bos) == "every prompt starts with <bos> (the tokenizer does so)"
+    assert (
+        str(tp.Pairs(text).encode(toy("llama").tokenizer).bos)
+        == "every prompt starts with <bos> (the tokenizer does so)"
+    )
     assert str(tp.Pairs(text, bos=False).encode(toy("llama").tokenizer).bos) == "no BOS token (you asked for it)"
 
 
@@ -154,6 +182,8 @@ def test_a_bad_set(gpt2: Any) -> None:
 
 
 def test_without_corrupted_prompts(gpt2: Any) -> None:
-    checklist = tp.Pairs("When John and Mary went to the store, John gave the bag to", answer=" Mary", wrong=" John").check(gpt2)
+    checklist = tp.Pairs(
+        "When John and Mary went to the store, John gave the bag to", answer=" Mary", wrong=" John"
+    ).check(gpt2)
     assert checklist.passed
     assert "note  no corrupted prompts: only ablations (zero, tensors) are possible" in str(checklist)

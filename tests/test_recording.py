@@ -35,7 +35,19 @@ def test_the_code_is_what_is_recorded(gpt2: Any, pairs: tp.Pairs) -> None:
 def test_masks_arrays_and_tensors_index_alike(gpt2: Any, pairs: tp.Pairs) -> None:
     p = tp.patching(gpt2, pairs)
     mask = [i in (2, 5) for i in range(14)]
-    for i, index in enumerate(([2, 5], (2, 5), np.array([2, 5]), torch.tensor([2, 5]), range(2, 6, 3), mask, np.array(mask), torch.tensor(mask), slice(2, 6, 3))):
+    for i, index in enumerate(
+        (
+            [2, 5],
+            (2, 5),
+            np.array([2, 5]),
+            torch.tensor([2, 5]),
+            range(2, 6, 3),
+            mask,
+            np.array(mask),
+            torch.tensor(mask),
+            slice(2, 6, 3),
+        )
+    ):
         with p.row(i=i):
             p.corrupted.resid_pre[1, index] = p.clean.resid_pre[1, index]
     with p.row(i=99):
@@ -79,14 +91,25 @@ def in_a_function() -> float:
 
 def in_a_repl() -> float:
     done = subprocess.run(
-        [sys.executable, "-i", "-q", "-W", "error"], input=CODE.replace("\n\ndef", "\ndef").replace("head]\n\nwith", "head]\n\n\nwith") + "\nprint('value', value)\n",
-        capture_output=True, text=True, check=True, timeout=120,
+        [sys.executable, "-i", "-q", "-W", "error"],
+        input=CODE.replace("\n\ndef", "\ndef").replace("head]\n\nwith", "head]\n\n\nwith")
+        + "\nprint('value', value)\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return float(done.stdout.rsplit("value", 1)[1])
 
 
 def on_the_command_line() -> float:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", CODE + "\nprint('value', value)"], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CODE + "\nprint('value', value)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     return float(done.stdout.rsplit("value", 1)[1])
 
 

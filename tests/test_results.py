@@ -23,7 +23,17 @@ def result(gpt2: Any, pairs: tp.Pairs) -> xr.Dataset:
 
 
 def test_variables_and_dims(result: xr.Dataset) -> None:
-    assert list(result.data_vars) == ["effect", "normalized", "value", "effect_answer", "effect_wrong", "base", "clean", "corrupted", "status"]
+    assert list(result.data_vars) == [
+        "effect",
+        "normalized",
+        "value",
+        "effect_answer",
+        "effect_wrong",
+        "base",
+        "clean",
+        "corrupted",
+        "status",
+    ]
     assert result["effect"].dims == result["normalized"].dims == ("pair", "layer", "pos")
     assert result["clean"].dims == ("pair",)
     np.testing.assert_allclose(result["effect"], result["value"] - result["corrupted"], atol=1e-12)

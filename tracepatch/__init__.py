@@ -1,4 +1,4 @@
-"""Where in this model does that behaviour live? Activation patching on Hugging Face models: planned, exact and labelled.
+"""Where in this model does that behaviour live? Exact, planned and labelled activation patching on Hugging Face models.
 
 ::
 
@@ -14,15 +14,15 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``models``, ``sites``, ``tokens``, ``checklist``, ``prompts``,
-``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``, ``planner``, ``layout``, ``trace``, ``executors``, ``results``,
-``recipe``, ``plots``, ``toys``, ``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``models``, ``sites``, ``tokens``,
+``checklist``, ``prompts``, ``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``, ``planner``,
+``layout``, ``trace``, ``executors``, ``results``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
 from tracepatch import errors, models, plots, toys
-from tracepatch.architecture import Architecture
+from tracepatch.architecture import Architecture, adopt
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Status",
+    "adopt",
     "concat",
     "cross_entropy",
     "errors",

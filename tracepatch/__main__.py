@@ -23,14 +23,21 @@ from tracepatch.models import name_of
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 say = Console(highlight=False, soft_wrap=True).print
 
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `tracepatch recipes`), or a Python file.", show_default=False)]
+Recipe = Annotated[
+    str, typer.Argument(help="A recipe's name (see `tracepatch recipes`), or a Python file.", show_default=False)
+]
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", help="A Hugging Face repo id, a folder, or a bundled toy; may be repeated. [default: the bundled toys]"),
+    typer.Option(
+        "--model",
+        help="A Hugging Face repo id, a folder, or a bundled toy; may be repeated. [default: the bundled toys]",
+    ),
 ]
 Count = Annotated[int, typer.Option(help="How many pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …; the checkpoint's own otherwise.", show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, …; the checkpoint's own otherwise.", show_default=False)
+]
 Device = Annotated[str | None, typer.Option(help="As transformers' device_map: auto, cuda, cpu.", show_default=False)]
 
 
@@ -73,7 +80,10 @@ def run(
             say(f"  {name:<16} {seconds:6.2f} s  {path}", markup=False)
         lines.append("")
     for name, results in found.items():
-        figure = plots.heatmap(results[0] if len(results) == 1 else tp.concat(results), title=f"{Path(recipe).stem}: {name.replace('_', ' ')}")
+        figure = plots.picture(
+            results[0] if len(results) == 1 else tp.concat(results),
+            title=f"{Path(recipe).stem}: {name.replace('_', ' ')}",
+        )
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=150)
         say(f"picture {path}", markup=False)
@@ -84,7 +94,12 @@ def run(
 
 @app.command()
 def explain(
-    recipe: Recipe, model: Models = None, count: Count = 8, seed: Seed = 0, dtype: Dtype = None, device_map: Device = None
+    recipe: Recipe,
+    model: Models = None,
+    count: Count = 8,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: Device = None,
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
     module = _module(recipe)
@@ -113,7 +128,10 @@ def recipes() -> None:
 
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, a Python file, or pairs as a .csv or .jsonl file.", show_default=False)],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe's name, a Python file, or pairs as a .csv or .jsonl file.", show_default=False),
+    ],
     model: Models = None,
     count: Count = 8,
     seed: Seed = 0,
@@ -141,8 +159,12 @@ def check(
 
 @app.command()
 def plot(
-    result: Annotated[list[Path], typer.Argument(help="One or several .nc results; several are joined by model.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The picture; beside the result otherwise.", show_default=False)] = None,
+    result: Annotated[
+        list[Path], typer.Argument(help="One or several .nc results; several are joined by model.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The picture; beside the result otherwise.", show_default=False)
+    ] = None,
     variable: Annotated[str | None, typer.Option(help="normalized, effect, value, …", show_default=False)] = None,
     pair: Annotated[int | None, typer.Option(help="One pair instead of the mean.", show_default=False)] = None,
 ) -> None:
@@ -150,9 +172,11 @@ def plot(
     found = [tp.open_result(path) for path in result]
     trees = [str(path) for path, r in zip(result, found, strict=True) if isinstance(r, xr.DataTree)]
     if trees:
-        raise ResultError(f"{', '.join(trees)} holds rows with different labels; draw its parts with tp.plots in Python.")
+        raise ResultError(
+            f"{', '.join(trees)} holds rows with different labels; draw its parts with tp.plots in Python."
+        )
     datasets = [r for r in found if isinstance(r, xr.Dataset)]
-    figure = plots.heatmap(datasets[0] if len(datasets) == 1 else tp.concat(datasets), variable, pair=pair)
+    figure = plots.picture(datasets[0] if len(datasets) == 1 else tp.concat(datasets), variable, pair=pair)
     path = out or result[0].with_suffix(".png")
     figure.savefig(path, dpi=150)
     say(f"picture {path}", markup=False)
@@ -184,7 +208,9 @@ def _module(recipe: str) -> ModuleType:
             raise RecipeError(f"There is no recipe {recipe!r}. Recipes: {', '.join(names)}; or pass a Python file.")
         module = importlib.import_module(f"tracepatch.recipes.{recipe}")
     if not _recipes(module) or not hasattr(module, "prompts"):
-        raise RecipeError(f"{recipe} cannot be run: a recipe file has prompts(tokenizer, count, seed) and functions with @tp.recipe.")
+        raise RecipeError(
+            f"{recipe} cannot be run: a recipe file has prompts(tokenizer, count, seed) and functions with @tp.recipe."
+        )
     return module
 
 

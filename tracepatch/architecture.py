@@ -37,8 +37,8 @@ class HeadProjection:
 class Architecture:
     """What a probe found out about a model, and proved.
 
-    Printing it shows the kinds of layers, where each component lives, the block form, heads, norms, how exactly the residual
-    sum closes, and whether attention is causal.
+    Printing it shows the kinds of layers, where each component lives, the block form, heads, norms, how exactly the
+    residual sum closes, and whether attention is causal.
 
     Attributes:
         model_type: As the config says.
@@ -73,8 +73,8 @@ class Architecture:
 
         Args:
             model: From ``tp.load``, or a Hugging Face module.
-            overrides: Where things are that the probe cannot find: ``stack`` (path of the list of blocks), ``attn_out`` and
-                ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer). They go through the same proof.
+            overrides: Where things are that the probe cannot find: ``stack`` (path of the list of blocks), ``attn_out``
+                and ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer). They go through the same proof.
 
         Raises:
             ArchitectureError: There is no stack of blocks, or an override is not understood.
@@ -91,7 +91,8 @@ class Architecture:
     def _probe(self, module: Any, overrides: Overrides) -> None:
         if any(p.device.type == "meta" for p in module.parameters()):
             raise ArchitectureError(
-                f"{type(module).__name__} has no weights here, so nothing can be measured on it. Load it with its weights."
+                f"{type(module).__name__} has no weights here, so nothing can be measured on it. Load it with "
+                "its weights."
             )
         training = module.training
         module.eval()
@@ -108,7 +109,9 @@ class Architecture:
         finally:
             module.train(training)
 
-    def _read(self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides) -> None:
+    def _read(
+        self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides
+    ) -> None:
         self.model_type, self.name = module.config.model_type, type(module).__name__
         self.dtype = next(module.parameters()).dtype
         path, count = _stack(module, overrides.stack)
@@ -136,7 +139,12 @@ class Architecture:
         self.embed = embedding.place("output", ROWS * POSITIONS)
         self.unembed = names.get(id(module.get_output_embeddings()), "")
         self.final_norm = next(
-            (c.name for c in calls if c.start > last.end and _equal(c.entering, last.leaving) and c.leaving is not None), ""
+            (
+                c.name
+                for c in calls
+                if c.start > last.end and _equal(c.entering, last.leaving) and c.leaving is not None
+            ),
+            "",
         )
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
 
@@ -149,7 +157,7 @@ class Architecture:
         z, plain = call.entering, call.leaving
         assert z is not None
         assert plain is not None
-        heads = z.unflatten(-1, (attention.heads, -1))
+        heads = z.reshape(*z.shape[:-1], attention.heads, -1)
         with torch.no_grad():
             bias = call.module(torch.zeros_like(z))
             parts = torch.zeros_like(plain)
@@ -175,7 +183,9 @@ class Architecture:
         base, late = _streams(module, stack, ids), _streams(module, stack, changed)
         tolerance = resolution(self.dtype)
         self.causal = all(_close(a[:, :-1], b[:, :-1], tolerance) for a, b in zip(base, late, strict=True))
-        self.local_embedding = _close(_streams(module, stack, first)[0][:, 1:], _streams(module, stack, changed)[0][:, 1:], tolerance)
+        self.local_embedding = _close(
+            _streams(module, stack, first)[0][:, 1:], _streams(module, stack, changed)[0][:, 1:], tolerance
+        )
         with torch.no_grad():
             try:
                 kept = module(ids, use_cache=False, logits_to_keep=torch.tensor([2, 5], device=ids.device)).logits
@@ -217,7 +227,11 @@ class Architecture:
             if attention.kind == "mixer":
                 return "its mixer has no heads with a softmax pattern"
             if name == "z":
-                return "" if attention.inner else "the output projection's input is not pattern · v (a gate or norm stands between)"
+                return (
+                    ""
+                    if attention.inner
+                    else "the output projection's input is not pattern · v (a gate or norm stands between)"
+                )
             found = self._head_out[layer]
             return found if isinstance(found, str) else ""
         if mlp is None:
@@ -243,10 +257,16 @@ class Architecture:
             offered = ", ".join(c for c in COMPONENTS if self.offers(c, layer))
             attention, mlp = self.attention(layer), self.mlp(layer)
             tried = [t for s in (attention, mlp) if s is not None and s.out is None for t in s.tried]
-            details = f"\nTried:\n{listing(tried)}\nIf you know the place, pass overrides={{'attn_out': 'PATH.output', …}} to " \
-                "tp.Architecture and see whether the proof holds." if tried and "close" in why else ""
+            details = (
+                f"\nTried:\n{listing(tried)}\nIf you know the place: "
+                "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …}) puts it to the same proof, and "
+                "tp.adopt(model, found) makes patching use it."
+                if tried and "close" in why
+                else ""
+            )
             raise ComponentError(
-                f"Layer {layer} of this {self.model_type} ({self.layers[layer].block}) has no {name}: {why}. It has: {offered}.{details}"
+                f"Layer {layer} of this {self.model_type} ({self.layers[layer].block}) has no {name}: {why}. "
+                f"It has: {offered}.{details}"
             )
 
     def stream(self, layer: int) -> Place:
@@ -306,7 +326,8 @@ class Architecture:
         lines += [
             f"  final norm {self.final_norm or 'none'}, unembedding {self.unembed}",
             f"  residual sum: closes bitwise in {exact} of {len(self)} layers, largest error {worst:.2g}",
-            f"  causal: {'yes (a changed last token moves nothing before it)' if self.causal else 'NO: nothing is pruned'}",
+            "  causal: "
+            f"{'yes (a changed last token moves nothing before it)' if self.causal else 'NO: nothing is pruned'}",
             f"  step-by-step attention differs from the default by {self.eager_error:.2g} in the logits",
         ]
         return "\n".join(lines)
@@ -316,7 +337,16 @@ class Architecture:
             return str(place).replace(layer.path, "")
 
         branches = tuple(
-            (s.kind, relative(s.out), relative(s.inner), relative(s.pre_norm), relative(s.post_norm), s.heads, s.kv_heads, s.d_head)
+            (
+                s.kind,
+                relative(s.out),
+                relative(s.inner),
+                relative(s.pre_norm),
+                relative(s.post_norm),
+                s.heads,
+                s.kv_heads,
+                s.d_head,
+            )
             for s in layer.sublayers
         )
         return layer.block, layer.form, branches, layer.width, tuple(self.offers(c, layer.index) for c in COMPONENTS)
@@ -375,7 +405,11 @@ def _require_finite(module: Any, logits: torch.Tensor) -> None:
     bad = [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]
     raise ModelError(
         f"{type(module).__name__} gives NaN or inf on a plain forward of random tokens. "
-        + (f"These weights are not finite:\n{listing(bad)}\nLoad another checkpoint." if bad else "Its weights are finite: try bfloat16 or float32.")
+        + (
+            f"These weights are not finite:\n{listing(bad)}\nLoad another checkpoint."
+            if bad
+            else "Its weights are finite: try bfloat16 or float32."
+        )
     )
 
 
@@ -385,7 +419,9 @@ def _stack(module: Any, given: str) -> tuple[str, int]:
         try:
             return given, len(module.get_submodule(given))
         except (AttributeError, TypeError) as error:
-            raise ArchitectureError(f"overrides: {type(module).__name__} has no list of blocks at {given!r}.") from error
+            raise ArchitectureError(
+                f"overrides: {type(module).__name__} has no list of blocks at {given!r}."
+            ) from error
     decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
     root = decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else module
     prefix = next(name for name, m in module.named_modules() if m is root)
@@ -393,7 +429,8 @@ def _stack(module: Any, given: str) -> tuple[str, int]:
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outer:
         raise ArchitectureError(
-            f"{type(module).__name__} has no ModuleList that could be its stack of blocks. Pass overrides={{'stack': PATH}}."
+            f"{type(module).__name__} has no ModuleList that could be its stack of blocks. Pass "
+            f"overrides={{'stack': PATH}}."
         )
     name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
     return ".".join(filter(None, (prefix, name))), len(outer[name])

@@ -24,7 +24,9 @@ class Check:
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.verdict:>4}  {self.sentence}" + ("\n" + listing(["  " * 2 + d for d in self.details]) if self.details else "")
+        return f"{self.verdict:>4}  {self.sentence}" + (
+            "\n" + listing(["  " * 2 + d for d in self.details]) if self.details else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,20 @@ def _lengths(encoded: EncodedPairs) -> Check:
         first, *rest = str(error).splitlines()
         return Check("FAIL", first, tuple(line.strip() for line in rest))
     shared = sorted(set(encoded.lengths))
-    tokens = f"{shared[0]} tokens each" if len(shared) == 1 else f"{shared[0]} to {shared[-1]} tokens, the same on both sides of each pair"
+    tokens = (
+        f"{shared[0]} tokens each"
+        if len(shared) == 1
+        else f"{shared[0]} to {shared[-1]} tokens, the same on both sides of each pair"
+    )
     return Check("ok", f"prompts can be compared position by position: {tokens}")
 
 
 def _unknown_words(encoded: EncodedPairs) -> list[Check]:
     unknown = encoded.tokenizer.unk_token_id
-    texts = [*zip(encoded.clean, encoded.clean_prompts, strict=True), *zip(encoded.corrupted or (), encoded.corrupted_prompts, strict=True)]
+    texts = [
+        *zip(encoded.clean, encoded.clean_prompts, strict=True),
+        *zip(encoded.corrupted or (), encoded.corrupted_prompts, strict=True),
+    ]
     bad = tuple(shown(prompt) for ids, prompt in texts if unknown is not None and unknown in ids)
     return [Check("FAIL", f"{len(bad)} prompts have tokens that are not in the vocabulary", bad)] if bad else []
 
@@ -87,10 +96,16 @@ def _answers(encoded: EncodedPairs) -> Check:
         for token, word in zip(ids, encoded.words(ids), strict=True):
             spaced = encoded.tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
             if isinstance(prompt, str) and not prompt.endswith(" ") and len(spaced) == 1 and spaced[0] != token:
-                spaceless.append(f"pair {i}: {word!r}; a model that continues the prompt would say {' ' + word.strip()!r}")
+                spaceless.append(
+                    f"pair {i}: {word!r}; a model that continues the prompt would say {' ' + word.strip()!r}"
+                )
     if spaceless:
         return Check("note", f"{len(spaceless)} answers lack a leading space", tuple(spaceless))
-    same = [f"pair {i}: {encoded.words(set(a) & set(w))}" for i, (a, w) in enumerate(zip(encoded.answer, encoded.wrong, strict=True)) if set(a) & set(w)]
+    same = [
+        f"pair {i}: {encoded.words(set(a) & set(w))}"
+        for i, (a, w) in enumerate(zip(encoded.answer, encoded.wrong, strict=True))
+        if set(a) & set(w)
+    ]
     if same:
         return Check("FAIL", f"in {len(same)} pairs a token is both right and wrong", tuple(same))
     return Check("ok", "every answer is one token")
@@ -102,7 +117,7 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
         return [Check("note", "no corrupted prompts: only ablations (zero, tensors) are possible")]
     where: dict[tuple[int, ...], list[int]] = defaultdict(list)
     sides = Counter[str](), Counter[str]()
-    examples = {}
+    examples: dict[tuple[int, ...], str] = {}
     for i in range(len(encoded)):
         differing = encoded.differing(i)
         where[differing].append(i)
@@ -110,7 +125,9 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
         examples.setdefault(differing, f"pair {i}: " + ", ".join(f"{a!r} → {b!r}" for a, b in zip(*texts, strict=True)))
         for side, words in zip(sides, texts, strict=True):
             side.update(words)
-    details = tuple(f"position {', '.join(map(str, at))} in {len(pairs)} pairs, as in {examples[at]}" for at, pairs in where.items())
+    details = tuple(
+        f"position {', '.join(map(str, at))} in {len(pairs)} pairs, as in {examples[at]}" for at, pairs in where.items()
+    )
     counts = sorted({len(at) for at in where})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     checks = [Check("ok", f"{many} tokens differ between the prompts of a pair", details)]
@@ -120,7 +137,10 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
         if sides[0][word] != sides[1][word]
     ]
     if lopsided:
-        sentence = "swapped tokens are not equally frequent on both sides, so an effect may be one of the words themselves; pairs.both_roles() balances them"
+        sentence = (
+            "swapped tokens are not equally frequent on both sides, so an effect may be one of the "
+            "words themselves; pairs.both_roles() balances them"
+        )
         checks.append(Check("note", sentence, tuple(lopsided)))
     else:
         checks.append(Check("ok", "every swapped token is as frequent in the clean as in the corrupted prompts"))
@@ -141,29 +161,52 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
                 return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
             tops[side].append(encoded.words([int(logits[-1].argmax())])[0])
             if encoded.answer[i] and encoded.wrong[i]:
-                gaps[side].append(float(logits[-1, list(encoded.answer[i])].mean() - logits[-1, list(encoded.wrong[i])].mean()))
+                gaps[side].append(
+                    float(logits[-1, list(encoded.answer[i])].mean() - logits[-1, list(encoded.wrong[i])].mean())
+                )
             logs = logits.log_softmax(-1)
-            surprise[side] += [float(logs[p - 1, ids[p]]) for p in (encoded.differing(i) if comparable else ()) if p > 0]
+            surprise[side] += [
+                float(logs[p - 1, ids[p]]) for p in (encoded.differing(i) if comparable else ()) if p > 0
+            ]
     checks = [_task(side, gaps[side], tops[side], encoded) for side in sides if gaps[side]]
     if gaps["clean"] and len(sides) == 2:
         mean = {side: sum(gaps[side]) / len(gaps[side]) for side in sides}
         together = mean["clean"] + mean["corrupted"]
         opposite = abs(together) <= 0.5 * max(abs(m) for m in mean.values())
-        sentence = f"mean logit difference {mean['clean']:+.2f} on clean and {mean['corrupted']:+.2f} on corrupted prompts"
-        checks.append(Check("ok" if opposite else "note", sentence + (": opposite outputs" if opposite else ": the outputs are not opposite")))
+        sentence = (
+            f"mean logit difference {mean['clean']:+.2f} on clean and {mean['corrupted']:+.2f} on corrupted prompts"
+        )
+        checks.append(
+            Check(
+                "ok" if opposite else "note",
+                sentence + (": opposite outputs" if opposite else ": the outputs are not opposite"),
+            )
+        )
     if surprise["clean"] and surprise.get("corrupted"):
         nats = {side: sum(v) / len(v) for side, v in surprise.items()}
         far = nats["clean"] - nats["corrupted"] > 3
-        sentence = f"swapped tokens have mean log-probability {nats['clean']:.1f} in clean and {nats['corrupted']:.1f} in corrupted prompts (nats)"
-        checks.append(Check("note" if far else "ok", sentence + (": the corrupted ones surprise the model" if far else "")))
+        sentence = (
+            f"swapped tokens have mean log-probability {nats['clean']:.1f} in clean and "
+            f"{nats['corrupted']:.1f} in corrupted prompts (nats)"
+        )
+        checks.append(
+            Check("note" if far else "ok", sentence + (": the corrupted ones surprise the model" if far else ""))
+        )
     return checks
 
 
 def _task(side: str, gaps: list[float], tops: list[str], encoded: EncodedPairs) -> Check:
     sign = 1 if side == "clean" else -1
     wanted = "the answer" if side == "clean" else "the wrong answer"
-    failing = [f"pair {i}: logit difference {gap:+.2f}, the model says {tops[i]!r}" for i, gap in enumerate(gaps) if gap * sign <= 0]
+    failing = [
+        f"pair {i}: logit difference {gap:+.2f}, the model says {tops[i]!r}"
+        for i, gap in enumerate(gaps)
+        if gap * sign <= 0
+    ]
     right = encoded.answer if side == "clean" else encoded.wrong
     first = sum(tops[i] in encoded.words(right[i]) for i in range(len(tops)))
-    sentence = f"{side}: the model prefers {wanted} in {len(gaps) - len(failing)} of {len(gaps)} pairs; it is its first choice in {first}"
+    sentence = (
+        f"{side}: the model prefers {wanted} in {len(gaps) - len(failing)} of {len(gaps)} pairs; it is "
+        f"its first choice in {first}"
+    )
     return Check("note" if failing else "ok", sentence, tuple(failing))

@@ -18,8 +18,8 @@ from tracepatch.layout import Seats, columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, remote_of
 from tracepatch.plan import Group, Job, Plan, Proof
-from tracepatch.prompts import EncodedPairs
 from tracepatch.sources import WorldName
+from tracepatch.tokens import EncodedPairs
 
 NEEDS_ANSWER = ("answer", "wrong")
 
@@ -76,7 +76,13 @@ class _Run:
         plan: Plan,
         advance: Callable[[int], None],
     ) -> None:
-        self.model, self.architecture, self.encoded, self.plan, self.advance = model, architecture, encoded, plan, advance
+        self.model, self.architecture, self.encoded, self.plan, self.advance = (
+            model,
+            architecture,
+            encoded,
+            plan,
+            advance,
+        )
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
         self.baselines: dict[WorldName, NDArray[np.float64]] = {
@@ -100,7 +106,9 @@ class _Run:
         """Runs the unpatched worlds of a group; their baselines, and the values that edits will write."""
         runs = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
         needed = sorted(group.needed)
-        want_logits = any(n in ("clean", "corrupted") for m in self.plan.metrics for n in m.needs) or ("logits", 0) in needed
+        want_logits = (
+            any(n in ("clean", "corrupted") for m in self.plan.metrics for n in m.needs) or ("logits", 0) in needed
+        )
         visited = stops(self.architecture, needed, {})
         pieces: list[dict[Any, torch.Tensor]] = []
         at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
@@ -111,7 +119,9 @@ class _Run:
             ids = [self.encoded.world(world)[pair] for pair, world in part]
             # A divergence needs the clean logits first, so it is scored below.
             direct = [m for m in self.plan.metrics if not _references(m)]
-            kept, found = self._forward(group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits)
+            kept, found = self._forward(
+                group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits
+            )
             scores.append(found)
             pieces.append(kept)
         known = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
@@ -140,17 +150,22 @@ class _Run:
             width = 1 + len(metric.parts)
             if _references(metric):
                 assert logits is not None
-                (function, at, given), = self._measures([metric], group, runs, known)
+                ((function, at, given),) = self._measures([metric], group, runs, known)
                 scored = function(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
                 found.append((scored if scored.ndim == 2 else scored[:, None]).float().cpu())
             else:
                 found.append(direct[:, taken : taken + width])
                 taken += width
         values = torch.cat(found, 1).double().numpy()
-        bad = [f"pair {pair}, {world} run: {self._describe(v)}" for (pair, world), v in zip(runs, values, strict=True) if not np.isfinite(v).all()]
+        bad = [
+            f"pair {pair}, {world} run: {self._describe(v)}"
+            for (pair, world), v in zip(runs, values, strict=True)
+            if not np.isfinite(v).all()
+        ]
         if bad:
             raise MeasurementError(
-                f"The metric of unpatched runs is not finite.\n{listing(bad)}\nNothing was patched yet: look at the metric, and at the model's dtype "
+                f"The metric of unpatched runs is not finite.\n{listing(bad)}\nNothing was patched yet: look "
+                "at the metric, and at the model's dtype "
                 "(float16 overflows in some models; try bfloat16 or float32)."
             )
         for (pair, world), value in zip(runs, values, strict=True):
@@ -166,10 +181,14 @@ class _Run:
             world_of={run: i for i, run in enumerate((p, w) for p in group.pairs for w in self.plan.worlds)},
         )
         writes = columns(jobs, self.architecture, seats)
-        logit_edits = tuple(self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found)
+        logit_edits = tuple(
+            self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
+        )
         ids = [self.encoded.world(base)[pair] for pair, base in rows]
         visited = stops(self.architecture, (), {key: found for key, found in writes.items() if key[0] != "logits"})
-        _, scores = self._forward(group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False)
+        _, scores = self._forward(
+            group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
+        )
         values = scores.double().numpy()
         drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
         self.noise = np.fmax(self.noise, drift)
@@ -177,7 +196,8 @@ class _Run:
         if bad:
             lines = [f"pair {j.pair}, {self.plan.rows[j.row]}" for j in bad]
             raise MeasurementError(
-                f"{len(bad)} patched rows gave NaN or inf.\n{listing(lines)}\nThe unpatched runs were finite: look at what is written there."
+                f"{len(bad)} patched rows gave NaN or inf.\n{listing(lines)}\nThe unpatched runs were finite: "
+                "look at what is written there."
             )
         for job, value in zip(jobs, values[1:], strict=True):
             self.values[job.row, job.pair] = value
@@ -208,7 +228,16 @@ class _Run:
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
         tokens = torch.tensor(ids, device=self.device)
         return trace.forward(
-            self.model, tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote_of(self.model)
+            self.model,
+            tokens,
+            visited,
+            known,
+            reads,
+            options,
+            logit_edits,
+            measures,
+            keep_logits,
+            remote_of(self.model),
         )
 
     def _measures(
@@ -249,7 +278,7 @@ class _Run:
         return reference[index][:, at.to(reference.device)]
 
     def _fill(self) -> None:
-        """Values of rows that were not measured: the base's where that was proved, a twin's where it is the same row."""
+        """Values of rows that were not measured: the base's where that was proved, a twin's for the same edits."""
         for number, row in enumerate(self.plan.rows):
             for pair in range(self.plan.pairs):
                 proof = self.plan.proofs[number, pair]

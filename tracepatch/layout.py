@@ -1,6 +1,7 @@
 """A batch as plain columns: which cells of which activation are written with what, in the order of the forward.
 
-What leaves this module is nested tuples of builtins and index tensors, so that ``trace`` needs nothing of ours to run it.
+What leaves this module is nested tuples of builtins and index tensors, so that ``trace`` needs nothing of ours to run
+it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ class Seats:
     world_of: dict[tuple[int, str], int]
 
 
-def stops(
-    architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tuple[Columns, ...]]
-) -> tuple[Stop, ...]:
+def stops(architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tuple[Columns, ...]]) -> tuple[Stop, ...]:
     """The places to visit, in the order in which they pass by, each with what is kept and written there."""
     keep = set(keep)
     tasks: dict[Place, list[tuple[int, tuple[Any, ...]]]] = defaultdict(list)
@@ -78,13 +77,29 @@ def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[An
         factor = ("normed", layer)
         tasks[Place(how.post_norm, "input", order=out.order - 1)].append((99, ("aside", factor)))
     stage = COMPONENTS["head_out"].stage
-    tasks[out].append((stage, ("head_out", ("head_out", layer), *task, ("z", layer), heads, how.projection, how.post_norm, factor, out.scale)))
+    tasks[out].append(
+        (
+            stage,
+            (
+                "head_out",
+                ("head_out", layer),
+                *task,
+                ("z", layer),
+                heads,
+                how.projection,
+                how.post_norm,
+                factor,
+                out.scale,
+            ),
+        )
+    )
 
 
 def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> dict[Key, tuple[Columns, ...]]:
     """Every edit of a batch as a few indexed writes for each component and layer.
 
-    Edits that write the same kind of source are one write. Two edits of one row at the same component and layer stay in their order.
+    Edits that write the same kind of source are one write. Two edits of one row at the same component and layer stay in
+    their order.
     """
     found: dict[Any, list[tuple[int, Write, Job]]] = defaultdict(list)
     for number, job in enumerate(jobs):
@@ -92,7 +107,9 @@ def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> di
         for write in job.writes:
             place = write.component, write.layer
             signature = tuple((t.factor, t.component, t.layer, t.units is None) for t in write.terms)
-            found[turns[place], place, write.add, write.units is None, signature, _number(write)].append((number, write, job))
+            found[turns[place], place, write.add, write.units is None, signature, _number(write)].append(
+                (number, write, job)
+            )
             turns[place] += 1
     result: dict[Key, list[Columns]] = defaultdict(list)
     for (_, place, add, *_), members in sorted(found.items(), key=lambda item: item[0][0]):
@@ -135,7 +152,7 @@ def _number(write: Write) -> float | None:
 
 
 def _lifted(term: Term, write: Write) -> bool:
-    """Whether the term is one vector a position where the write has every head, and so needs a dim to be broadcast over."""
+    """Whether the term is one vector a position where the write has every head: it needs a dim to be broadcast."""
     whole = write.units is None and COMPONENTS[write.component].unit is not None
     return whole and (term.units is not None or COMPONENTS[term.component].unit is None)
 

@@ -60,8 +60,9 @@ def metric(
     """A function of logits as a metric.
 
     Args:
-        function: ``f(logits)`` or ``f(logits, given)`` → one number a row. ``logits`` is ``[row, vocab]`` at one position, and
-            ``[row, read, vocab]`` where ``positions`` is a slice, list or mask. ``given`` is described at ``Metric``.
+        function: ``f(logits)`` or ``f(logits, given)`` → one number a row. ``logits`` is ``[row, vocab]`` at one
+            position, and ``[row, read, vocab]`` where ``positions`` is a slice, list or mask. ``given`` is described at
+            ``Metric``.
         name: Its name in results; the function's own otherwise.
         unit: What the number counts.
         positions: What it reads; the last position otherwise.
@@ -71,7 +72,9 @@ def metric(
     picked = select(positions, "pos")
     try:
         parameters = inspect.signature(function).parameters.values()
-        wants_given = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+        wants_given = (
+            sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+        )
     except ValueError:
         wants_given = False
 
@@ -79,7 +82,7 @@ def metric(
         seen = logits[:, 0] if picked.scalar else logits
         return function(seen, given) if wants_given else function(seen)
 
-    label = name or getattr(function, "__name__", type(function).__name__)
+    label = name or str(getattr(function, "__name__", type(function).__name__))
     return Metric(label, unit, read, picked, note=(inspect.getdoc(function) or "").split("\n")[0])
 
 
@@ -87,7 +90,7 @@ MetricLike: TypeAlias = Metric | Callable[..., torch.Tensor]
 Metrics: TypeAlias = MetricLike | Iterable[MetricLike] | Mapping[str, MetricLike]
 
 
-def as_metrics(given: Metrics) -> tuple[Metric, ...]:
+def as_metrics(given: Metrics | Any) -> tuple[Metric, ...]:
     """One metric, several, or a mapping of names to metrics, as a tuple.
 
     Raises:
@@ -97,10 +100,10 @@ def as_metrics(given: Metrics) -> tuple[Metric, ...]:
         found = tuple(replace(_one(m), name=str(name)) for name, m in given.items())
     elif isinstance(given, Metric) or callable(given):
         found = (_one(given),)
-    elif isinstance(given, Iterable) and not isinstance(given, str):
-        found = tuple(_one(m) for m in given)
     else:
-        found = (_one(given),)
+        found = tuple(
+            _one(m) for m in ([given] if isinstance(given, str) or not isinstance(given, Iterable) else given)
+        )
     names = [m.name for m in found]
     if not found:
         raise MetricError("There is no metric: pass tp.logit_diff, another metric, or a function of logits.")
@@ -146,13 +149,14 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
     alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
     if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
         raise MetricError(
-            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row is a run of "
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
+            "is a run of "
             "its own; reduce over positions and vocabulary only."
         )
 
 
 def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """values [row, read, vocab] at ids [row, n] → [row, read, n]; 0 where an id is padding."""
+    """Values [row, read, vocab] at ids [row, n] → [row, read, n]; 0 where an id is padding."""
     picked = values.gather(-1, ids.clamp(min=0)[:, None].expand(-1, values.shape[1], -1))
     return picked * (ids >= 0)[:, None]
 

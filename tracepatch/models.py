@@ -2,8 +2,8 @@
 
 Facts about nnsight 0.8 and transformers 5 that loading has to respect, all of them handled here and nowhere else:
 
-* With transformers 5.23 nnsight cannot look up a tokenizer by repo id when it builds a model without weights. So weights
-  and tokenizer are loaded with transformers, and nnsight wraps the finished module.
+* With transformers 5.23 nnsight cannot look up a tokenizer by repo id when it builds a model without weights. So
+  weights and tokenizer are loaded with transformers, and nnsight wraps the finished module.
 * A module from ``from_config`` starts in training mode, where dropout makes every measurement noise.
 * ``from_pretrained`` fills weights that a folder lacks with random numbers and only logs it.
 """
@@ -36,8 +36,15 @@ from tracepatch.errors import ModelError, listing
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
 _REMOTE: WeakKeyDictionary[Model, bool | str] = WeakKeyDictionary()
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def load(
@@ -53,13 +60,14 @@ def load(
 
     Args:
         model: A Hugging Face repo id, a folder with a model, a Hugging Face module, or an nnsight model.
-        tokenizer: The tokenizer, or its repo id or folder. Needed with a Hugging Face module; otherwise it comes with the
-            model.
+        tokenizer: The tokenizer, or its repo id or folder. Needed with a Hugging Face module; otherwise it comes with
+            the model.
         remote: Run on a server instead of here: ``True`` for NDIF, or the URL of a server of your own. No weights are
             loaded.
         dtype: ``"float32"``, ``"bfloat16"``, … or a torch dtype. Without it, the checkpoint's own.
         device_map: As in transformers: ``"auto"``, ``"cuda"``, … (needs accelerate).
-        options: Anything else ``from_pretrained`` takes (``revision``, ``attn_implementation``, ``trust_remote_code``, …).
+        options: Anything else ``from_pretrained`` takes (``revision``, ``attn_implementation``, ``trust_remote_code``,
+            …).
 
     Returns:
         An nnsight ``TransformersModel`` in eval mode.
@@ -102,7 +110,8 @@ def _from_pretrained(source: str, tokenizer: Any, dtype: Any, device_map: Any, o
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{source!r} lacks {len(missing)} weights of {type(module).__name__}; transformers would fill them with random "
+            f"{source!r} lacks {len(missing)} weights of {type(module).__name__}; transformers would fill "
+            "them with random "
             f"numbers.\n{listing(missing)}\nLoad a checkpoint that was saved with its language-model head."
         )
     return _wrap(module, tokenizer or _tokenizer(source, options))
@@ -147,7 +156,8 @@ def _refuse_encoders(config: Any, source: str) -> None:
     decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(name in decoders for name in names):
         raise ModelError(
-            f"{source!r} is an encoder ({', '.join(names) or kind}): it has no next-token logits to read a metric from. "
+            f"{source!r} is an encoder ({', '.join(names) or kind}): it has no next-token logits to read a "
+            "metric from. "
             "Load a causal language model."
         )
 
@@ -158,7 +168,9 @@ def _tokenizer(source: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     path = Path(source)
     # Without these files transformers makes up an empty tokenizer for some model types.
     if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(f"The folder {str(source)!r} holds no tokenizer: pass tokenizer= (a tokenizer, a repo id or a folder).")
+        raise ModelError(
+            f"The folder {str(source)!r} holds no tokenizer: pass tokenizer= (a tokenizer, a repo id or a folder)."
+        )
     try:
         return AutoTokenizer.from_pretrained(
             source, **{k: v for k, v in options.items() if k in ("revision", "trust_remote_code", "token", "cache_dir")}
@@ -208,7 +220,8 @@ def require_ready(model: Model) -> None:
     training = [name or type(module_of(model)).__name__ for name, m in module_of(model).named_modules() if m.training]
     if training:
         raise ModelError(
-            f"{len(training)} modules are in training mode (the first: {training[0]}), so dropout and the like may make "
+            f"{len(training)} modules are in training mode (the first: {training[0]}), so dropout and the "
+            "like may make "
             "every forward different. Call model.eval()."
         )
 
@@ -221,7 +234,7 @@ def name_of(model: Model) -> str:
 
 
 def fingerprint(model: Model) -> str:
-    """A short hash of config and weights: 256 evenly spaced values of every parameter, with names, shapes and dtypes."""
+    """A short hash of the weights: names, shapes, dtypes and 256 evenly spaced values of every parameter."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module_of(model).state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -250,7 +263,7 @@ def eager_attention(module: PreTrainedModel) -> Iterator[None]:
 def last_logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """All logits of plain forwards, in float32: ids ``[row, pos]`` → ``[row, pos, vocab]``, on the CPU."""
     with torch.no_grad(), model.trace(input_ids=ids, use_cache=False, remote=remote_of(model)):
-        logits = nnsight.save(model.output.logits.float().cpu())
+        logits: torch.Tensor = nnsight.save(model.output.logits.float().cpu())
     return logits
 
 

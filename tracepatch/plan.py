@@ -34,8 +34,12 @@ class Proof(IntEnum):
 
 
 PROOFS = {
-    Proof.EQUAL: "writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value",
-    Proof.UNREACHABLE: "cannot reach the metric: after the last position read, or beside it with no attention left to carry it",
+    Proof.EQUAL: (
+        "writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value"
+    ),
+    Proof.UNREACHABLE: (
+        "cannot reach the metric: after the last position read, or beside it with no attention left to carry it"
+    ),
     Proof.BOTH: "each of its positions falls under one of the two proofs above",
     Proof.IDENTICAL: "the same edits on the same pair are measured once",
 }
@@ -188,7 +192,8 @@ class Plan:
         lines = [
             f"{len(self.rows):,} rows × {self.pairs} pairs on {self.model} ({self.layers} layers)",
             f"  metric       {read}",
-            f"  patches      {total - absent:,}" + (f" ({absent:,} more have no such position in their pair)" if absent else ""),
+            f"  patches      {total - absent:,}"
+            + (f" ({absent:,} more have no such position in their pair)" if absent else ""),
         ]
         for proof in (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH, Proof.IDENTICAL):
             if counts[proof]:
@@ -196,9 +201,11 @@ class Plan:
         largest = max((len(b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
-            f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, {self.batches:,} of up to "
+            f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, "
+            f"{self.batches:,} of up to "
             f"{largest:,} rows (one of them an unpatched witness)",
-            f"  forwards     {forwards:,} instead of {total - absent + worlds:,} ({_ratio(total - absent + worlds, forwards)} fewer)",
+            f"  forwards     {forwards:,} instead of {total - absent + worlds:,} "
+            f"({_ratio(total - absent + worlds, forwards)} fewer)",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
         if self.remote:

@@ -2,11 +2,12 @@
 
 Pruning is exact and uses only declarations. Two facts carry it, both proved by the probe before they are used:
 
-* Attention is causal: an activation at a position depends on the tokens up to it. So where the clean and the corrupted tokens agree up
-  to a position, the worlds agree there, and writing one world's value into the other changes nothing, as long as no earlier edit
-  of the same row has reached the place.
-* The metric reads declared positions. What stands after the last of them cannot reach it; in the last layer nothing is left to
-  carry a value to another position but what attention there still reads (the stream entering it, its keys and values).
+* Attention is causal: an activation at a position depends on the tokens up to it. So where the clean and the corrupted
+  tokens agree up to a position, the worlds agree there, and writing one world's value into the other changes nothing,
+  as long as no earlier edit of the same row has reached the place.
+* The metric reads declared positions. What stands after the last of them cannot reach it; in the last layer nothing is
+  left to carry a value to another position but what attention there still reads (the stream entering it, its keys and
+  values).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.metrics import Metric
 from tracepatch.plan import Batch, Group, Job, Plan, Proof, Term, Write
-from tracepatch.prompts import EncodedPairs
 from tracepatch.recording import Edit, Row
 from tracepatch.sites import COMPONENTS, Site
 from tracepatch.sources import Value, WorldName
+from tracepatch.tokens import EncodedPairs
 
 CARRIED = frozenset({"embed", "resid_pre"})  # what attention of the same layer carries to other positions
 TOKENS = 4096  # tokens a run beyond which batching gains nothing on the devices tried
@@ -82,13 +83,17 @@ def make_plan(
         MetricError: A metric lacks what it needs of the pairs, or reads positions that a prompt does not have.
     """
     if not rows:
-        raise RecipeError("The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`.")
+        raise RecipeError(
+            "The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`."
+        )
     _require_given(metrics, encoded)
     profiles = [_profile(encoded, metrics, pair) for pair in range(len(encoded))]
     notes = []
     if prune and not architecture.causal:
         prune = False
-        notes.append("nothing is pruned: this model's attention is not causal (a changed last token moved earlier positions)")
+        notes.append(
+            "nothing is pruned: this model's attention is not causal (a changed last token moved earlier positions)"
+        )
     lowering = {profile: _Lowering(architecture, profile, prune) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     proofs = np.zeros((len(rows), len(encoded)), np.int8)
@@ -145,22 +150,29 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
             if need in ("answer", "wrong"):
                 empty = [i for i, ids in enumerate(getattr(encoded, need)) if not ids]
                 if empty:
-                    offenders.append(f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})")
+                    offenders.append(
+                        f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})"
+                    )
         if offenders:
-            raise MetricError(f"Metric {metric.name!r} cannot be read.\n{listing(offenders)}\nGive the pairs what it needs.")
+            raise MetricError(
+                f"Metric {metric.name!r} cannot be read.\n{listing(offenders)}\nGive the pairs what it needs."
+            )
 
 
 def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
-    length, reads = encoded.lengths[pair], set()
+    length = encoded.lengths[pair]
+    reads: set[int] = set()
     for metric in metrics:
         found = metric.positions.resolve(length)
         if not found:
             raise MetricError(
-                f"Metric {metric.name!r} reads position {metric.positions}, which pair {pair} does not have ({length} tokens)."
+                f"Metric {metric.name!r} reads position {metric.positions}, which pair {pair} does not have "
+                f"({length} tokens)."
             )
         if "next" in metric.needs and length - 1 in found and not encoded.answer[pair]:
             raise MetricError(
-                f"Metric {metric.name!r} reads the loss after the last token, and pair {pair} has no answer. Give it one, or read "
+                f"Metric {metric.name!r} reads the loss after the last token, and pair {pair} has no answer. "
+                "Give it one, or read "
                 f"other positions: tp.{metric.name}.at(slice(0, -1))."
             )
         reads.update(found)
@@ -196,7 +208,9 @@ class _Lowering:
             if len(alive) < len(write.positions):
                 write = _narrow(write, alive)
             kept.append(write)
-        proof = Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
+        proof = (
+            Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
+        )
         return tuple(kept), proof
 
     def _moment(self, edit: Edit) -> tuple[int, int]:
@@ -245,7 +259,11 @@ class _Lowering:
         position = write.positions[i]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            if term.factor == 1 and (term.component, term.layer, term.units) == (write.component, write.layer, write.units):
+            if term.factor == 1 and (term.component, term.layer, term.units) == (
+                write.component,
+                write.layer,
+                write.units,
+            ):
                 same_place = term.positions[min(i, len(term.positions) - 1)] == position
                 return same_place and (term.world == base or self._agrees(term.component, term.layer, position))
         left: dict[tuple[Any, ...], float] = defaultdict(float)
@@ -289,7 +307,9 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
 def _narrow(write: Write, chosen: Sequence[int]) -> Write:
     """The write at some of its positions."""
     terms = tuple(
-        t if len(t.positions) == 1 and len(write.positions) > 1 else replace(t, positions=tuple(t.positions[i] for i in chosen))
+        t
+        if len(t.positions) == 1 and len(write.positions) > 1
+        else replace(t, positions=tuple(t.positions[i] for i in chosen))
         for t in write.terms
     )
     return replace(
@@ -301,12 +321,14 @@ def _narrow(write: Write, chosen: Sequence[int]) -> Write:
 
 
 def _row_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Peak memory of one batch element: the widest activations of one layer, attention scores, and the logits that are read."""
+    """Peak memory of one batch element: the widest activations of a layer, attention scores, logits that are read."""
     size = architecture.dtype.itemsize
     width = max(layer.width for layer in architecture.layers)
     heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
     wide = 6 * architecture.d_model + 3 * width
-    return profile.length * (wide + heads * profile.length * 2) * size + len(profile.reads) * architecture.vocab * (size + 8)
+    return profile.length * (wide + heads * profile.length * 2) * size + len(profile.reads) * architecture.vocab * (
+        size + 8
+    )
 
 
 def _pack(
@@ -329,10 +351,22 @@ def _pack(
         for i in range(0, len(pairs), together):
             chunk = pairs[i : i + together]
             reads = {p for pair in chunk for p in profiles[pair].reads}
-            reads |= {q for pair in chunk for job in jobs[pair] for w in job.writes for t in w.terms if t.component == "logits" for q in t.positions}
+            reads |= {
+                q
+                for pair in chunk
+                for job in jobs[pair]
+                for w in job.writes
+                for t in w.terms
+                if t.component == "logits"
+                for q in t.positions
+            }
             ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
             used = {(t.component, t.layer) for job in ready for w in job.writes for t in w.terms}
-            most = max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // length))) if batch_size is None else batch_size
+            most = (
+                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // length)))
+                if batch_size is None
+                else batch_size
+            )
             batches = tuple(Batch(tuple(ready[j : j + most])) for j in range(0, len(ready), most))
             yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), batches)
 

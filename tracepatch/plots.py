@@ -8,11 +8,9 @@ function returns its figure, which notebooks show and ``savefig`` writes.
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -26,51 +24,18 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from tracepatch.errors import ResultError
-from tracepatch.results import over_pairs, require_dataset
+from tracepatch.panels import PANELS, Label, Panel, View, arrange, scale_words
+from tracepatch.results import require_dataset
 
 COLOURS = "RdBu_r"  # white at 0, and told apart with any colour blindness
 SMALL, MEDIUM, LARGE = 7, 8, 9  # points: legible where the figure is printed at its own size
 CHARACTER, WIDTH = 0.058, 6.5  # inches: the mean width of a small character, and what panels may take
 TALL = 2.6  # inches: what a colour bar must have for its label to stand beside it
 FLOOR = 0.05  # of the clean − corrupted difference: the least that fills the colour scale
-ABSENT, MEASURED, PROVED_ZERO = 0, 1, 2  # flags of ``status``
-PANELS = ("component", "model", "metric")
-ACROSS = ("pos", "head", "neuron", "", "name", "layer", "component", "model")  # which is taken first; "" is any other
-DOWN = ("layer", "name", "", "neuron", "head", "pos", "component", "model")
 TEXTURES: dict[str, dict[str, Any]] = {
     "proved": {"facecolor": "white", "edgecolor": "#c6c6c6", "hatch": "////"},
     "absent": {"facecolor": "#dedede", "edgecolor": "#c0c0c0", "hatch": "xxxx"},
 }
-
-
-class _Label(NamedTuple):
-    text: str
-    differs: bool = False  # the clean and the corrupted token do
-    varies: bool = False  # the pairs' tokens do
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """What one panel shows: values and the masks of its textures, [down, across] or [down], and a label for each."""
-
-    title: str
-    values: NDArray[np.float64]
-    masks: dict[str, NDArray[np.bool_]]
-    labels: list[list[_Label]]
-    pairs: xr.DataArray
-    gap: float
-
-
-@dataclass(frozen=True)
-class _View:
-    name: str
-    dims: list[str]
-    columns: str | None
-    words: list[bool]  # whether a dim's labels are words, which are read from the top and never left out
-    mean: xr.Dataset
-    panels: list[_Panel]
-    title: str
-    legend: dict[str, str]
 
 
 class _Shown(Figure):
@@ -124,7 +89,7 @@ def heatmap(
     """
     if limit is not None and not 0 < limit < np.inf:
         raise ResultError(f"limit is the value at the ends of the colour scale, a positive number, not {limit!r}.")
-    view = _view(effects, variable, {"y": y, "x": x}, columns, pair)
+    view = arrange(effects, variable, {"y": y, "x": x}, columns, pair)
     rows, cells = view.panels[0].values.shape
     longest = max(len(label.text) for panel in view.panels for label in panel.labels[1]) if view.words[1] else 2
     narrow = cells * SMALL * 1.15 / 72 if view.words[1] else 0.0  # many tokens take more than WIDTH
@@ -162,7 +127,9 @@ def heatmap(
             bar.set_ticks(marks.tolist(), labels=[_number(mark, bound) for mark in marks])
             bar.ax.tick_params(labelsize=SMALL, width=0.5, length=2)
             flat = down * high < TALL  # upright, the words would be longer than the bar
-            lines = [part for line in _scale(view, panel.title) for part in textwrap.wrap(line, 25 if flat else 99)]
+            lines = [
+                part for line in scale_words(view, panel.title) for part in textwrap.wrap(line, 25 if flat else 99)
+            ]
             turned: dict[str, Any] = {"rotation": 0, "ha": "left", "va": "center"} if flat else {}
             bar.set_label("\n".join(lines), fontsize=SMALL if flat else MEDIUM, parse_math=False, **turned)
     return _finish(canvas, view, axes)
@@ -186,7 +153,7 @@ def bars(
     Raises:
         ResultError: A tree instead of a dataset, an unknown variable, dim or pair, or too many or too few dims.
     """
-    view = _view(effects, variable, {"y": y}, columns, pair)
+    view = arrange(effects, variable, {"y": y}, columns, pair)
     count = len(view.panels[0].values)
     canvas, axes, (_, high) = _canvas(view, figure, title, (2.8, float(np.clip(count * 0.22, 0.8, 8))), 0.5)
     for panel, ax in zip(view.panels, axes.values(), strict=True):
@@ -202,7 +169,7 @@ def bars(
         ax.set_ylim(-0.5, count - 0.5)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=SMALL, width=0.5, length=2)
-        ax.set_xlabel("\n".join(_scale(view, panel.title)), fontsize=SMALL, parse_math=False)
+        ax.set_xlabel("\n".join(scale_words(view, panel.title)), fontsize=SMALL, parse_math=False)
         _ticks(ax.yaxis, panel.labels[0], view.words[0], high)
     if view.columns != "metric" or view.name == "normalized":
         ends = np.array([ax.get_xlim() for ax in axes.values()])
@@ -211,126 +178,18 @@ def bars(
     return _finish(canvas, view, axes)
 
 
-def _view(
-    effects: xr.Dataset, variable: str | None, axes: dict[str, str | None], columns: str | None, pair: int | None
-) -> _View:
-    """What to show, with its dims settled; ``axes`` are those of a panel, y before x, with what the caller chose."""
+def picture(effects: xr.Dataset, variable: str | None = None, **options: Any) -> Figure:
+    """The picture that fits a result: ``heatmap``, or ``bars`` where there is one dim; arguments as theirs."""
     require_dataset(effects)
-    single = mean = effects
-    known = effects["pair"].values.tolist() if "pair" in effects["effect"].dims else []
-    if pair is not None and pair not in known:
-        raise ResultError(f"There is no pair {pair!r}; there are {', '.join(map(str, known)) or 'none: one mean'}.")
-    if pair is not None:
-        single = mean = effects.sel(pair=pair)
-    elif known and "pair" not in (*axes.values(), columns):
-        mean = over_pairs(effects)
-    name = variable or ("normalized" if "normalized" in mean else "effect")
-    if name not in mean or name == "status":
-        offered = ", ".join(str(v) for v in mean.data_vars if v != "status")
-        raise ResultError(f"There is no variable {name!r} to plot; there are {offered}.")
-    chosen, columns, lone = _arrange(mean[name], axes, columns)
-    single, mean = single.isel(lone, missing_dims="ignore"), mean.isel(lone, missing_dims="ignore")
-    data, coords, panels = mean[name], mean[name].coords, []
-    fitting = "status" in mean and set(mean["status"].dims) <= set(data.dims)
-    status = mean["status"] if fitting else xr.full_like(data, MEASURED)
-    for number in range(data.sizes[columns] if columns else 1):
-        here = {columns: number} if columns else {}
-        part, one = mean.isel(here, missing_dims="ignore"), single.isel(here, missing_dims="ignore")
-        values = part[name].transpose(*chosen)
-        absent = values.isnull().values  # never drawn as a zero, even one that was proved
-        own = status.isel(here, missing_dims="ignore").broadcast_like(values).transpose(*chosen).values
-        entry = coords[columns].values[number] if columns else ""
-        text = str(entry) if isinstance(entry, str) else f"{columns} {entry}"
-        both = {"clean", "corrupted"} <= set(part.data_vars)
-        gap = float(np.nan_to_num(abs(part["clean"] - part["corrupted"]).min())) if both else 0.0
-        masks = {"proved": (own == PROVED_ZERO) & ~absent, "absent": absent}
-        panels.append(_Panel(text, values.values, masks, [_labels(one, dim) for dim in chosen], one[name], gap))
-    model = "" if columns == "model" else str(coords["model"].item() if "model" in coords else mean.attrs["model"])
-    facts = [model, str(mean.attrs.get("pairs", ""))]
-    for dim in ("component", "name", "layer", "pos", "head", "neuron", "pair"):  # what was selected beforehand
-        if dim in coords and not coords[dim].dims:
-            facts.append(f"{dim} {coords[dim].item()}".removeprefix("component ").removeprefix("name "))
-    if len(known) > 1 and pair is None and "pair" not in data.dims:
-        facts.append(f"mean over {len(known)} pairs")
-    undefined = bool((data.isnull() & (status != ABSENT)).any())
-    names = {"proved": "no effect (proved)", "absent": "absent or undefined" if undefined else "absent"}
-    legend = {key: text for key, text in names.items() if any(p.masks[key].any() for p in panels)}
-    words = [dim in ("pos", "row") or data[dim].dtype.kind in "OUT" for dim in chosen]
-    return _View(name, chosen, columns, words, mean, panels, " · ".join(filter(None, facts)), legend)
+    sizes = effects["effect"].sizes
+    inner = [dim for dim in sizes if dim not in ("pair", *PANELS)]
+    return (heatmap if len(inner) > 1 else bars)(effects, variable, **options)
 
 
-def _arrange(
-    data: xr.DataArray, axes: dict[str, str | None], columns: str | None
-) -> tuple[list[str], str | None, dict[str, int]]:
-    """The dims of the axes, the dim of the panels if any, and the dims of a single entry that neither needs."""
-    dims = {str(dim): size for dim, size in data.sizes.items()}
-    what = f"{data.name!r} has the dims {', '.join(f'{dim} ({size})' for dim, size in dims.items()) or '(none)'}"
-    wanted = [dim for dim in (*axes.values(), columns) if dim is not None]
-    if set(wanted) - set(dims) or len(set(wanted)) < len(wanted):
-        raise ResultError(f"{what}: {', '.join(axes)} and columns are different ones of them, not {', '.join(wanted)}.")
-    free, chosen = [dim for dim in dims if dim not in wanted and dim != "metric"], list[str]()
-    for axis, given in axes.items():
-        order = ACROSS if axis == "x" else DOWN
-        free.sort(key=lambda dim, order=order: order.index(dim if dim in order else ""))  # type: ignore[misc]
-        chosen.append(given or (free.pop(0) if free else ""))
-    if "" in chosen:
-        advice = "tp.plots.bars shows a single one" if len(axes) == 2 and dims else "choose a variable with more"
-        raise ResultError(f"{what}, too few: {advice}.")
-    rest = [dim for dim in dims if dim not in (*chosen, columns)]
-    columns = columns or next((dim for dim in PANELS if dim in rest and dims[dim] > 1), None)
-    left = [dim for dim in rest if dims[dim] > 1 and dim != columns]
-    if left:
-        pick = ", ".join(f"{dim}={data[dim].values.tolist()[0]!r}" for dim in left)
-        other = f", or give one panels, as in columns={left[0]!r}" if columns is None else ""
-        other += "; tp.plots.heatmap shows two" if len(axes) == 1 else ""
-        raise ResultError(f"{what}, too many: select of {', '.join(left)}, as in effects.sel({pick}){other}.")
-    return chosen, columns, {dim: 0 for dim in rest if dim != columns}
-
-
-def _limit(view: _View, panels: Sequence[_Panel]) -> float:
+def _limit(view: View, panels: Sequence[Panel]) -> float:
     """The default of ``heatmap``'s limit for panels that share a scale."""
     gap = 1.0 if view.name == "normalized" else min(p.gap for p in panels) if view.name.startswith("effect") else 0.0
     return max(FLOOR * gap, *(float(np.nanmax(abs(p.values), initial=0)) for p in panels)) or 1.0
-
-
-def _scale(view: _View, title: str) -> list[str]:
-    """What the numbers are, in lines: variable and metric, unit, direction."""
-    data, attrs = view.mean[view.name], view.mean.attrs
-    names, units = list(json.loads(attrs.get("metrics", "{}"))), data.attrs.get("units", "").split(", ")
-    metric = title if view.columns == "metric" and view.name != "normalized" else ""
-    if "metric" in view.mean.coords and not view.mean["metric"].dims:
-        metric = str(view.mean["metric"].item())
-    unit = dict(zip(names, units, strict=False)).get(metric, "") if len(names) == len(units) else ""
-    unit = units[0] if len(units) == 1 else unit  # a unit that metrics share, or that of a fraction
-    kind, _, part = view.name.partition("_")
-    texts = {"normalized": "normalized effect on", "effect": f"effect on the {part} part of" if part else "effect on"}
-    text = f"{texts.get(kind, view.name + ':')} {metric}" if metric else texts.get(kind, view.name).removesuffix(" on")
-    base = attrs.get("base", "")
-    way = {"corrupted": "denoising: ", "clean": "noising: "}.get(base, "") if "corrupted" in view.mean else ""
-    return [text, *([f"[{unit}]"] if unit else []), *([f"{way}patched into the {base} run"] if base else [])]
-
-
-def _labels(data: xr.Dataset, dim: str) -> list[_Label]:
-    """A label for each entry of a dim: for positions the tokens, for the rows of a sparse result what names them."""
-    if dim == "pos" and "token" in data.coords:
-        arrays = [data[side] for side in ("token", "corrupted_token") if side in data.coords]
-        sides = [array.transpose(..., "pos").values.reshape(-1, data.sizes["pos"]).T for array in arrays]
-        found = []
-        for clean, corrupted in zip(sides[0], sides[-1], strict=True):
-            differs, varies = bool((clean != corrupted).any()), len({*clean}) > 1 or len({*corrupted}) > 1
-            other = "→" + _token(corrupted[0]) * bool(clean[0] != corrupted[0]) if differs else ""
-            found.append(_Label(_token(clean[0]) + other + "…" * varies, differs, varies))
-        return found
-    if dim == "row":
-        parts = [data[c] for c in data.coords if c != dim and data[c].dims == (dim,)]
-        rows = zip(*([f"{part.name} {v}" for v in part.values] for part in parts), strict=True)
-        return [_Label(" ".join(row)) for row in rows]
-    return [_Label(f"{v:g}" if isinstance(v, float) else str(v)) for v in data[dim].values.tolist()]
-
-
-def _token(text: str) -> str:
-    bare = text.strip() or text.translate({32: "␣", 9: "⇥", 10: "⏎", 13: "⏎"})
-    return bare if len(bare) <= 16 else f"{bare[:12]}⋯{bare[-3:]}"
 
 
 def _number(value: float, bound: float) -> str:
@@ -341,7 +200,7 @@ def _number(value: float, bound: float) -> str:
 
 
 def _canvas(
-    view: _View, figure: Figure | SubFigure | None, title: str | None, size: tuple[float, float], below: float
+    view: View, figure: Figure | SubFigure | None, title: str | None, size: tuple[float, float], below: float
 ) -> tuple[Figure | SubFigure, dict[tuple[int, int], Axes], tuple[float, float]]:
     """A canvas with a grid of panels of about a size in inches, the panels by row and column, and the size they got."""
     count, costs = len(view.panels), {}
@@ -383,7 +242,7 @@ def _texture(ax: Axes, mask: NDArray[np.bool_], key: str) -> None:
         ax.add_collection(hatched, autolim=False)
 
 
-def _ticks(axis: Axis, labels: Sequence[_Label], words: bool, room: float) -> None:
+def _ticks(axis: Axis, labels: Sequence[Label], words: bool, room: float) -> None:
     """Labels that do not touch: words turned and made smaller, numbers thinned out."""
     each, longest = room / len(labels), max(len(label.text) for label in labels) * CHARACTER
     flat = isinstance(axis, XAxis)
@@ -403,7 +262,7 @@ def _ticks(axis: Axis, labels: Sequence[_Label], words: bool, room: float) -> No
         axis.set_inverted(True)
 
 
-def _finish(canvas: Figure | SubFigure, view: _View, axes: dict[tuple[int, int], Axes]) -> Figure:
+def _finish(canvas: Figure | SubFigure, view: View, axes: dict[tuple[int, int], Axes]) -> Figure:
     """Names the axes, keeps labels that panels share at the edge of the grid only, and explains what occurs."""
     names = ["position" if dim == "pos" else dim for dim in view.dims]
     shared = all(panel.labels[0] == view.panels[0].labels[0] for panel in view.panels)

@@ -172,7 +172,11 @@ class _AttentionWatch(TorchFunctionMode):
             self._keep(given["value"], result)
         elif name == "softmax" and result.ndim >= 3 and result.shape[-2] == POSITIONS:
             self.pattern = result.shape
-        elif self.pattern is not None and name in ("matmul", "__matmul__", "bmm", "baddbmm") and isinstance(args[0], torch.Tensor):
+        elif (
+            self.pattern is not None
+            and name in ("matmul", "__matmul__", "bmm", "baddbmm")
+            and isinstance(args[0], torch.Tensor)
+        ):
             left, right = args[0], args[1]
             # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
             if left.shape[:-1] == self.pattern[:-1] and right.shape[-2] == left.shape[-1]:
@@ -358,7 +362,8 @@ class Blocks:
                 name = name.rsplit(".", 1)[0]
             return name
 
-        queue, found = [c for c in own if parent(c) == block.name], []
+        queue = [c for c in own if parent(c) == block.name]
+        found: list[tuple[str, list[Call]]] = []
         while queue:
             call = queue.pop(0)
             inner = [c for c in own if c.under(call.name)]
@@ -436,11 +441,17 @@ class _Branch:
         size = self.blocks.by_name[self.block].entering.numel()  # type: ignore[union-attr]
         if override:
             path = override.removesuffix(".output")
-            self.candidates = [c for c in self.blocks.calls if c.name == path and c.leaving is not None and c.leaving.numel() == size]
+            self.candidates = [
+                c for c in self.blocks.calls if c.name == path and c.leaving is not None and c.leaving.numel() == size
+            ]
             if not self.candidates:
                 self.tried.append(f"{override}: no module of that path gave a tensor of the stream's shape")
             return
-        pool = [c for c in (self.projection, self.module) if c is not None and c.leaving is not None and c.leaving.numel() == size]
+        pool = [
+            c
+            for c in (self.projection, self.module)
+            if c is not None and c.leaving is not None and c.leaving.numel() == size
+        ]
         for call in self.outside:
             if call.leaving is None or call.leaving.numel() != size or call.start < self.module.end:
                 continue
@@ -555,4 +566,3 @@ def _fit(target: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], 
     scales = [float(f"{s:.6g}") for s in solution.tolist()]
     gap = (matrix @ torch.tensor(scales, dtype=torch.float64) - wanted).abs().max().item()
     return scales, gap
-

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from tracepatch.errors import PromptError, listing
 from tracepatch.models import Model
 from tracepatch.tokens import Answer, EncodedPairs, Prompt, answer_id, bos_policy, encode_prompt, pieces, shown
 
+Prompts: TypeAlias = str | Sequence[Prompt] | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 SEPARATOR = "|"  # between several answers in one cell of a table
 
 
@@ -50,8 +51,8 @@ class Pairs:
 
     def __init__(
         self,
-        clean: str | Sequence[str] | Sequence[Sequence[int]],
-        corrupted: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
+        clean: Prompts,
+        corrupted: Prompts | None = None,
         answer: Answer | Sequence[Answer] | Sequence[Sequence[Answer]] | None = None,
         wrong: Answer | Sequence[Answer] | Sequence[Sequence[Answer]] | None = None,
         *,
@@ -105,8 +106,8 @@ class Pairs:
     def both_roles(self) -> Pairs:
         """These pairs, then the same with clean and corrupted, answer and wrong, exchanged.
 
-        In such a set neither prompt of a pair is special, so that the mean metric of the clean runs is minus that of the
-        corrupted ones.
+        In such a set neither prompt of a pair is special, so that the mean metric of the clean runs is minus that of
+        the corrupted ones.
         """
         if self.corrupted is None:
             raise PromptError("These pairs have no corrupted prompts, so there are no roles to exchange.")
@@ -129,7 +130,12 @@ class Pairs:
         policy = bos_policy(tokenizer, self.bos)
         sides = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
         ids = [tuple(encode_prompt(tokenizer, prompt, policy) for prompt in side) for side in sides]
-        empty = [f"pair {i}: {shown(side[i])}" for side, got in zip(sides, ids, strict=True) for i, t in enumerate(got) if not t]
+        empty = [
+            f"pair {i}: {shown(side[i])}"
+            for side, got in zip(sides, ids, strict=True)
+            for i, t in enumerate(got)
+            if not t
+        ]
         if empty:
             raise PromptError(f"{len(empty)} prompts have no tokens.\n{listing(empty)}")
         offenders = self.unencodable(tokenizer)
@@ -277,4 +283,3 @@ def _readable(path: str | os.PathLike[str]) -> Path:
 def _put(instance: Any, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(instance, name, value)
-

@@ -59,7 +59,9 @@ class Patching(Recorder):
     def __enter__(self) -> Patching:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.plan = self.make_plan()
 
@@ -86,7 +88,9 @@ class Patching(Recorder):
             MeasurementError: A number came out NaN or inf.
         """
         if self.plan is None:
-            raise RecipeError("The recipe is still being recorded: call run() after the `with` block, when it has been planned.")
+            raise RecipeError(
+                "The recipe is still being recorded: call run() after the `with` block, when it has been planned."
+            )
         require_ready(self.model)
         with _bar(self.plan.jobs, name_of(self.model), progress) as advance:
             measured = run(self.model, self.architecture, self.encoded, self.plan, advance)
@@ -113,14 +117,17 @@ def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options
 class Recipe:
     """An experiment without a model in it, to be applied to any: a function of the recording context.
 
-    Called with a recording context it records into it, so that recipes can be combined; called with a model and pairs it is planned and run.
+    Called with a recording context it records into it, so that recipes can be combined; called with a model and pairs
+    it is planned and run.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
         functools.update_wrapper(self, function)
 
-    def __call__(self, target: Recorder | Model, pairs: Pairs | None = None, metric: Metrics = logit_diff, **options: Any) -> Result | None:
+    def __call__(
+        self, target: Recorder | Model, pairs: Pairs | None = None, metric: Metrics = logit_diff, **options: Any
+    ) -> Any:
         """Runs the recipe on a model and pairs, or records it into a context.
 
         Args:
@@ -128,6 +135,9 @@ class Recipe:
             pairs: The prompts.
             metric: What is read.
             options: The recipe's own arguments, and those of ``tp.patching``; ``progress`` as in ``Patching.run``.
+
+        Returns:
+            The result; nothing where it was recorded into a context.
         """
         if isinstance(target, Recorder):
             self.function(target, **options)
@@ -177,9 +187,10 @@ def patch(
         pairs: The prompts.
         components: One component, or several with the same dims.
         metric: What is read.
-        by: The dims to run over; what is left out is patched whole. By default layer × pos, for heads layer × head, for neurons
-            layer × neuron.
-        direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the clean run.
+        by: The dims to run over; what is left out is patched whole. By default layer × pos, for heads layer × head, for
+            neurons layer × neuron.
+        direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
+            clean run.
         source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
         only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
         progress: Whether to show a bar; by default only on a terminal.
@@ -213,13 +224,21 @@ def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
 
 def _require_pairs(pairs: Any) -> Pairs:
     if not isinstance(pairs, Pairs):
-        raise RecipeError(f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}.")
+        raise RecipeError(
+            f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."
+        )
     return pairs
 
 
 def _where(model: Model) -> str:
     remote = remote_of(model)
-    return "" if not remote else "NDIF, one request a traced run" if remote is True else f"{remote}, one request a traced run"
+    return (
+        ""
+        if not remote
+        else "NDIF, one request a traced run"
+        if remote is True
+        else f"{remote}, one request a traced run"
+    )
 
 
 @contextmanager
@@ -228,9 +247,13 @@ def _bar(total: int, what: str, wanted: bool | None) -> Iterator[Callable[[int],
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda done: None
         return
-    columns: Iterable[Any] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    columns: Iterable[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
-
-

@@ -1,7 +1,7 @@
 """The recording context: inside it nothing runs, edits are written down.
 
-Assignments between worlds are recorded as they stand in the code, with plain Python and no source capture, so that they work in
-a REPL, a notebook, ``exec``, a function or a comprehension.
+Assignments between worlds are recorded as they stand in the code, with plain Python and no source capture, so that they
+work in a REPL, a notebook, ``exec``, a function or a comprehension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
-from tracepatch.prompts import EncodedPairs
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -31,6 +30,7 @@ from tracepatch.sites import (
     units_of,
 )
 from tracepatch.sources import Increment, Source, Sum, Value, WorldName, as_source
+from tracepatch.tokens import EncodedPairs
 
 Label: TypeAlias = int | float | str
 RESERVED = ("pair", "metric", "model", "row")
@@ -68,7 +68,8 @@ class Recorder:
     Attributes:
         architecture: Of the model.
         encoded: The pairs, as tokens.
-        clean: The world of the clean prompts. On the left of an assignment it is the row, on the right its pristine values.
+        clean: The world of the clean prompts. On the left of an assignment it is the row, on the right its pristine
+            values.
         rows: What was recorded.
     """
 
@@ -92,8 +93,8 @@ class Recorder:
         """A block whose edits are one patched forward.
 
         Args:
-            labels: Where its result stands: ``layer=…, pos=…, head=…``, ``name="…"`` or any other names. A label of a site's dim must
-                be touched by one of the edits.
+            labels: Where its result stands: ``layer=…, pos=…, head=…``, ``name="…"`` or any other names. A label of a
+                site's dim must be touched by one of the edits.
 
         Raises:
             RecipeError: At the end of the block: no edits, labels that contradict them, or labels used before.
@@ -120,14 +121,18 @@ class Recorder:
         dims = (by,) if isinstance(by, str) else tuple(by)
         wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
         if wrong or len(set(dims)) < len(dims):
-            raise SiteError(f"{name} has the dims {', '.join(kind.index)}; a grid by {', '.join(dims)} {only or ''} asks for others.")
-        layers = range(len(self.architecture)) if kind.layered else range(1)
+            raise SiteError(
+                f"{name} has the dims {', '.join(kind.index)}; a grid by {', '.join(dims)} {only or ''} asks "
+                "for others."
+            )
         picked = select(only["layer"], "layer") if "layer" in only else ALL
-        layers = [n for n in layers_of(kind, picked, len(self.architecture)) if n in layers]
+        layers = layers_of(kind, picked, len(self.architecture))
         offered = [n for n in layers if self.architecture.offers(name, n)]
         if not offered:
             self.architecture.require(name, layers[0])
-        positions = select(only["pos"], "pos").resolve(self.lengths[-1]) if "pos" in only else tuple(range(self.lengths[-1]))
+        positions = (
+            select(only["pos"], "pos").resolve(self.lengths[-1]) if "pos" in only else tuple(range(self.lengths[-1]))
+        )
         if positions is None:
             raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.")
         found: list[Any] = []
@@ -145,14 +150,15 @@ class Recorder:
         units_of(kind, layer, picked, count)
         return picked.resolve(count) or ()
 
-    # ------------------------------------------------------------------------------------------------ called by worlds and rows
+    # ------------------------------------------------------------------------------------------------ called by worlds
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
         row = self._open
         if row is None:
             raise RecipeError(
-                f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block for each patched forward."
+                f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
+                "for each patched forward."
             )
         add = isinstance(given, Increment)
         if isinstance(given, Increment):
@@ -163,7 +169,8 @@ class Recorder:
             source = as_source(given)
         if row.edits and row.base != world:
             raise RecipeError(
-                f"One row edits one world: this one edits {row.base}.{row.edits[0].site}, so {world}.{site} cannot be edited in it. "
+                f"One row edits one world: this one edits {row.base}.{row.edits[0].site}, so {world}.{site} "
+                "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
         if not (isinstance(source, Value) and source.site == site):
@@ -189,7 +196,8 @@ class Recorder:
             if not fits:
                 dims = ", ".join(f"{dim} {n}" for dim, n in target)
                 raise RecipeError(
-                    f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+                    f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of "
+                    f"{length} tokens."
                 )
 
     def _require_value(self, site: Site, value: Value, length: int) -> None:
@@ -208,24 +216,35 @@ class Recorder:
 
     def _shape(self, site: Site, length: int) -> tuple[tuple[str, int], ...] | None:
         """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions."""
-        return _shape(site, length, self.architecture.units(site.component, site.layer), self.architecture.width(site.component, site.layer))
+        return _shape(
+            site,
+            length,
+            self.architecture.units(site.component, site.layer),
+            self.architecture.width(site.component, site.layer),
+        )
 
     def finish(self, row: Row) -> None:
         """Checks a finished row and keeps it."""
         if not row.edits:
-            raise RecipeError(f"{row} has no edits. A row is one patched forward; without an edit it would be its base.")
+            raise RecipeError(
+                f"{row} has no edits. A row is one patched forward; without an edit it would be its base."
+            )
         for name, label in row.labels.items():
             self._require_label(row, name, label)
         key = tuple(row.labels.items())
         if key in self._taken:
             labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
-            raise RecipeError(f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'.")
+            raise RecipeError(
+                f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'."
+            )
         self._taken.add(key)
         self.rows.append(row)
 
     def _require_label(self, row: Row, name: str, label: Label) -> None:
         if name == "layer":
-            touched = any(e.site.layer == label for e in row.edits) or any(e.site.layer - len(self.architecture) == label for e in row.edits)
+            touched = any(e.site.layer == label for e in row.edits) or any(
+                e.site.layer - len(self.architecture) == label for e in row.edits
+            )
         elif name == "component":
             touched = any(e.site.component == label for e in row.edits)
         elif name == "pos":
@@ -246,6 +265,9 @@ class World:
     """One world of a recorder: ``world.component[layer, pos, head]``."""
 
     __slots__ = ("_components", "_name", "_recorder")
+    _components: dict[str, _Activations]
+    _name: WorldName
+    _recorder: Recorder
 
     def __init__(self, recorder: Recorder, name: WorldName) -> None:
         object.__setattr__(self, "_recorder", recorder)
@@ -296,7 +318,9 @@ class _Activations:
         architecture, kind = self.recorder.architecture, self.kind
         layers, pos, units = split_index(kind, index)
         if not layers.scalar:
-            raise SiteError(f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row.")
+            raise SiteError(
+                f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
+            )
         (layer,) = layers_of(kind, layers, len(architecture))
         architecture.require(kind.name, layer)
         if kind.unit:
@@ -327,7 +351,9 @@ class _RowBlock:
         self.recorder._open = self.row
         return self.row
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.recorder._open = None
         if error is None:
             self.recorder.finish(self.row)

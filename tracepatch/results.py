@@ -20,6 +20,7 @@ from tracepatch.executors import Measured
 from tracepatch.models import Model, fingerprint, name_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.recording import Label
+from tracepatch.sources import Value
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -36,8 +37,8 @@ def to_result(
 
     * ``value``: the metric of the patched run, in its unit.
     * ``effect``: value − value of the unpatched base.
-    * ``normalized``: effect / (clean − corrupted): 0 nothing happened, ±1 the whole difference. NaN for a pair whose clean and corrupted
-      runs are too close to divide by.
+    * ``normalized``: effect / (clean − corrupted): 0 nothing happened, ±1 the whole difference. NaN for a pair whose
+      clean and corrupted runs are too close to divide by.
     * ``effect_…``: the effect on one part of a metric, such as the answer's logit.
     * ``base``, ``clean``, ``corrupted``: the unpatched values.
     * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero.
@@ -52,7 +53,7 @@ def to_result(
     }
     if len(found) == 1:
         return next(iter(found.values()))
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs)} | found)  # type: ignore[arg-type]  # a dict of datasets
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs)} | found)
 
 
 def _dataset(
@@ -79,7 +80,8 @@ def _dataset(
     def spread(values: NDArray[Any], empty: Any) -> NDArray[Any]:
         """[row, pair] → [pair, *labels]."""
         out = np.full((plan.pairs, *shape), empty, values.dtype)
-        out[(slice(None), *at)] = values.T
+        index: Any = (slice(None), *at)
+        out[index] = values.T
         return out
 
     metrics = [m.name for m in plan.metrics]
@@ -94,7 +96,9 @@ def _dataset(
     def variable(array: NDArray[Any], part: str = "") -> NDArray[Any]:
         """[row, pair, column] → [(metric,) pair, *labels]; NaN where a metric has no such part."""
         stacked = [
-            spread(array[..., columns.index((m, part))], np.nan) if (m, part) in columns else np.full((plan.pairs, *shape), np.nan)
+            spread(array[..., columns.index((m, part))], np.nan)
+            if (m, part) in columns
+            else np.full((plan.pairs, *shape), np.nan)
             for m in metrics
         ]
         return np.stack(stacked) if len(metrics) > 1 else stacked[0]
@@ -113,34 +117,58 @@ def _dataset(
     for world in plan.worlds:
         data[world] = (lead, baseline(world))
     proofs = plan.proofs[numbers]
-    status = np.where(absent, Status.ABSENT, np.where((proofs == Proof.NONE) | (proofs == Proof.IDENTICAL), Status.MEASURED, Status.PROVED_ZERO))
+    status = np.where(
+        absent,
+        Status.ABSENT,
+        np.where((proofs == Proof.NONE) | (proofs == Proof.IDENTICAL), Status.MEASURED, Status.PROVED_ZERO),
+    )
     data["status"] = (("pair", *dims), spread(status.astype(np.int8), np.int8(Status.ABSENT)))
     dataset = xr.Dataset(data, coords=coords | _pair_coords(encoded), attrs=attrs)
-    if len(metrics) > 1:
-        dataset = dataset.assign_coords(metric=metrics)
-    else:
-        dataset = dataset.assign_coords(metric=metrics[0])
+    dataset = dataset.assign_coords(metric=metrics if len(metrics) > 1 else metrics[0])
     if dense:
         dataset = _site_coords(dataset, architecture, encoded)
     if len(plan.worlds) == 2:
         dataset = _normalize(dataset, measured)
     dataset.attrs["base"] = " and ".join(sorted(bases))
+    sources = (e.source for row in rows for e in row.edits)
+    written = {s.world if isinstance(s, Value) else "other" for s in sources}
+    dataset.attrs["written"] = " and ".join(sorted(written))
     units = {m.name: m.unit for m in plan.metrics}
-    for name in ("effect", "value", "base", "clean", "corrupted", *(v for v in dataset.data_vars if str(v).startswith("effect_"))):
+    for name in (
+        "effect",
+        "value",
+        "base",
+        "clean",
+        "corrupted",
+        *(v for v in dataset.data_vars if str(v).startswith("effect_")),
+    ):
         if name in dataset:
             dataset[name].attrs["units"] = ", ".join(dict.fromkeys(units.values()))
-    dataset["status"].attrs.update(flag_values=[int(s) for s in Status], flag_meanings=" ".join(s.name.lower() for s in Status))
-    order = ["effect", "normalized", "value", *(v for v in dataset.data_vars if str(v).startswith("effect_")), "base", *plan.worlds, "status"]
+    dataset["status"].attrs.update(
+        flag_values=[int(s) for s in Status], flag_meanings=" ".join(s.name.lower() for s in Status)
+    )
+    order = [
+        "effect",
+        "normalized",
+        "value",
+        *(v for v in dataset.data_vars if str(v).startswith("effect_")),
+        "base",
+        *plan.worlds,
+        "status",
+    ]
     return dataset[[name for name in order if name in dataset]]
 
 
 def _axis(labels: Sequence[Label]) -> list[Label]:
     unique = list(dict.fromkeys(labels))
-    return sorted(unique) if all(isinstance(label, (int, float)) for label in unique) else unique  # type: ignore[type-var]  # all numbers
+    return sorted(unique) if all(isinstance(label, (int, float)) for label in unique) else unique
 
 
 def _pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
-    coords: dict[str, Any] = {"pair": np.arange(len(encoded)), "clean_prompt": ("pair", [_text(encoded, p) for p in encoded.clean_prompts])}
+    coords: dict[str, Any] = {
+        "pair": np.arange(len(encoded)),
+        "clean_prompt": ("pair", [_text(encoded, p) for p in encoded.clean_prompts]),
+    }
     if encoded.corrupted is not None:
         coords["corrupted_prompt"] = ("pair", [_text(encoded, p) for p in encoded.corrupted_prompts])
     for name, ids in (("answer", encoded.answer), ("wrong", encoded.wrong)):
@@ -158,12 +186,20 @@ def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encod
         depth = dataset["layer"].values / max(1, len(architecture) - 1)
         dataset = dataset.assign_coords(depth=("layer", depth))
     if "head" in dataset.dims:
-        groups = {(a.heads, a.kv_heads) for i in range(len(architecture)) if (a := architecture.attention(i)) is not None and a.heads}
+        groups = {
+            (a.heads, a.kv_heads)
+            for i in range(len(architecture))
+            if (a := architecture.attention(i)) is not None and a.heads
+        }
         if len(groups) == 1:
             heads, kv_heads = groups.pop()
             dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
     if "pos" in dataset.dims and all(isinstance(p, int) and p >= 0 for p in dataset["pos"].values.tolist()):
-        sides = {"token": encoded.clean} if encoded.corrupted is None else {"token": encoded.clean, "corrupted_token": encoded.corrupted}
+        sides = (
+            {"token": encoded.clean}
+            if encoded.corrupted is None
+            else {"token": encoded.clean, "corrupted_token": encoded.corrupted}
+        )
         for name, side in sides.items():
             words = [encoded.words(ids) for ids in side]
             picked = [[w[p] if p < len(w) else "" for p in dataset["pos"].values] for w in words]
@@ -175,12 +211,16 @@ def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encod
 def _normalize(dataset: xr.Dataset, measured: Measured) -> xr.Dataset:
     """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by."""
     gap = dataset["clean"] - dataset["corrupted"]
-    noise = float(np.nanmax(measured.noise, initial=0.0))
-    floor = xr.where(True, 1e-5, 0.0) * np.maximum(abs(dataset["clean"]), abs(dataset["corrupted"])) + 10 * noise  # noqa: FBT003
-    usable = abs(gap) > floor
+    noise = xr.DataArray(
+        [n for n, (_, part) in zip(measured.noise, measured.columns, strict=True) if not part], dims="metric"
+    )
+    drift = noise if "metric" in gap.dims else noise[0]
+    usable = abs(gap) > 1e-5 * np.maximum(abs(dataset["clean"]), abs(dataset["corrupted"])) + 10 * drift
     normalized = dataset["effect"] / gap.where(usable)
     normalized = normalized.transpose(*dataset["effect"].dims)
-    close = sorted({int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]})
+    close = sorted(
+        {int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]}
+    )
     dataset = dataset.assign(normalized=normalized)
     dataset["normalized"].attrs["units"] = "fraction of the clean − corrupted difference"
     dataset.attrs["pairs_too_close"] = json.dumps(close)
@@ -198,7 +238,9 @@ def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measu
         "versions": json.dumps(versions()),
         "plan": plan.explain(),
         "metrics": json.dumps({m.name: m.note for m in plan.metrics}),
-        "noise_floor": json.dumps({".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}),
+        "noise_floor": json.dumps(
+            {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}
+        ),
         "seconds": round(measured.seconds, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -207,11 +249,13 @@ def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measu
 def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     """The same result averaged over pairs, ``normalized`` as a ratio of means.
 
-    A mean of the pairs' own normalized effects would let a pair with a small clean − corrupted difference outvote the others; here each
-    pair counts in the metric's unit. Pairs too close to divide by still count.
+    A mean of the pairs' own normalized effects would let a pair with a small clean − corrupted difference outvote the
+    others; here each pair counts in the metric's unit. Pairs too close to divide by still count.
     """
     require_dataset(effects)
-    numeric = [v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)]
+    numeric = [
+        v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
+    ]
     mean = effects[numeric].mean("pair", keep_attrs=True)
     if {"clean", "corrupted"} <= set(effects.data_vars):
         present = effects["effect"].notnull()
@@ -219,9 +263,9 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
         mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
         mean["normalized"].attrs = dict(effects["normalized"].attrs)
     status = effects["status"]
-    proved = (status == Status.PROVED_ZERO).all("pair")
-    measured = (status == Status.MEASURED).any("pair") | (status == Status.PROVED_ZERO).any("pair")
-    combined = xr.where(proved, int(Status.PROVED_ZERO), xr.where(measured, int(Status.MEASURED), int(Status.ABSENT)))
+    measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
+    # A mean is a proved zero if nothing in it was measured.
+    combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
     return mean.assign_attrs(effects.attrs)
@@ -230,7 +274,8 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
     """Results of several models, or of one model on several sets, along a new dim ``model``.
 
-    What one model lacks (a head, a layer, a position) is NaN with status 0. ``depth`` tells how far up a layer stands in its own model.
+    What one model lacks (a head, a layer, a position) is NaN with status 0. ``depth`` tells how far up a layer stands
+    in its own model.
 
     Raises:
         ResultError: Nothing to join, results with different dims, or two of one model.
@@ -242,7 +287,10 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
     dims = [tuple(sorted(map(str, r["effect"].dims))) for r in results]
     names = [str(r.attrs["model"]) for r in results]
     if len(set(dims)) > 1:
-        raise ResultError("Results with different dims cannot be joined.\n" + listing([f"{n}: {', '.join(d)}" for n, d in zip(names, dims, strict=True)]))
+        raise ResultError(
+            "Results with different dims cannot be joined.\n"
+            + listing([f"{n}: {', '.join(d)}" for n, d in zip(names, dims, strict=True)])
+        )
     if len(set(names)) < len(names):
         raise ResultError(f"Two results are of one model: {', '.join(names)}. Rename one: result.attrs['model'] = '…'.")
     prepared = []
@@ -257,7 +305,16 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
         kind = next(r[name].dtype.kind for r in prepared if name in r)
         empty[name] = "" if kind in "OUT" else 0 if name == "status" else np.nan
     wide = _same_dims(prepared)
-    joined = xr.concat(wide, dim="model", join="outer", fill_value=empty, data_vars="all", coords="minimal", compat="override", combine_attrs="drop_conflicts")
+    joined = xr.concat(
+        wide,
+        dim="model",
+        join="outer",
+        fill_value=empty,
+        data_vars="all",
+        coords="minimal",
+        compat="override",
+        combine_attrs="drop_conflicts",
+    )
     joined = joined.set_coords([c for c in loose if c in joined])
     joined.attrs["model"] = ", ".join(names)
     joined.attrs["sources"] = json.dumps([{k: str(v) for k, v in r.attrs.items()} for r in results])
@@ -265,7 +322,7 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
-    """Every variable with the same dims in all results: tokens that one set's pairs share are repeated for another's."""
+    """Every variable with the same dims in all results: tokens shared in one set are repeated for another's."""
     out = []
     for result in results:
         for name in list(result.data_vars):
@@ -284,9 +341,14 @@ def require_dataset(result: Any) -> None:
         ResultError: It is something else, or a tree of several.
     """
     if isinstance(result, xr.DataTree):
-        raise ResultError(f"This result is a tree of several datasets: pick one, as in result[{next(iter(result.children), '…')!r}].to_dataset().")
+        raise ResultError(
+            "This result is a tree of several datasets: pick one, as in "
+            f"result[{next(iter(result.children), '…')!r}].to_dataset()."
+        )
     if not isinstance(result, xr.Dataset) or "effect" not in result or "tracepatch_format" not in result.attrs:
-        raise ResultError(f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance.")
+        raise ResultError(
+            f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance."
+        )
 
 
 def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
@@ -322,7 +384,12 @@ def open_result(path: str | os.PathLike[str]) -> Result:
         with xr.open_datatree(source, engine="h5netcdf") as tree:
             tree.load()
     except (OSError, ValueError, KeyError) as error:
-        raise ResultError(f"{source} is not a result: it is no netCDF file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from error
+        raise ResultError(
+            f"{source} is not a result: it is no netCDF file "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+        ) from error
     if "tracepatch_format" not in tree.attrs:
-        raise ResultError(f"{source} is netCDF, but not a tracepatch result: it has no `tracepatch_format`. Open it with xarray.")
+        raise ResultError(
+            f"{source} is netCDF, but not a tracepatch result: it has no `tracepatch_format`. Open it with xarray."
+        )
     return tree if tree.children else tree.to_dataset()

@@ -52,9 +52,7 @@ COMPONENTS: Final[dict[str, Component]] = {
     for c in (
         Component("embed", ("pos",), ("pos", "d_model"), 0, "output of the token embedding"),
         Component("resid_pre", _POS, ("pos", "d_model"), 1, "residual stream entering a block"),
-        Component(
-            "z", (*_POS, "head"), ("pos", "head", "d_head"), 2, "pattern-weighted values of a head, before W_O"
-        ),
+        Component("z", (*_POS, "head"), ("pos", "head", "d_head"), 2, "pattern-weighted values of a head, before W_O"),
         Component(
             "head_out", (*_POS, "head"), ("pos", "head", "d_model"), 3, "what one head writes to the stream, z · W_O"
         ),
@@ -216,7 +214,9 @@ def layers_of(kind: Component, picked: Select, count: int) -> tuple[int, ...]:
     """
     layers = picked.resolve(count if kind.layered else 1)
     if not layers:
-        raise SiteError(f"{kind.name}[{picked}, …]: this model has {count} layers, 0 to {count - 1} (or -{count} to -1).")
+        raise SiteError(
+            f"{kind.name}[{picked}, …]: this model has {count} layers, 0 to {count - 1} (or -{count} to -1)."
+        )
     return layers
 
 

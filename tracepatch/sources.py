@@ -1,7 +1,7 @@
 """What an edit writes: values of worlds, numbers, tensors, and sums of them.
 
-A *world* is a forward whose values are known. On the right-hand side of an edit a world gives its pristine values, those
-of an unpatched run; sums and multiples of them are values too.
+A *world* is a forward whose values are known. On the right-hand side of an edit a world gives its pristine values,
+those of an unpatched run; sums and multiples of them are values too.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Source:
     def __truediv__(self, divisor: Any) -> Sum:
         return _times(self.terms(), 1.0 / _number(divisor))
 
-    def __iadd__(self, other: Any) -> Increment:  # type: ignore[misc]  # += on a site records an addition to the live value
+    def __iadd__(self, other: Any) -> Increment:  # += on a site records an addition to the live value
         return Increment(self, as_source(other))
 
-    def __isub__(self, other: Any) -> Increment:  # type: ignore[misc]  # as above
+    def __isub__(self, other: Any) -> Increment:  # as above
         return Increment(self, -as_source(other))
 
 
@@ -136,7 +136,9 @@ def as_source(given: Any) -> Source:
     try:
         tensor = given if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given, dtype=float))
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor.") from error
+        raise RecipeError(
+            f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor."
+        ) from error
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise RecipeError(f"A tensor of dtype {tensor.dtype} cannot be written at a site: pass real numbers.")
     if not torch.isfinite(tensor).all():

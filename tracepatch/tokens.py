@@ -67,7 +67,9 @@ class EncodedPairs:
         """The ids of the clean or the corrupted prompts."""
         ids = self.clean if name == "clean" else self.corrupted
         if ids is None:
-            raise PromptError("These pairs have no corrupted prompts: patch from other sources (zero, a tensor), or add them.")
+            raise PromptError(
+                "These pairs have no corrupted prompts: patch from other sources (zero, a tensor), or add them."
+            )
         return ids
 
     @property
@@ -107,7 +109,8 @@ class EncodedPairs:
             )
         if same:
             raise PromptError(
-                f"In {len(same)} of {len(self)} pairs the clean and the corrupted prompt are the same tokens, so no patch can "
+                f"In {len(same)} of {len(self)} pairs the clean and the corrupted prompt are the same tokens, "
+                "so no patch can "
                 f"have an effect.\n{listing(same)}\nChange one of them, or leave the pair out."
             )
 
@@ -125,10 +128,14 @@ def bos_policy(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> BosPolic
     elif not bos:
         prefix = ()
     elif tokenizer.bos_token_id is None:
-        raise PromptError(f"bos=True, but {type(tokenizer).__name__} has no BOS token. Leave bos out, or pass bos=False.")
+        raise PromptError(
+            f"bos=True, but {type(tokenizer).__name__} has no BOS token. Leave bos out, or pass bos=False."
+        )
     else:
         prefix = (int(tokenizer.bos_token_id),)
-    why: Literal["the tokenizer does so", "you asked for it"] = "the tokenizer does so" if bos is None else "you asked for it"
+    why: Literal["the tokenizer does so", "you asked for it"] = (
+        "the tokenizer does so" if bos is None else "you asked for it"
+    )
     return BosPolicy(prefix, tokenizer.decode(list(prefix)), why)
 
 

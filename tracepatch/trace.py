@@ -1,8 +1,8 @@
-"""What runs inside an nnsight trace: reading activations, writing edits, scoring logits. The only place a plan touches a model.
+"""What runs inside an nnsight trace, the only place where a plan touches a model.
 
-Nothing is decided here. Functions take nested tuples of builtins and tensors and return tensors in builtins, use only torch and
-nnsight, and have no decorators, so that they mean the same wherever they are executed. Values are cloned when they are kept: some
-models add into a module's output in place after it has passed by.
+Nothing is decided here. Functions take nested tuples of builtins and tensors and return tensors in builtins, use only
+torch and nnsight, and have no decorators, so that they mean the same wherever they are executed. Values are cloned when
+they are kept: some models add into a module's output in place after it has passed by.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def forward(
             result = nnsight.save(
                 inside(model, ids.shape[1], stops, known, reads, bool(options), logit_edits, measures, keep_logits)
             )
-    return result
+    kept, scores = result
+    return kept, scores
 
 
 def inside(
@@ -151,7 +152,7 @@ def perform(
 
 
 def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """x ``[row, pos, …]`` with indexed writes applied to a copy; x itself if there are none."""
+    """An activation ``[row, pos, …]`` with indexed writes applied to a copy; x itself if there are none."""
     if not writes:
         return x
     x = x.clone()
@@ -185,7 +186,7 @@ def head_out(
 ) -> torch.Tensor:
     """Keeps, or edits, what single heads add to the stream, at the place x where all of attention adds to it."""
     _, name, writes, keep, z_name, heads, projection, post_norm, factor_name, scale = task
-    z = kept["aside", z_name].unflatten(-1, (heads, -1))
+    z: torch.Tensor = kept["aside", z_name].unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
     project = module_at(model, projection)
     weight = None
     if post_norm:
@@ -221,7 +222,7 @@ def head_out(
 
 
 def head_write(project: Any, z: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """What one head writes, without the bias: z ``[…, head, d_head]`` → ``[…, d_model]``; ``heads`` is one number, or one a cell."""
+    """What one head (or one for each cell) writes, without the bias: z ``[…, head, d_head]`` → ``[…, d_model]``."""
     only = torch.zeros_like(z)
     if heads.ndim:
         cell = torch.arange(len(z), device=z.device)
@@ -229,5 +230,5 @@ def head_write(project: Any, z: torch.Tensor, heads: torch.Tensor, weight: torch
     else:
         only[..., heads, :] = z[..., heads, :]
     flat = only.flatten(-2)
-    found = project(flat) - project(torch.zeros_like(flat[..., :1, :] if flat.ndim > 2 else flat[:1]))
+    found: torch.Tensor = project(flat) - project(torch.zeros_like(flat[..., :1, :] if flat.ndim > 2 else flat[:1]))
     return found if weight is None else found * weight

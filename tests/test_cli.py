@@ -1,0 +1,129 @@
+"""The command line as a user meets it: a process of its own, its files, its words and its exit status."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ioi_pairs
+
+import tracepatch as tp
+
+
+def call(*arguments: str, cwd: Path, status: int = 0) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tracepatch", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_run_on_the_bundled_models(tmp_path: Path) -> None:
+    said, complained = call("run", "ioi", "--count", "4", cwd=tmp_path)
+    assert complained == "", "a run that went well says nothing on stderr when it is not a terminal"
+    folder = tmp_path / "out" / "ioi"
+    names = ("residual_stream", "attention_out", "mlp_out", "heads")
+    assert {f.name for f in folder.iterdir()} == {
+        "summary.txt",
+        *(f"{name}.png" for name in names),
+        *(f"{toy}.{name}.nc" for toy in tp.toys.NAMES for name in names),
+    }
+    assert all(f.stat().st_size > 10_000 for f in folder.glob("*.png"))
+    summary = (folder / "summary.txt").read_text()
+    assert "57 of 57 names are one token here" in summary
+    assert "opposite outputs" in summary
+    top = re.search(r"  heads\n    largest normalized effects:\n    \+(\S+)  layer 0, head 1\n", summary)
+    assert top is not None, "the head that copies the repeated name in the gpt2 toy"
+    assert float(top[1]) > 0.9
+    assert "gemma2.heads.nc" in said
+    result = tp.open_result(folder / "llama.residual_stream.nc")
+    assert result.sizes["layer"] == 2
+    call("plot", str(folder / "gpt2.heads.nc"), str(folder / "llama.heads.nc"), "--out", "both.png", cwd=tmp_path)
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_run_on_a_folder_and_a_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text('''"""My own experiment."""
+import tracepatch as tp
+from tracepatch.recipes.ioi import prompts
+
+@tp.recipe
+def ends(p):
+    """Ablate attention at the end."""
+    for layer in p.grid("attn_out", by="layer"):
+        with p.row(layer=layer):
+            p.clean.attn_out[layer, -1] = 0
+''')
+    call("run", "mine.py", "--model", str(tp.toys.folder("gpt_neox")), "--out", "results", cwd=tmp_path)
+    assert {f.name for f in (tmp_path / "results" / "mine").iterdir()} == {
+        "gpt_neox.ends.nc",
+        "ends.png",
+        "summary.txt",
+    }
+
+
+def test_explain_and_recipes(tmp_path: Path) -> None:
+    said, _ = call("explain", "ioi", "--model", "gpt_neox", cwd=tmp_path)
+    assert "GPTNeoXForCausalLM (gpt_neox): 2 layers" in said
+    assert "heads: Denoise the output of each head at all positions.\n8 rows × 8 pairs on gpt_neox (2 layers)" in said
+    assert list(tmp_path.iterdir()) == []
+    said, _ = call("recipes", cwd=tmp_path)
+    assert said.startswith(
+        "ioi  Indirect object identification: which activations tell who is given the bag?\n    "
+        "residual_stream    Denoise"
+    )
+
+
+def test_check_pairs_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text(
+        '{"clean": "When John and Mary went to the store, John gave the bag to", '
+        '"corrupted": "When John and Mary went to the store, Mary gave the bag to", "answer": " Mary", "wrong": " John"}\n'
+    )
+    said, _ = call("check", "good.jsonl", cwd=tmp_path)
+    assert "ok  clean: the model prefers the answer in 1 of 1 pairs" in said
+    (tmp_path / "bad.csv").write_text("clean,corrupted,answer,wrong\nWhen John and Mary,When John, Mary, John\n")
+    said, _ = call("check", "bad.csv", cwd=tmp_path, status=1)
+    assert "FAIL  1 of 1 pairs cannot be compared position by position." in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "ioo"], "RecipeError: There is no recipe 'ioo'. Recipes: ioi; or pass a Python file.\n"),
+        (["run", "none.py"], "RecipeError: There is no file none.py.\n"),
+        (
+            ["run", "empty.py"],
+            "RecipeError: empty.py cannot be run: a recipe file has prompts(tokenizer, count, seed) and "
+            "functions with @tp.recipe.\n",
+        ),
+        (
+            ["run", "ioi", "--model", "./none"],
+            "ModelError: There is no folder './none', and it is no Hugging Face repo id ('organisation/name').\n",
+        ),
+        (["plot", "none.nc"], "ResultError: There is no file none.nc.\n"),
+    ],
+)
+def test_errors_are_words_not_tracebacks(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty.py").write_text("")
+    assert call(*arguments, cwd=tmp_path, status=1) == ("", message)
+
+
+def test_a_tree_is_not_drawn(tmp_path: Path, gpt2: Any) -> None:
+    with tp.patching(gpt2, ioi_pairs(1)) as p:
+        with p.row(name="a"):
+            p.clean.z[0, :, 0] = 0
+        with p.row(layer=0):
+            p.clean.z[0, :, 1] = 0
+    tp.save_result(p.run(), tmp_path / "tree.nc")
+    _, complained = call("plot", "tree.nc", cwd=tmp_path, status=1)
+    assert "tree.nc holds rows with different labels" in complained
