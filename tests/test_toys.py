@@ -285,7 +285,9 @@ def test_training_runs_and_is_deterministic(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     ours = toys.folder("gpt2")
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "a" / "gpt2" / file).read_text()) == json.loads((ours / file).read_text())
+        made, shipped = (json.loads((place / file).read_text()) for place in (tmp_path / "a" / "gpt2", ours))
+        differing = {key for key in made | shipped if made.get(key) != shipped.get(key)}
+        assert differing <= {"transformers_version"}
     short = CliRunner().invoke(app, ["--model", "gpt2", "--out", str(tmp_path / "c"), "--steps", "1"])
     assert short.exit_code == 1
     assert "below 99.0%" in short.output

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
@@ -157,7 +158,7 @@ class Architecture:
         z, plain = call.entering, call.leaving
         assert z is not None
         assert plain is not None
-        heads = z.reshape(*z.shape[:-1], attention.heads, -1)
+        heads = rearrange(z, "row pos (head d_head) -> row pos head d_head", head=attention.heads)
         with torch.no_grad():
             bias = call.module(torch.zeros_like(z))
             parts = torch.zeros_like(plain)
@@ -259,8 +260,8 @@ class Architecture:
             tried = [t for s in (attention, mlp) if s is not None and s.out is None for t in s.tried]
             details = (
                 f"\nTried:\n{listing(tried)}\nIf you know the place: "
-                "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …}) puts it to the same proof, and "
-                "tp.adopt(model, found) makes patching use it."
+                "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …}) puts it to the same proof, "
+                "and tp.adopt(model, found) makes patching use it."
                 if tried and "close" in why
                 else ""
             )

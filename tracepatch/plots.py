@@ -100,7 +100,7 @@ def heatmap(
     for panel, ax in zip(view.panels, axes.values(), strict=True):
         bound = limit or (_limit(view, [panel]) if apart else together)
         across, up = np.arange(cells + 1) - 0.5, np.arange(rows + 1) - 0.5
-        values, scale, many = np.ma.masked_invalid(panel.values), Normalize(-bound, bound), panel.values.size > 5000
+        values, scale, many = panel.values, Normalize(-bound, bound), panel.values.size > 5000
         mesh = ax.pcolormesh(across, up, values, cmap=COLOURS, norm=scale, rasterized=many)
         for key, mask in panel.masks.items():
             _texture(ax, mask, key)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from einops import rearrange, repeat
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -481,7 +482,7 @@ class _Branch:
         if self.kind != "attn":
             return found
         seen = next(a for a in self.blocks.attended if a.name == self.path or a.name.startswith(self.path + "."))
-        z = seen.z.transpose(1, 2).flatten(2)
+        z = rearrange(seen.z, "row head pos d_head -> row pos (head d_head)")
         entering = self.projection.entering
         assert entering is not None
         exact = z.numel() == entering.numel() and _near(z, entering.reshape(z.shape))
@@ -502,7 +503,8 @@ def _kv_heads(values: torch.Tensor) -> int:
     """How many different heads there are before they were repeated over their query groups."""
     heads = values.shape[1]
     groups = [n for n in range(heads, 0, -1) if heads % n == 0]
-    return next(heads // n for n in groups if torch.equal(values, values[:, ::n].repeat_interleave(n, 1)))
+    spread = "row kv_head pos d_head -> row (kv_head n) pos d_head"
+    return next(heads // n for n in groups if torch.equal(values, repeat(values[:, ::n], spread, n=n)))
 
 
 def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[str, float]:
