@@ -95,6 +95,28 @@ def test_a_pair_too_close_to_divide_by(gpt2: Any, pairs: tp.Pairs) -> None:
     assert (result["effect"] == 0).all()
 
 
+def test_a_quotient_of_noise_is_not_given(gpt2: Any, pairs: tp.Pairs) -> None:
+    """The runs differ, but by less than rounding leaves of such a number."""
+    faint = tp.metric(lambda logits: 3.0 + 1e-6 * logits[:, 7], name="faint")
+    result = tp.patch(gpt2, pairs, "resid_pre", faint)
+    assert float(abs(result["clean"] - result["corrupted"]).max()) > 0
+    assert np.isnan(result["normalized"]).all()
+    assert json.loads(result.attrs["pairs_too_close"]) == [0, 1, 2]
+
+
+def test_cells_without_a_row_are_absent_never_zero(gpt2: Any, pairs: tp.Pairs) -> None:
+    with tp.patching(gpt2, pairs) as p:
+        for layer, head in ((0, 0), (1, 1), (2, 1)):
+            with p.row(layer=layer, head=head):
+                p.clean.z[layer, :, head] = 0
+    result = p.run()
+    hole = {"layer": 0, "head": 1}
+    assert result["effect"].dims == ("pair", "layer", "head")
+    for name in ("effect", "value", "normalized", "effect_answer"):
+        assert np.isnan(result[name].sel(hole)).all(), name
+    assert (result["status"].sel(hole) == tp.Status.ABSENT).all()
+
+
 def test_provenance(result: xr.Dataset, gpt2: Any) -> None:
     attrs = result.attrs
     assert attrs["model"] == "gpt2"
