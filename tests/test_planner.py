@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,10 @@ def test_explain_a_sweep(gpt2: Any) -> None:
                 p.corrupted.resid_pre[layer, pos] = p.clean.resid_pre[layer, pos]
     assert p.plan is not None
     assert p.plan.explain() == EXPLAINED
+    p.run()
+    told = p.plan.explain()
+    assert told.startswith(EXPLAINED + "\n  took         ")
+    assert re.search(r"[\d,]+ rows a second; witnesses drift by \S+$", told)
 
 
 def test_explain_everything_else(gpt2: Any) -> None:

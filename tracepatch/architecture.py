@@ -14,7 +14,19 @@ from torch import nn
 
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
-from tracepatch.probe import POSITIONS, Attended, Blocks, Call, Layer, Overrides, Place, Sublayer, record, resolution
+from tracepatch.probe import (
+    POSITIONS,
+    Attended,
+    Blocks,
+    Call,
+    Layer,
+    Overrides,
+    Place,
+    Sublayer,
+    is_norm,
+    record,
+    resolution,
+)
 from tracepatch.sites import COMPONENTS, component
 
 ROWS = 3  # prompts of the probe
@@ -139,14 +151,9 @@ class Architecture:
             raise ArchitectureError(f"{self.name}: get_input_embeddings() is not called in a plain forward.")
         self.embed = embedding.place("output", ROWS * POSITIONS)
         self.unembed = names.get(id(module.get_output_embeddings()), "")
-        self.final_norm = next(
-            (
-                c.name
-                for c in calls
-                if c.start > last.end and _equal(c.entering, last.leaving) and c.leaving is not None
-            ),
-            "",
-        )
+        after = (c for c in calls if c.start > last.end and is_norm(c, self.d_model))
+        self.final_norm = next((c.name for c in after if _equal(c.entering, last.leaving)), "")
+        self._embed_width = embedding.leaving.shape[-1]
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
 
     def _head_projection(self, module: Any, blocks: Blocks, layer: Layer) -> HeadProjection | str:
@@ -211,6 +218,8 @@ class Architecture:
         """Why a component is not offered at a layer, in one clause; empty if it is."""
         here, attention, mlp = self.layers[layer], self.attention(layer), self.mlp(layer)
         unproved = "the residual sum of this layer does not close"
+        if name == "embed" and self._embed_width != self.d_model:
+            return f"the embedding is {self._embed_width} wide and projected to the stream"
         if name in ("embed", "logits", "resid_pre", "resid_post"):
             return ""
         if name == "resid_mid":

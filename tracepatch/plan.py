@@ -151,6 +151,7 @@ class Plan:
         budget: Bytes that a batch may take.
         notes: Anything a user should know before running.
         remote: Where it runs, if not here.
+        measured: After a run, its ``seconds``, and the ``drift`` of its witnesses from their baseline.
     """
 
     model: str
@@ -181,7 +182,7 @@ class Plan:
     def explain(self) -> str:
         """What will be traced and what will not, and why: a table for people.
 
-        After the plan has run, a column of measured numbers stands beside the estimates.
+        After the plan has run, it says how long that took.
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = len(self.worlds) * self.pairs
@@ -189,6 +190,7 @@ class Plan:
         forwards = self.jobs + worlds + self.batches
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
+        alone = total - absent + worlds
         lines = [
             f"{len(self.rows):,} rows × {self.pairs} pairs on {self.model} ({self.layers} layers)",
             f"  metric       {read}",
@@ -204,15 +206,18 @@ class Plan:
             f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, "
             f"{self.batches:,} of up to "
             f"{largest:,} rows (one of them an unpatched witness)",
-            f"  forwards     {forwards:,} instead of {total - absent + worlds:,} "
-            f"({_ratio(total - absent + worlds, forwards)} fewer)",
+            f"  forwards     {forwards:,} instead of {alone:,}{_ratio(alone, forwards)}",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
         if self.remote:
             lines.append(f"  runs on      {self.remote}")
         lines += [f"  note         {note}" for note in self.notes]
         if self.measured:
-            lines.append("  measured     " + ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items()))
+            seconds, drift = self.measured["seconds"], self.measured["drift"]
+            rate = (self.jobs + worlds) / max(seconds, 1e-9)
+            lines.append(
+                f"  took         {seconds:.2f} s, {rate:,.0f} rows a second; unpatched witnesses drift by {drift:.1g}"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -220,7 +225,7 @@ class Plan:
 
 
 def _ratio(before: int, after: int) -> str:
-    return f"{before / after:.1f} ×" if after else "all"
+    return f" ({before / after:.1f} × fewer)" if before > 1.05 * after else ""
 
 
 def _size(count: float) -> str:

@@ -271,7 +271,8 @@ def _has_experts(call: Call) -> bool:
     return any(p.ndim == 3 and p.shape[0] > 1 for p in call.module.parameters(recurse=False))
 
 
-def _is_norm(call: Call, width: int) -> bool:
+def is_norm(call: Call, width: int) -> bool:
+    """Whether a call is a norm: it changes values, keeps their shape, and has no matrix."""
     inp, out = call.entering, call.leaving
     if inp is None or out is None or not inp.shape[-1] == out.shape[-1] == width or inp.numel() != out.numel():
         return False
@@ -368,7 +369,7 @@ class Blocks:
         while queue:
             call = queue.pop(0)
             inner = [c for c in own if c.under(call.name)]
-            if _is_norm(call, width) or not any(_is_linear(c) or _has_experts(c) for c in inner):
+            if is_norm(call, width) or not any(_is_linear(c) or _has_experts(c) for c in inner):
                 continue
             if self._adds_residual(call, inner):
                 queue = [c for c in own if parent(c) == call.name] + queue
@@ -423,7 +424,7 @@ class _Branch:
         own = [c for c in blocks.calls if c.under(block)]
         inside = {id(c) for c in calls}
         self.outside = [c for c in own if id(c) not in inside and c.name != block]
-        norms = [c for c in self.outside if _is_norm(c, self.width) and c.start < self.first.start]
+        norms = [c for c in self.outside if is_norm(c, self.width) and c.start < self.first.start]
         self.pre_norm = next((c for c in norms if _same(c.leaving, self.first.entering)), None)
 
     @property
@@ -470,7 +471,7 @@ class _Branch:
             path=self.path,
             out=out,
             pre_norm=self.pre_norm.name if self.pre_norm else "",
-            post_norm=self.chosen.name if self.chosen is not None and _is_norm(self.chosen, self.width) else "",
+            post_norm=self.chosen.name if self.chosen is not None and is_norm(self.chosen, self.width) else "",
             tried=tuple(self.tried),
         )
         if self.projection is None:

@@ -94,6 +94,7 @@ class Patching(Recorder):
         require_ready(self.model)
         with _bar(self.plan.jobs, name_of(self.model), progress) as advance:
             measured = run(self.model, self.architecture, self.encoded, self.plan, advance)
+        self.plan.measured.update(seconds=measured.seconds, drift=float(measured.noise[0]))
         return to_result(self.model, self.architecture, self.encoded, self.plan, measured)
 
 
