@@ -70,7 +70,7 @@ def test_explain_a_sweep(gpt2: Any) -> None:
     p.run()
     told = p.plan.explain()
     assert told.startswith(EXPLAINED + "\n  took         ")
-    assert re.search(r"[\d,]+ rows a second; witnesses drift by \S+$", told)
+    assert re.search(r"[\d,]+ rows a second; unpatched witnesses drift by \S+$", told)
 
 
 def test_explain_everything_else(gpt2: Any) -> None:
