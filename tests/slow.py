@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,11 +31,20 @@ def pick(value: Tensor, site: Site, split: bool) -> Tensor:
     return found[index(site.unit)] if site.pos.scalar else found[:, index(site.unit)]
 
 
+def untouched(module: Any) -> Any:
+    """A copy that no trace has instrumented, with the same weights and attention."""
+    config = copy.deepcopy(module.config)
+    config._attn_implementation = module.config._attn_implementation
+    fresh = type(module)._from_config(config, dtype=module.dtype)
+    fresh.load_state_dict(module.state_dict())
+    return fresh.eval()
+
+
 class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
     def __init__(self, model: Any, encoded: EncodedPairs) -> None:
-        self.reference, self.encoded = Reference(model), encoded
+        self.reference, self.encoded = Reference(untouched(model)), encoded
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
         self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
         self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}

@@ -36,7 +36,9 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
             slice(-3, None),
         ]
         count = p.architecture.units(name, layer)
-        units: list[Any] = [()] if not kind.unit else [(0,), (count - 1,), (slice(None),), ([0, count // 2],)]
+        units: list[Any] = [()] if not kind.unit else [(0,), (slice(None),)]
+        if kind.unit and count > 1:
+            units += [(count - 1,), ([0, count // 2],)]
         if kind.unit == "head":
             units += [(h,) for h in range(1, count - 1)]
         for unit in units:

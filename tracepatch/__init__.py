@@ -14,9 +14,9 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``models``, ``sites``, ``tokens``,
-``checklist``, ``prompts``, ``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``, ``planner``,
-``layout``, ``trace``, ``executors``, ``results``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
+``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``,
+``planner``, ``layout``, ``executors``, ``results``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

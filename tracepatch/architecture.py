@@ -28,8 +28,11 @@ from tracepatch.probe import (
     resolution,
 )
 from tracepatch.sites import COMPONENTS, component
+from tracepatch.trace import operation_inputs
 
 ROWS = 3  # prompts of the probe
+# The call of the registered attention function; nnsight counts assignments of the name too, so the number varies.
+CALLS = tuple(f"attention_interface_{n}" for n in range(4))
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Architecture:
             ModelError: A plain forward gives NaN or inf.
         """
         module = model if isinstance(model, nn.Module) else module_of(model)
+        self._traced = not isinstance(model, nn.Module)
+        self._model = model  # while probing only: kept, it would keep itself alive
         known = {"stack", "attn_out", "mlp_out"}
         unknown = sorted(set(overrides or {}) - known)
         if unknown:
@@ -118,13 +123,16 @@ class Architecture:
                 calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
             logits = output.logits
             self._read(module, calls, attended, logits, overrides)
+            self._calls = [self._attention_call(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
         finally:
             module.train(training)
+            del self._model
 
     def _read(
         self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides
     ) -> None:
+        self._call_of: dict[type, str] = {}
         self.model_type, self.name = module.config.model_type, type(module).__name__
         self.dtype = next(module.parameters()).dtype
         path, count = _stack(module, overrides.stack)
@@ -180,6 +188,25 @@ class Architecture:
         if attention.post_norm and not _is_scaling(blocks.by_name[attention.post_norm]):
             return "the norm after the projection is no pure scaling"
         return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
+
+    def _attention_call(self, module: Any, layer: Layer, ids: torch.Tensor) -> str:
+        """The name of the call that takes a layer's q, k and v, where they are what attention was seen to use."""
+        attention = layer.sublayer("attn")
+        if attention is None or not self._traced:
+            return ""
+        kind = type(module.get_submodule(attention.path))
+        if kind not in self._call_of:  # a class has one forward, so that its name is the same in every layer
+            self._call_of[kind] = next((c for c in CALLS if self._takes_qkv(attention, c, ids)), "")
+        return self._call_of[kind]
+
+    def _takes_qkv(self, attention: Sublayer, operation: str, ids: torch.Tensor) -> bool:
+        try:
+            taken = operation_inputs(self._model, attention.path, operation, ids)[:3]
+        except Exception:  # no such call, an assignment of that name, a forward without source: it cannot be entered
+            return False
+        return len(taken) == 3 and all(
+            a.shape == b.shape and _close(a, b, resolution(b.dtype)) for a, b in zip(taken, attention.seen, strict=True)
+        )
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
         self.eager_error = (logits - plain).abs().max().item()
@@ -244,6 +271,14 @@ class Architecture:
                 )
             found = self._head_out[layer]
             return found if isinstance(found, str) else ""
+        if name in ("q", "k", "v"):
+            if attention is None or attention.kind == "mixer":
+                return "it has no softmax attention"
+            if not self._traced:
+                return "they are seen in traces only: pass the model through tp.load"
+            return (
+                "" if self._calls[layer] else "its attention computes them in code of its own, which no trace can enter"
+            )
         if mlp is None:
             return "it has no MLP"
         if name == "mlp_out":
@@ -291,6 +326,11 @@ class Architecture:
             return self.embed
         if name in ("resid_pre", "resid_post"):
             return self.stream(layer + (name == "resid_post"))
+        if name in ("q", "k", "v"):
+            attention = self.attention(layer)
+            assert attention is not None
+            number = ("q", "k", "v").index(name)
+            return Place(attention.path, "input", number + 1, attention.order, operation=self._calls[layer])
         branch = self.attention(layer) if name in ("attn_out", "z") else self.mlp(layer)
         found = None if branch is None else branch.out if name in ("attn_out", "mlp_out") else branch.inner
         assert found is not None, f"{name} is not offered at layer {layer}"
@@ -305,8 +345,9 @@ class Architecture:
     def units(self, name: str, layer: int) -> int:
         """How many heads or neurons a component has at a layer; 0 if it is not split."""
         unit, attention = component(name).unit, self.attention(layer)
-        if unit == "head":
-            return attention.heads if attention else 0
+        if unit in ("head", "kv_head"):
+            heads = (attention.heads if unit == "head" else attention.kv_heads) if attention else 0
+            return heads
         return self.layers[layer].width if unit == "neuron" else 0
 
     def width(self, name: str, layer: int) -> int:
@@ -316,9 +357,16 @@ class Architecture:
             "d_model": self.d_model,
             "vocab": self.vocab,
             "neuron": self.layers[layer].width,
-            "d_head": attention.d_head if attention else 0,
+            "d_head": self._head_width(name, attention),
         }
         return sizes[component(name).dims[-1]]
+
+    @staticmethod
+    def _head_width(name: str, attention: Sublayer | None) -> int:
+        if attention is None:
+            return 0
+        # Keys and queries may be wider than values.
+        return attention.seen[0].shape[-1] if name in ("q", "k") and attention.seen else attention.d_head
 
     # ------------------------------------------------------------------------------------------------ printing
 

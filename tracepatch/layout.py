@@ -16,12 +16,12 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.plan import Job, Term, Write
 from tracepatch.probe import Place
-from tracepatch.sites import COMPONENTS
+from tracepatch.sites import COMPONENTS, STAGES
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, rows, slots, units or None, terms, constant or None)``: one indexed write; see ``trace.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
-"""``(path, side, key, flat, tasks)``: a place where values are kept or written; see ``trace.visit``."""
+"""``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
 
 
@@ -47,7 +47,7 @@ def stops(architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tup
     for name, layer in sorted(keep | set(writes)):
         if name == "logits":
             continue
-        stage, task = COMPONENTS[name].stage, (writes.get((name, layer), ()), (name, layer) in keep)
+        stage, task = STAGES[name], (writes.get((name, layer), ()), (name, layer) in keep)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
         elif name == "resid_mid":
@@ -59,10 +59,13 @@ def stops(architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tup
             tasks[place].append((stage, ("plain", (name, layer), *task, 0, place.scale)))
         else:
             place = architecture.place(name, layer)
-            heads = architecture.units(name, layer) if name == "z" else 0
+            heads = architecture.units(name, layer) if name == "z" else "first" if place.operation else 0
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
     return tuple(
-        (place.path, place.side, place.key, place.flat, tuple(task for _, task in sorted(found, key=lambda t: t[0])))
+        (
+            (place.path, place.operation, place.side, place.key, place.flat),
+            tuple(task for _, task in sorted(found, key=lambda t: t[0])),
+        )
         for place, found in sorted(tasks.items(), key=lambda item: item[0].order)
     )
 
@@ -76,7 +79,7 @@ def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[An
     if how.post_norm:
         factor = ("normed", layer)
         tasks[Place(how.post_norm, "input", order=out.order - 1)].append((99, ("aside", factor)))
-    stage = COMPONENTS["head_out"].stage
+    stage = STAGES["head_out"]
     tasks[out].append(
         (
             stage,

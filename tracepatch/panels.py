@@ -15,8 +15,18 @@ from tracepatch.plan import Status
 from tracepatch.results import over_pairs, require_dataset
 
 PANELS = ("component", "model", "metric")
-ACROSS = ("pos", "head", "neuron", "", "name", "layer", "component", "model")  # which is taken first; "" is any other
-DOWN = ("layer", "name", "", "neuron", "head", "pos", "component", "model")
+ACROSS = (
+    "pos",
+    "head",
+    "kv_head",
+    "neuron",
+    "",
+    "name",
+    "layer",
+    "component",
+    "model",
+)  # which is taken first; "" is any other
+DOWN = ("layer", "name", "", "neuron", "kv_head", "head", "pos", "component", "model")
 
 
 class Label(NamedTuple):

@@ -24,11 +24,12 @@ from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.metrics import Metric
 from tracepatch.plan import Batch, Group, Job, Plan, Proof, Term, Write
 from tracepatch.recording import Edit, Row
-from tracepatch.sites import COMPONENTS, Site
+from tracepatch.sites import COMPONENTS, STAGES, Site
 from tracepatch.sources import Value, WorldName
 from tracepatch.tokens import EncodedPairs
 
-CARRIED = frozenset({"embed", "resid_pre"})  # what attention of the same layer carries to other positions
+CARRIED = frozenset({"embed", "resid_pre", "k", "v"})  # what attention of the same layer carries to other positions
+LOCAL = frozenset({"embed", "resid_pre"})  # what depends on its own token alone in layer 0, where the probe proved it
 TOKENS = 4096  # tokens a run beyond which batching gains nothing on the devices tried
 MEMORY = 1 << 30
 
@@ -216,7 +217,7 @@ class _Lowering:
     def _moment(self, edit: Edit) -> tuple[int, int]:
         """When an edit acts in the forward."""
         site = edit.site
-        return self.depth if site.component == "logits" else site.layer, COMPONENTS[site.component].stage
+        return self.depth if site.component == "logits" else site.layer, STAGES[site.component]
 
     def _write(self, edit: Edit) -> Write:
         site, source = edit.site, edit.source
@@ -277,7 +278,7 @@ class _Lowering:
 
     def _agrees(self, component: str, layer: int, position: int) -> bool:
         """Whether the clean and the corrupted world have the same value there."""
-        local = self.architecture.local_embedding and layer == 0 and component in CARRIED
+        local = self.architecture.local_embedding and layer == 0 and component in LOCAL
         return position not in self.profile.differing if local else position < self.profile.first
 
 
@@ -373,6 +374,6 @@ def _pack(
 
 def _kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:
     inside = min(layer, len(architecture) - 1)
-    unit = COMPONENTS[name].unit
-    count = architecture.units(name, inside) if unit == "head" else 1
+    kind = COMPONENTS[name]
+    count = architecture.units(name, inside) if kind.unit and kind.unit != kind.dims[-1] else 1
     return int(length * count * architecture.width(name, inside) * architecture.dtype.itemsize)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 Side: TypeAlias = Literal["input", "output"]
 Key: TypeAlias = int | str | None
 
+PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
 POSITIONS = 7  # of the probe's prompts: unlike any other size, so that shapes tell dims apart
 
 
@@ -36,6 +37,7 @@ class Place:
         order: When it passes by; values must be taken in this order.
         scale: The component is this multiple of what passes by.
         flat: Rows and positions are one dim there.
+        operation: The call inside the module's own forward, as nnsight's ``.source`` names it; empty for the module.
     """
 
     path: str
@@ -44,10 +46,12 @@ class Place:
     order: int = 0
     scale: float = 1.0
     flat: bool = False
+    operation: str = ""
 
     def __str__(self) -> str:
         key = "" if self.key is None else f"[{self.key!r}]"
-        return f"{self.path}.{self.side}{key}" + ("" if self.scale == 1 else f" × {self.scale:.4g}")
+        inside = f".source.{self.operation}" if self.operation else ""
+        return f"{self.path}{inside}.{self.side}{key}" + ("" if self.scale == 1 else f" × {self.scale:.4g}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Sublayer:
         kv_heads: Key and value heads.
         d_head: Width of a head's value.
         tried: What was tried to close the sum, with the errors.
+        order: When it starts.
+        seen: Its queries, keys and values ``[row, head, pos, d_head]``, of the probe's prompts.
     """
 
     kind: str
@@ -79,6 +85,8 @@ class Sublayer:
     kv_heads: int = 0
     d_head: int = 0
     tried: tuple[str, ...] = ()
+    order: int = 0
+    seen: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -147,10 +155,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Attended:
-    """One softmax attention, seen as it was computed: who called it, its values, and pattern · values."""
+    """One softmax attention, seen as it was computed: who called it, q, k and v, and pattern · v.
+
+    Keys and values may have been repeated over their query groups.
+    """
 
     name: str
     heads: int
+    queries: torch.Tensor
+    keys: torch.Tensor
     values: torch.Tensor
     z: torch.Tensor
 
@@ -162,6 +175,7 @@ class _AttentionWatch(TorchFunctionMode):
         super().__init__()
         self.stack, self.rows, self.found = stack, rows, []
         self.pattern: torch.Size | None = None
+        self.product: tuple[torch.Tensor, torch.Tensor] | None = None
 
     found: list[Attended]
 
@@ -170,25 +184,30 @@ class _AttentionWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            self._keep(given["value"], result)
+            self._keep(given["query"], given["key"], given["value"], result)
         elif name == "softmax" and result.ndim >= 3 and result.shape[-2] == POSITIONS:
             self.pattern = result.shape
-        elif (
-            self.pattern is not None
-            and name in ("matmul", "__matmul__", "bmm", "baddbmm")
-            and isinstance(args[0], torch.Tensor)
-        ):
-            left, right = args[0], args[1]
-            # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
-            if left.shape[:-1] == self.pattern[:-1] and right.shape[-2] == left.shape[-1]:
-                self._keep(right, result)
-                self.pattern = None
+        elif name in PRODUCTS:
+            given = kwargs or {}
+            left, right = (*args, *(given[n] for n in ("batch1", "batch2", "other", "mat2") if n in given))[-2:]
+            self._multiplied(left, right, result)
         return result
 
-    def _keep(self, values: torch.Tensor, z: torch.Tensor) -> None:
-        if z.ndim == 3:  # batch and heads are one dim
-            values, z = (t.reshape(self.rows, -1, *t.shape[-2:]) for t in (values, z))
-        self.found.append(Attended(self.stack[-1].name, z.shape[1], values.clone(), z.clone()))
+    def _multiplied(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
+        if left.ndim < 3 or right.ndim < 3:
+            return
+        if self.pattern is None:
+            self.product = left, right.transpose(-1, -2)
+        # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
+        elif left.shape[:-1] == self.pattern[:-1] and right.shape[-2] == left.shape[-1]:
+            if self.product is not None:
+                self._keep(*self.product, right, result)
+            self.pattern = self.product = None
+
+    def _keep(self, *tensors: torch.Tensor) -> None:
+        # Some models have batch and heads in one dim.
+        q, k, v, z = (t.reshape(self.rows, -1, *t.shape[-2:]).clone() for t in tensors)
+        self.found.append(Attended(self.stack[-1].name, z.shape[1], q, k, v, z))
 
 
 def record(model: nn.Module, run: Callable[[], Any], rows: int) -> tuple[list[Call], list[Attended], Any]:
@@ -473,6 +492,7 @@ class _Branch:
             pre_norm=self.pre_norm.name if self.pre_norm else "",
             post_norm=self.chosen.name if self.chosen is not None and is_norm(self.chosen, self.width) else "",
             tried=tuple(self.tried),
+            order=self.first.start,
         )
         if self.projection is None:
             return found
@@ -486,13 +506,15 @@ class _Branch:
         z = rearrange(seen.z, "row head pos d_head -> row pos (head d_head)")
         entering = self.projection.entering
         assert entering is not None
+        kv_heads = max(_different_heads(seen.keys), _different_heads(seen.values))
         exact = z.numel() == entering.numel() and _near(z, entering.reshape(z.shape))
         return replace(
             found,
             inner=inner if exact else None,  # a gate or norm stands between pattern · v and the projection
             heads=seen.heads,
-            kv_heads=_kv_heads(seen.values),
+            kv_heads=kv_heads,
             d_head=seen.z.shape[-1],
+            seen=(seen.queries, *(t[:, :: t.shape[1] // kv_heads] for t in (seen.keys, seen.values))),
         )
 
 
@@ -500,7 +522,7 @@ def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= resolution(a.dtype) * (1 + b.abs().max()))
 
 
-def _kv_heads(values: torch.Tensor) -> int:
+def _different_heads(values: torch.Tensor) -> int:
     """How many different heads there are before they were repeated over their query groups."""
     heads = values.shape[1]
     groups = [n for n in range(heads, 0, -1) if heads % n == 0]

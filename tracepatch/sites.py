@@ -25,14 +25,12 @@ class Component:
         name: The one word for it, everywhere.
         index: The dims a user indexes, in order.
         dims: The dims of its value at one layer, in order; the last one is never indexed unless it is in ``index``.
-        stage: Where in a block it acts; edits of one row act in this order within a layer.
         meaning: One line for people.
     """
 
     name: str
     index: tuple[str, ...]
     dims: tuple[str, ...]
-    stage: int
     meaning: str
 
     @property
@@ -46,24 +44,26 @@ class Component:
         return self.index[0] == "layer"
 
 
-_POS = ("layer", "pos")
-COMPONENTS: Final[dict[str, Component]] = {
-    c.name: c
-    for c in (
-        Component("embed", ("pos",), ("pos", "d_model"), 0, "output of the token embedding"),
-        Component("resid_pre", _POS, ("pos", "d_model"), 1, "residual stream entering a block"),
-        Component("z", (*_POS, "head"), ("pos", "head", "d_head"), 2, "pattern-weighted values of a head, before W_O"),
-        Component(
-            "head_out", (*_POS, "head"), ("pos", "head", "d_model"), 3, "what one head writes to the stream, z · W_O"
-        ),
-        Component("attn_out", _POS, ("pos", "d_model"), 4, "what attention adds to the stream"),
-        Component("resid_mid", _POS, ("pos", "d_model"), 5, "residual stream between attention and MLP"),
-        Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), 6, "neurons: input of the MLP's last projection"),
-        Component("mlp_out", _POS, ("pos", "d_model"), 7, "what the MLP adds to the stream"),
-        Component("resid_post", _POS, ("pos", "d_model"), 8, "residual stream leaving a block"),
-        Component("logits", ("pos",), ("pos", "vocab"), 9, "the model's output"),
-    )
-}
+_POS, _HEAD, _KV_HEAD = ("layer", "pos"), ("layer", "pos", "head"), ("layer", "pos", "kv_head")
+# In the order of a forward.
+_ALL = (
+    Component("embed", ("pos",), ("pos", "d_model"), "output of the token embedding"),
+    Component("resid_pre", _POS, ("pos", "d_model"), "residual stream entering a block"),
+    Component("q", _HEAD, ("pos", "head", "d_head"), "queries as attention takes them: after norms and rotation"),
+    Component("k", _KV_HEAD, ("pos", "kv_head", "d_head"), "keys as attention takes them: after norms and rotation"),
+    Component("v", _KV_HEAD, ("pos", "kv_head", "d_head"), "values as attention takes them"),
+    Component("z", _HEAD, ("pos", "head", "d_head"), "pattern-weighted values of a head, before W_O"),
+    Component("head_out", _HEAD, ("pos", "head", "d_model"), "what one head writes to the stream, z · W_O"),
+    Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
+    Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
+    Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
+    Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
+    Component("resid_post", _POS, ("pos", "d_model"), "residual stream leaving a block"),
+    Component("logits", ("pos",), ("pos", "vocab"), "the model's output"),
+)
+COMPONENTS: Final[dict[str, Component]] = {c.name: c for c in _ALL}
+STAGES: Final[dict[str, int]] = {c.name: stage for stage, c in enumerate(_ALL)}
+"""Where in a block a component acts; edits of one row act in this order within a layer."""
 
 
 def component(name: str) -> Component:

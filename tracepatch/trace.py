@@ -79,6 +79,16 @@ def inside(
     return kept, torch.cat(scores, 1).float().cpu()
 
 
+def operation_inputs(model: Any, path: str, operation: str, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a call inside a module's forward takes, in the order of its arguments."""
+    with torch.no_grad():
+        with model.trace(input_ids=ids, use_cache=False):
+            taken = nnsight.save(
+                [t.clone() for t in getattr(module_at(model, path).source, operation).inputs[0] if torch.is_tensor(t)]
+            )
+    return list(taken)
+
+
 def module_at(model: Any, path: str) -> Any:
     """The envoy of a module."""
     for part in path.split("."):
@@ -90,8 +100,10 @@ def visit(
     model: Any, stop: tuple[Any, ...], length: int, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
 ) -> None:
     """Keeps and writes what is to be kept and written at one place."""
-    path, side, key, flat, tasks = stop
+    (path, operation, side, key, flat), tasks = stop
     envoy = module_at(model, path)
+    if operation:  # a call inside the module's own forward
+        envoy = getattr(envoy.source, operation)
     whole = envoy.output if side == "output" else envoy.inputs if key is not None else envoy.input
     if side == "output":
         x = whole if key is None else whole[key]
@@ -139,15 +151,24 @@ def perform(
         if keep:
             kept[name] = after.clone()
         # An edit of the sum is an edit of its last summand; what is not edited stays as it is to the last bit.
-        return x if after is middle else torch.where(after == middle, x, (after - entering) / scale)
+        if after is middle:
+            return x
+        needed = after - entering
+        needed = needed + (after - (entering + needed))  # once more, for what the first subtraction rounded off
+        return torch.where(after == middle, x, needed / scale)
     _, name, writes, keep, heads, scale = task
     value = x if scale == 1 else x * scale
-    value = value.unflatten(-1, (heads, -1)) if heads else value
+    if heads == "first":
+        value = value.transpose(1, 2)
+    elif heads:
+        value = value.unflatten(-1, (heads, -1))
     after = edited(value, writes, known)
     if keep:
         kept[name] = after.clone()
     if after is value:
         return x
+    if heads == "first":
+        return after.transpose(1, 2).contiguous()
     return after.reshape(x.shape) if scale == 1 else x + (after - value).reshape(x.shape) / scale
 
 
