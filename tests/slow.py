@@ -11,7 +11,7 @@ from reference import Edit, Reference
 from torch import Tensor
 
 from tracepatch.prompts import Pairs
-from tracepatch.recording import Row
+from tracepatch.rows import Row
 from tracepatch.sites import Select, Site
 from tracepatch.tokens import EncodedPairs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,20 +36,23 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     assert {f.name for f in folder.iterdir()} == {
         "summary.txt",
         *(f"{name}.png" for name in names),
-        *(f"{toy}.{name}.nc" for toy in tp.toys.NAMES for name in names),
+        *(f"toy-{toy}.{name}.nc" for toy in tp.toys.NAMES for name in names),
     }
     assert all(f.stat().st_size > 10_000 for f in folder.glob("*.png"))
     summary = (folder / "summary.txt").read_text()
     assert "57 of 57 names are one token here" in summary
     assert "opposite outputs" in summary
-    top = re.search(r"  heads\n    largest normalized effects:\n    \+(\S+)  layer 0, head 1\n", summary)
+    top = re.search(
+        r"  heads\n    largest normalized effects \(clean into the corrupted run\):\n    \+(\S+)  layer 0, head 1\n",
+        summary,
+    )
     assert top is not None, "the head that copies the repeated name in the gpt2 toy"
     assert float(top[1]) > 0.9
-    assert "gemma2.heads.nc" in said
-    result = tp.open_result(folder / "llama.residual_stream.nc")
+    assert "toy-gemma2.heads.nc" in said
+    result = tp.open_result(folder / "toy-llama.residual_stream.nc")
     assert result.sizes["layer"] == 2
-    call("plot", str(folder / "gpt2.heads.nc"), str(folder / "llama.heads.nc"), "--out", "both.png", cwd=tmp_path)
-    assert (tmp_path / "both.png").stat().st_size > 10_000
+    call("plot", str(folder / "toy-gpt2.heads.nc"), str(folder / "toy-llama.heads.nc"), cwd=tmp_path)
+    assert (folder / "toy-gpt2+toy-llama.heads.png").stat().st_size > 10_000
 
 
 def test_run_on_a_folder_and_a_file(tmp_path: Path) -> None:
@@ -73,9 +77,11 @@ def ends(p):
 
 
 def test_explain_and_recipes(tmp_path: Path) -> None:
-    said, _ = call("explain", "ioi", "--model", "gpt_neox", cwd=tmp_path)
+    said, _ = call("explain", "ioi", "--model", "toy:gpt_neox", cwd=tmp_path)
     assert "GPTNeoXForCausalLM (gpt_neox): 2 layers" in said
-    assert "heads: Denoise the output of each head at all positions.\n8 rows × 8 pairs on gpt_neox (2 layers)" in said
+    assert (
+        "heads: Denoise the output of each head at all positions.\n8 rows × 8 pairs on toy-gpt_neox (2 layers)" in said
+    )
     assert list(tmp_path.iterdir()) == []
     said, _ = call("recipes", cwd=tmp_path)
     assert said.startswith(
@@ -90,7 +96,7 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
         '"corrupted": "When John and Mary went to the store, Mary gave the bag to", "answer": " Mary", "wrong": " John"}\n'
     )
     said, _ = call("check", "good.jsonl", cwd=tmp_path)
-    assert "ok  clean: the model prefers the answer in 1 of 1 pairs" in said
+    assert "ok  clean: the model prefers the answer in 1 of 1 pair" in said
     (tmp_path / "bad.csv").write_text("clean,corrupted,answer,wrong\nWhen John and Mary,When John, Mary, John\n")
     said, _ = call("check", "bad.csv", cwd=tmp_path, status=1)
     assert "FAIL  1 of 1 pairs cannot be compared position by position." in said
@@ -103,8 +109,7 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
         (["run", "none.py"], "RecipeError: There is no file none.py.\n"),
         (
             ["run", "empty.py"],
-            "RecipeError: empty.py cannot be run: a recipe file has prompts(tokenizer, count, seed) and "
-            "functions with @tp.recipe.\n",
+            "RecipeError: empty.py cannot be run: it lacks a function with @tp.recipe and a function prompts(tokenizer, count, seed) -> tp.Pairs.\n",
         ),
         (
             ["run", "ioi", "--model", "./none"],
@@ -116,6 +121,35 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
 def test_errors_are_words_not_tracebacks(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty.py").write_text("")
     assert call(*arguments, cwd=tmp_path, status=1) == ("", message)
+
+
+def test_models_of_one_folder_name_keep_their_results(tmp_path: Path) -> None:
+    for parent in ("one", "two"):
+        shutil.copytree(tp.toys.folder("gpt2"), tmp_path / parent / "model")
+    models = ("--model", "one/model", "--model", "two/model", "--model", "mine=toy:gpt2")
+    call("run", "ioi", "--count", "2", "--metric", "kl", "--metric", "prob", *models, cwd=tmp_path)
+    found = {f.name for f in (tmp_path / "out" / "ioi").glob("*heads*")}
+    labels = ("one-model", "two-model", "mine")
+    assert found == {*(f"{label}.heads.nc" for label in labels), "heads.kl.png", "heads.prob.png"}
+    _, complained = call("run", "ioi", "--model", "a=toy:gpt2", "--model", "a=toy:llama", cwd=tmp_path, status=1)
+    assert complained == "RecipeError: Two models are called a. Name them: --model NAME=PATH.\n"
+
+
+def test_an_error_in_a_recipe_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("""\"\"\"Mine.\"\"\"
+import tracepatch as tp
+from tracepatch.recipes.ioi import prompts
+
+@tp.recipe
+def heads(p):
+    with p.row(name="x"):
+        p.clean.z[0, :, 9] = 0
+""")
+    _, complained = call("run", "mine.py", "--model", "toy:gpt2", cwd=tmp_path, status=1)
+    assert complained.startswith("mine.py:8, in heads: SiteError: z[0, …, 9]: layer 0 has 4 heads")
+    (tmp_path / "broken.py").write_text("x = (\n")
+    _, complained = call("run", "broken.py", cwd=tmp_path, status=1)
+    assert complained.startswith("RecipeError: broken.py cannot be imported: line 1: SyntaxError:")
 
 
 def test_a_tree_is_not_drawn(tmp_path: Path, gpt2: Any) -> None:

@@ -59,7 +59,7 @@ def test_answers_that_are_not_one_token(gpt2: Any) -> None:
         pairs.encode(gpt2.tokenizer)
     says(
         error,
-        "3 answers are not one token",
+        "3 answers not one token of this tokenizer.",
         "pair 0: ' Mary Ann' is",
         "pair 1: 10000 is no id of a vocabulary of 161",
         "' Maryam' is not in the",
@@ -190,7 +190,7 @@ def test_labels_that_agree(gpt2: Any, pairs: tp.Pairs) -> None:
 
 def test_rows_that_cannot_be(gpt2: Any, pairs: tp.Pairs) -> None:
     p = tp.patching(gpt2, pairs)
-    with pytest.raises(errors.RecipeError, match=r"row\(name='x'\): .*has no edits"), p.row(name="x"):
+    with pytest.raises(errors.RecipeError, match=r"row\(name='x'\) has no edits"), p.row(name="x"):
         pass
     with pytest.raises(errors.RecipeError, match="A row cannot be opened inside another"), p.row(a=1), p.row(a=2):
         pass
@@ -203,7 +203,7 @@ def test_rows_that_cannot_be(gpt2: Any, pairs: tp.Pairs) -> None:
         p.corrupted.z[0, :, 0] = 0
     with pytest.raises(errors.RecipeError, match="Two rows have the labels name='once'"), p.row(name="once"):
         p.corrupted.z[1, :, 0] = 0
-    with pytest.raises(errors.RecipeError, match="call run\\(\\) after the `with` block"):
+    with pytest.raises(errors.RecipeError, match="still being recorded"):
         p.run()
     assert [r.labels for r in p.rows] == [{"name": "once"}]
 
@@ -242,7 +242,7 @@ def test_adding_to_another_site(gpt2: Any, pairs: tp.Pairs) -> None:
 
 def test_grids_that_do_not_exist(gpt2: Any, pairs: tp.Pairs) -> None:
     p = tp.patching(gpt2, pairs)
-    with pytest.raises(errors.SiteError, match="resid_pre has the dims layer, pos; a grid by layer, head"):
+    with pytest.raises(errors.SiteError, match="resid_pre has the dims layer, pos; it has no head"):
         p.grid("resid_pre", by=("layer", "head"))
     with pytest.raises(errors.SiteError, match="this model has 3 layers"):
         p.grid("resid_pre", layer=[7])
@@ -267,7 +267,10 @@ def test_wrong_arguments(gpt2: Any, pairs: tp.Pairs) -> None:
         (lambda logits: logits.mean(), "it returned shape []"),
         (lambda logits: 3.0, "it returned 'float'"),
         (lambda logits: logits[:, 0] - logits[:, 0].mean(0), "mixes rows"),
-        (lambda logits: logits[:, 500], "fails on logits of shape [3, 1, 161] [row, read, vocab]: IndexError"),
+        (
+            lambda logits: logits[:, 500],
+            "fails on logits of shape [3, 161] [row, vocab] (one position is read): IndexError",
+        ),
     ],
 )
 def test_metrics_of_the_wrong_shape(gpt2: Any, pairs: tp.Pairs, metric: Any, message: str) -> None:
@@ -405,7 +408,7 @@ def test_files_that_are_no_result(tmp_path: Path, gpt2: Any, pairs: tp.Pairs) ->
 
 def test_results_that_do_not_join(gpt2: Any, pairs: tp.Pairs) -> None:
     result, heads = tp.patch(gpt2, pairs, "resid_pre"), tp.patch(gpt2, pairs, "z")
-    with pytest.raises(errors.ResultError, match="Two results are of one model: gpt2, gpt2"):
+    with pytest.raises(errors.ResultError, match="Two results are of one model: toy-gpt2, toy-gpt2"):
         tp.concat([result, result])
     with pytest.raises(errors.ResultError, match="Results with different dims cannot be joined"):
         tp.concat([result, heads.assign_attrs(model="other")])

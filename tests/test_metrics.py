@@ -46,16 +46,14 @@ def definitions(encoded: Any, clean: list[np.ndarray], corrupted: list[np.ndarra
             tp.kl,
             lambda x, i: (softmax(clean[i][-1]) * (np.log(softmax(clean[i][-1])) - np.log(softmax(x[-1])))).sum(),
         ),
-        "cross_entropy": (tp.cross_entropy, lambda x, i: loss(x, i, range(len(x)))),
-        "loss at the end": (tp.cross_entropy.at([3, -1]), lambda x, i: loss(x, i, [3, len(x) - 1])),
+        "cross_entropy": (tp.cross_entropy.at(slice(0, -1)), lambda x, i: loss(x, i, range(len(x) - 1))),
         "two positions": (tp.logit.at([2, -1]), lambda x, i: x[[2, -1]][:, list(encoded.answer[i])].mean()),
         "spread": (lambda logits: logits.std(-1), lambda x, i: x[-1].std(ddof=1)),
         "drop": (tp.metric(lambda logits: logits.amax((1, 2)), positions=slice(-3, None)), lambda x, i: x[-3:].max()),
+        "two, averaged": (tp.metric(lambda logits: logits[:, 7]).at([2, -1]), lambda x, i: x[[2, -1], 7].mean()),
         "given": (
-            tp.metric(
-                lambda logits, given: logits[:, 0] * 0 + given["answer"][:, 0] if "answer" in given else logits[:, 7]
-            ),
-            lambda x, i: x[-1, 7],
+            tp.metric(lambda logits, given: logits.gather(1, given["wrong"][:, :1])[:, 0], needs=("wrong",)),
+            lambda x, i: x[-1, encoded.wrong[i][0]],
         ),
     }
 
@@ -79,6 +77,27 @@ def test_every_metric_is_its_definition(gpt2: Any, several: tp.Pairs) -> None:
                 result[world].sel(metric=name), wanted_base, atol=2e-4, rtol=1e-4, err_msg=f"{name}, {world}"
             )
     assert float(abs(result["clean"].sel(metric="kl")).max()) < 1e-5, "nothing diverges from itself"
+
+
+def test_the_loss_after_the_last_token_is_the_answers(gpt2: Any, pairs: tp.Pairs) -> None:
+    result = tp.patch(
+        gpt2, pairs, "attn_out", {"end": tp.cross_entropy.at([-1]), "log": tp.log_prob, "all": tp.cross_entropy}
+    )
+    np.testing.assert_allclose(result["value"].sel(metric="end"), -result["value"].sel(metric="log"), atol=1e-5)
+    slow = Slow(tp.models.module_of(gpt2), pairs.encode(gpt2.tokenizer))
+    for i in range(3):
+        targets = [*slow.encoded.clean[i][1:], slow.encoded.answer[i][0]]
+        logs = np.log(softmax(slow.base("corrupted", i).double().numpy()))
+        np.testing.assert_allclose(
+            result["corrupted"].sel(metric="all")[i], -np.mean([logs[p, t] for p, t in enumerate(targets)]), rtol=1e-5
+        )
+
+
+def test_a_metric_that_needs_a_reference_may_stand_alone(gpt2: Any, pairs: tp.Pairs) -> None:
+    bare = tp.Pairs(pairs.clean, pairs.corrupted)
+    alone = tp.patch(gpt2, bare, "z", tp.kl)
+    beside = tp.patch(gpt2, pairs, "z", [tp.kl, tp.logit_diff]).sel(metric="kl")
+    np.testing.assert_allclose(alone["value"], beside["value"], atol=1e-6)
 
 
 def test_the_parts_of_a_difference(gpt2: Any, pairs: tp.Pairs) -> None:

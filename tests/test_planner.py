@@ -13,7 +13,7 @@ import tracepatch as tp
 from tracepatch.plan import Proof
 
 EXPLAINED = """\
-42 rows × 2 pairs on gpt2 (3 layers)
+42 rows × 2 pairs on toy-gpt2 (3 layers)
   metric       logit_diff [logits] at position -1
   patches      84
           -62  writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value
@@ -23,7 +23,7 @@ EXPLAINED = """\
   memory       about 1.67 MB a run, budget 1.07 GB"""
 
 MIXED = """\
-9 rows × 2 pairs on gpt2 (3 layers)
+9 rows × 2 pairs on toy-gpt2 (3 layers)
   metric       logit_diff [logits] at position -1; kl [nats] at position -1
   patches      17 (1 more have no such position in their pair)
            -2  writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value

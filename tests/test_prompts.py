@@ -139,10 +139,10 @@ def test_one_token_words() -> None:
 # ------------------------------------------------------------------------------------------------ the checklist
 
 GOOD = """\
-  ok  4 pairs; no BOS token (the tokenizer does so)
+  ok  4 pairs; no BOS token (the tokenizer adds none)
   ok  prompts can be compared position by position: 14 tokens each
   ok  every answer is one token
-  ok  1 tokens differ between the prompts of a pair
+  ok  1 token differs between the prompts of a pair
       position 9 in 4 pairs, as in pair 0: {first} → {second}
   ok  every swapped token is as frequent in the clean as in the corrupted prompts
   ok  clean: the model prefers the answer in 4 of 4 pairs; it is its first choice in 4
@@ -172,13 +172,13 @@ def test_a_bad_set(gpt2: Any) -> None:
     assert "FAIL  1 of 2 pairs cannot be compared position by position." in str(unequal)
     same = tp.Pairs(d.clean[:1], d.corrupted[:1], " John", " John").check(gpt2)
     assert not same.passed
-    assert "FAIL  in 1 pairs a token is both right and wrong" in str(same)
+    assert "FAIL  in 1 pair a token is both right and wrong" in str(same)
     split = tp.Pairs(d.clean[:1], d.corrupted[:1], " John Mary", " John").check(gpt2)
     assert not split.passed
-    assert "FAIL  1 answers are not one token\n" in str(split)
+    assert "FAIL  1 answer not one token\n" in str(split)
     unknown = tp.Pairs("When Xerxes and Mary", "When Tom and Mary", " Mary", " Tom").check(gpt2)
     assert not unknown.passed
-    assert "FAIL  1 prompts have tokens that are not in the vocabulary" in str(unknown)
+    assert "FAIL  1 prompt with tokens that are not in the vocabulary" in str(unknown)
 
 
 def test_without_corrupted_prompts(gpt2: Any) -> None:

@@ -137,8 +137,8 @@ def test_a_recipe_runs_on_any_model() -> None:
     results = [head_outputs(toy(name), ioi_pairs(2)) for name in ("gpt2", "llama")]
     both = tp.concat(results)
     assert both.sizes == {"model": 2, "pair": 2, "layer": 3, "head": 4}
-    assert np.isnan(both["effect"].sel(model="llama", layer=2)).all(), "the llama toy has two layers"
-    assert (both["status"].sel(model="llama", layer=2) == tp.Status.ABSENT).all()
+    assert np.isnan(both["effect"].sel(model="toy-llama", layer=2)).all(), "the llama toy has two layers"
+    assert (both["status"].sel(model="toy-llama", layer=2) == tp.Status.ABSENT).all()
     assert repr(head_outputs) == "<recipe head_outputs: Denoise each head's output, all positions at once.>"
     assert head_outputs.__doc__ == "Denoise each head's output, all positions at once."
 

@@ -72,7 +72,7 @@ def test_the_mean_over_pairs_is_a_ratio_of_means(result: xr.Dataset) -> None:
     np.testing.assert_allclose(mean["normalized"], wanted)
     assert abs(mean["normalized"] - result["normalized"].mean("pair")).max() > 1e-6, "not the mean of ratios"
     assert (mean["status"] == tp.Status.PROVED_ZERO).any()
-    assert mean.attrs["model"] == "gpt2"
+    assert mean.attrs["model"] == "toy-gpt2"
 
 
 def test_the_mean_leaves_out_pairs_without_the_position(gpt2: Any) -> None:
@@ -119,12 +119,12 @@ def test_cells_without_a_row_are_absent_never_zero(gpt2: Any, pairs: tp.Pairs) -
 
 def test_provenance(result: xr.Dataset, gpt2: Any) -> None:
     attrs = result.attrs
-    assert attrs["model"] == "gpt2"
+    assert attrs["model"] == "toy-gpt2"
     assert len(attrs["fingerprint"]) == 16
     assert attrs["fingerprint"] == tp.models.fingerprint(gpt2) != tp.models.fingerprint(toy("llama"))
     assert set(json.loads(attrs["versions"])) == {"tracepatch", "nnsight", "transformers", "torch"}
-    assert attrs["plan"].startswith("42 rows × 3 pairs on gpt2 (3 layers)")
-    assert (attrs["seed"], attrs["base"], attrs["bos"]) == (0, "corrupted", "no BOS token (the tokenizer does so)")
+    assert attrs["plan"].startswith("42 rows × 3 pairs on toy-gpt2 (3 layers)")
+    assert (attrs["seed"], attrs["base"], attrs["bos"]) == (0, "corrupted", "no BOS token (the tokenizer adds none)")
     assert attrs["time"].endswith("+00:00")
     assert 0 <= json.loads(attrs["noise_floor"])["logit_diff"] < 1e-4
 
@@ -158,20 +158,20 @@ def test_round_trips(tmp_path: Path, gpt2: Any, pairs: tp.Pairs, result: xr.Data
 def test_joining_models_of_different_shapes() -> None:
     results = [tp.patch(toy(name), ioi_pairs(2), "resid_pre") for name in tp.toys.NAMES]
     both = tp.concat(results)
-    assert both["model"].values.tolist() == list(tp.toys.NAMES)
+    assert both["model"].values.tolist() == [f"toy-{n}" for n in tp.toys.NAMES]
     assert both.sizes == {"model": 4, "pair": 2, "layer": 3, "pos": 15}
     for name, result in zip(tp.toys.NAMES, results, strict=True):
-        one = both.sel(model=name)
+        one = both.sel(model=f"toy-{name}")
         inside = {"layer": result["layer"].values, "pos": result["pos"].values}
         np.testing.assert_array_equal(one["value"].sel(inside), result["value"])
         assert (one["token"].sel(pos=inside["pos"]).values == result["token"].values).all()
         np.testing.assert_array_equal(one["depth"].sel(layer=inside["layer"]), result["depth"])
         assert np.isnan(one["value"].drop_sel(pos=inside["pos"])).all()
     assert both["status"].dtype == np.int8
-    assert both.attrs["model"] == "gpt2, llama, gpt_neox, gemma2"
-    assert [json.loads(both.attrs["sources"])[i]["model"] for i in range(4)] == list(tp.toys.NAMES)
+    assert both.attrs["model"] == "toy-gpt2, toy-llama, toy-gpt_neox, toy-gemma2"
+    assert [json.loads(both.attrs["sources"])[i]["model"] for i in range(4)] == both["model"].values.tolist()
     mean = tp.over_pairs(both)
-    np.testing.assert_allclose(mean["normalized"].sel(model="gemma2"), tp.over_pairs(results[3])["normalized"])
+    np.testing.assert_allclose(mean["normalized"].sel(model="toy-gemma2"), tp.over_pairs(results[3])["normalized"])
 
 
 def test_shared_and_unshared_tokens_join(gpt2: Any) -> None:
@@ -179,7 +179,7 @@ def test_shared_and_unshared_tokens_join(gpt2: Any) -> None:
     two = tp.patch(toy("llama"), ioi_pairs(2), "resid_pre")
     both = tp.concat([one, two])
     assert both["token"].dims == ("model", "pair", "pos")
-    assert both["token"].sel(model="gpt2", pair=0).values[:14].tolist() == one["token"].values.tolist()
+    assert both["token"].sel(model="toy-gpt2", pair=0).values[:14].tolist() == one["token"].values.tolist()
 
 
 def test_sparse_labels_become_rows(gpt2: Any, pairs: tp.Pairs) -> None:

@@ -15,20 +15,22 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
-``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``probe``, ``architecture``, ``recording``, ``plan``,
-``planner``, ``layout``, ``executors``, ``results``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``probe``, ``architecture``, ``rows``, ``recording``,
+``plan``, ``planner``, ``layout``, ``executors``, ``results``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``,
+``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
+from tracepatch.archive import open_result, save_result
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
-from tracepatch.results import concat, open_result, over_pairs, save_result
+from tracepatch.results import concat, over_pairs
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 

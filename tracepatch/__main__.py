@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -17,10 +19,11 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.errors import RecipeError, ResultError, TracepatchError
+from tracepatch.errors import MetricError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+TOYS = tuple(f"toy:{name}" for name in tp.toys.NAMES)
 say = Console(highlight=False, soft_wrap=True).print
 
 Recipe = Annotated[
@@ -30,8 +33,13 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="A Hugging Face repo id, a folder, or a bundled toy; may be repeated. [default: the bundled toys]",
+        help="A Hugging Face repo id, a folder, or a bundled toy (toy:gpt2, toy:llama, toy:gpt_neox, toy:gemma2); "
+        "may be repeated, and named as in NAME=PATH. [default: the bundled toys]",
     ),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="logit_diff, logit, log_prob, prob, kl, cross_entropy or rank; may be repeated."),
 ]
 Count = Annotated[int, typer.Option(help="How many pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.")]
@@ -46,18 +54,18 @@ def run(
     recipe: Recipe,
     model: Models = None,
     out: Annotated[Path, typer.Option(help="Where results, pictures and the summary go.")] = Path("out"),
+    metric: Metrics = None,
     count: Count = 8,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Device = None,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
-    module, folder = _module(recipe), out / Path(recipe).stem
+    module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
     found: dict[str, list[xr.Dataset]] = {}
     lines = [_headline(module), ""]
-    for source in model or tp.toys.NAMES:
-        loaded = _load(source, dtype, device_map)
-        label = name_of(loaded)
+    for label, source in _labelled(model or TOYS):
+        loaded = _load(source, dtype, device_map, label)
         pairs = _prompts(module, loaded, count, seed)
         say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
         checklist = pairs.check(loaded)
@@ -67,26 +75,27 @@ def run(
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
         for name, chosen in _recipes(module).items():
             try:
-                result = chosen(loaded, pairs)
+                result = chosen(loaded, pairs, metrics)
             except tp.errors.ComponentError as error:
                 say(f"  {name}: left out. {error}", markup=False)
                 lines.append(f"  {name}: left out. {error}")
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
+            best = ""
             if isinstance(result, xr.Dataset):
                 found.setdefault(name, []).append(result)
-                lines += [f"  {name}", *_top(result)]
-            seconds = result.attrs["seconds"]
-            say(f"  {name:<16} {seconds:6.2f} s  {path}", markup=False)
+                top = _top(result)
+                lines += [f"  {name}", *top]
+                best = top[1].strip() if len(top) > 1 else "nothing of note"
+            say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
         lines.append("")
     for name, results in found.items():
-        figure = plots.picture(
-            results[0] if len(results) == 1 else tp.concat(results),
-            title=f"{Path(recipe).stem}: {name.replace('_', ' ')}",
-        )
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
-        say(f"picture {path}", markup=False)
+        joined = results[0] if len(results) == 1 else tp.concat(results)
+        for part, one in _by_metric(joined):
+            path = folder / f"{name}{part}.png"
+            title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
+            plots.picture(one, title=title).savefig(path, dpi=150)
+            say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
     say(f"summary {summary}", markup=False)
@@ -103,8 +112,8 @@ def explain(
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
     module = _module(recipe)
-    for source in model or tp.toys.NAMES[:1]:
-        loaded = _load(source, dtype, device_map)
+    for label, source in _labelled(model or TOYS[:1]):
+        loaded = _load(source, dtype, device_map, label)
         say(str(tp.Architecture(loaded)), markup=False)
         pairs = _prompts(module, loaded, count, seed)
         for name, chosen in _recipes(module).items():
@@ -140,8 +149,8 @@ def check(
 ) -> None:
     """Check whether pairs of prompts can answer a question on a model."""
     passed = True
-    for source in model or tp.toys.NAMES[:1]:
-        loaded = _load(source, dtype, device_map)
+    for label, source in _labelled(model or TOYS[:1]):
+        loaded = _load(source, dtype, device_map, label)
         suffix = Path(recipe).suffix
         if suffix == ".csv":
             pairs = tp.Pairs.from_csv(recipe)
@@ -177,7 +186,10 @@ def plot(
         )
     datasets = [r for r in found if isinstance(r, xr.Dataset)]
     figure = plots.picture(datasets[0] if len(datasets) == 1 else tp.concat(datasets), variable, pair=pair)
-    path = out or result[0].with_suffix(".png")
+    # A picture of several results, of another variable or of one pair is not the picture of the first result.
+    names, part = zip(*((p.stem.split(".")[0], p.stem.partition(".")[2]) for p in result), strict=True)
+    words = ["+".join(dict.fromkeys(names)), part[0], variable or "", "" if pair is None else f"pair{pair}"]
+    path = out or result[0].with_name(".".join(filter(None, words)) + ".png")
     figure.savefig(path, dpi=150)
     say(f"picture {path}", markup=False)
 
@@ -187,7 +199,11 @@ def main() -> None:
     try:
         app()
     except TracepatchError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False)
+        files = {str(Path(argument).resolve()) for argument in sys.argv[1:] if argument.endswith(".py")}
+        recipe = [f for f in traceback.extract_tb(error.__traceback__) if str(Path(f.filename).resolve()) in files]
+        where = f"{Path(recipe[-1].filename).name}:{recipe[-1].lineno}, in {recipe[-1].name}: " if recipe else ""
+        text = f"{where}{type(error).__name__}: {error}"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
         sys.exit(1)
 
 
@@ -200,17 +216,21 @@ def _module(recipe: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+            raise RecipeError(f"{recipe} cannot be imported: line {line}: {type(error).__name__}: {error}") from error
     else:
         package = importlib.import_module("tracepatch.recipes")
         names = [entry.name for entry in pkgutil.iter_modules(package.__path__)]
         if recipe not in names:
             raise RecipeError(f"There is no recipe {recipe!r}. Recipes: {', '.join(names)}; or pass a Python file.")
         module = importlib.import_module(f"tracepatch.recipes.{recipe}")
-    if not _recipes(module) or not hasattr(module, "prompts"):
-        raise RecipeError(
-            f"{recipe} cannot be run: a recipe file has prompts(tokenizer, count, seed) and functions with @tp.recipe."
-        )
+    missing = [] if _recipes(module) else ["a function with @tp.recipe"]
+    missing += [] if hasattr(module, "prompts") else ["a function prompts(tokenizer, count, seed) -> tp.Pairs"]
+    if missing:
+        raise RecipeError(f"{recipe} cannot be run: it lacks {' and '.join(missing)}.")
     return module
 
 
@@ -224,9 +244,49 @@ def _prompts(module: ModuleType, model: Any, count: int, seed: int) -> tp.Pairs:
     return pairs
 
 
-def _load(source: str, dtype: str | None, device_map: str | None) -> Any:
-    toy = source in tp.toys.NAMES and not Path(source).exists()
-    return tp.load(tp.toys.folder(source) if toy else source, dtype=dtype, device_map=device_map)
+def _labelled(models: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, source) of each model; labels are made different by the folders above."""
+    given = [m.partition("=")[::2] if "=" in m and not Path(m).exists() else ("", m) for m in models]
+    sources = [source for _, source in given]
+    labels = [label or _own_name(source) for label, source in given]
+    for depth in range(2, 12):
+        twice = [label for label in labels if labels.count(label) > 1]
+        if not twice:
+            break
+        labels = [
+            "-".join(Path(source).resolve().parts[-depth:]) if label in twice and Path(source).exists() else label
+            for label, source in zip(labels, sources, strict=True)
+        ]
+    same = sorted({label for label in labels if labels.count(label) > 1})
+    if same:
+        raise RecipeError(f"Two models are called {', '.join(same)}. Name them: --model NAME=PATH.")
+    return list(zip(labels, sources, strict=True))
+
+
+def _own_name(source: str) -> str:
+    return source.replace("toy:", "toy-") if source.startswith("toy:") else Path(source).name or source
+
+
+def _load(source: str, dtype: str | None, device_map: str | None, label: str) -> Any:
+    if source.startswith("toy:"):
+        return tp.toys.load(source.removeprefix("toy:"), dtype=dtype, device_map=device_map, name=label)
+    return tp.load(source, dtype=dtype, device_map=device_map, name=label)
+
+
+def _metrics(names: Sequence[str] | None) -> list[tp.Metric]:
+    known = {m.name: m for m in (tp.logit_diff, tp.logit, tp.log_prob, tp.prob, tp.kl, tp.cross_entropy, tp.rank)}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise MetricError(f"There is no metric {', '.join(unknown)}. Metrics: {', '.join(known)}.")
+    return [known[name] for name in names or ("logit_diff",)]
+
+
+def _by_metric(result: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    if "metric" not in result.dims:
+        yield "", result
+        return
+    for name in result["metric"].values.tolist():
+        yield f".{name}", result.sel(metric=name)
 
 
 def _headline(module: ModuleType) -> str:
@@ -237,18 +297,22 @@ def _first_line(recipe: tp.Recipe) -> str:
     return (inspect.getdoc(recipe.function) or "").split("\n")[0]
 
 
-def _top(result: xr.Dataset, count: int = 5) -> list[str]:
-    """The largest effects, averaged over pairs, in words."""
-    mean = tp.over_pairs(result)
+def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
+    """The largest effects of the first metric, averaged over pairs, in words; those near zero are left out."""
+    mean = tp.over_pairs(next(iter(_by_metric(result)))[1])
     name = "normalized" if "normalized" in mean else "effect"
     flat = mean[name].stack(site=[str(d) for d in mean[name].dims])
     order = abs(flat).fillna(-1).argsort().values[::-1][:count]
     lines = []
     for i in order:
         cell = flat[int(i)]
-        site = ", ".join(f"{d} {v}" for d, v in zip(mean[name].dims, cell["site"].item(), strict=True))
-        lines.append(f"    {float(cell):+.3f}  {site}")
-    return [f"    largest {name} effects:", *lines]
+        labels = dict(zip(map(str, mean[name].dims), cell["site"].item(), strict=True))
+        if "pos" in labels and "token" in mean.coords and mean["token"].dims == ("pos",):
+            labels["pos"] = f"{labels['pos']} ({str(mean['token'].sel(pos=labels['pos']).item()).strip()})"
+        if abs(float(cell)) >= least:
+            lines.append(f"    {float(cell):+.3f}  {', '.join(f'{d} {v}' for d, v in labels.items())}")
+    base, written = mean.attrs["base"], mean.attrs["written"]
+    return [f"    largest {name} effects ({written} into the {base} run):", *(lines or ["    none of note"])]
 
 
 def _safe(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from tracepatch.errors import PromptError, listing
-from tracepatch.models import Model, last_logits, require_ready
+from tracepatch.errors import PromptError, listing, plural
+from tracepatch.models import Model, last_logits, limits, require_ready
 from tracepatch.tokens import EncodedPairs, shown
 
 Verdict: TypeAlias = Literal["ok", "note", "FAIL"]
@@ -54,10 +54,19 @@ def check_pairs(model: Model, encoded: EncodedPairs | None, offenders: list[str]
     """
     require_ready(model)
     if encoded is None:
-        return Checklist((Check("FAIL", f"{len(offenders)} answers are not one token", tuple(offenders)),))
-    checks = [Check("ok", f"{len(encoded)} pairs; {encoded.bos}"), _lengths(encoded), *_unknown_words(encoded)]
+        return Checklist((Check("FAIL", f"{plural(len(offenders), 'answer')} not one token", tuple(offenders)),))
+    try:
+        encoded.require_within(*limits(model))
+    except PromptError as error:
+        first, *rest = str(error).splitlines()
+        return Checklist((Check("FAIL", first, tuple(line.strip() for line in rest)),))
+    checks = [
+        Check("ok", f"{plural(len(encoded), 'pair')}; {encoded.bos}"),
+        _lengths(encoded),
+        *_unknown_words(encoded),
+    ]
     if any(encoded.answer) or any(encoded.wrong):
-        checks.append(_answers(encoded))
+        checks += _answers(encoded)
     if checks[1].verdict != "FAIL":
         checks += _differences(encoded)
     checks += _behaviour(model, encoded)
@@ -86,29 +95,39 @@ def _unknown_words(encoded: EncodedPairs) -> list[Check]:
         *zip(encoded.corrupted or (), encoded.corrupted_prompts, strict=True),
     ]
     bad = tuple(shown(prompt) for ids, prompt in texts if unknown is not None and unknown in ids)
-    return [Check("FAIL", f"{len(bad)} prompts have tokens that are not in the vocabulary", bad)] if bad else []
+    return (
+        [Check("FAIL", f"{plural(len(bad), 'prompt')} with tokens that are not in the vocabulary", bad)] if bad else []
+    )
 
 
-def _answers(encoded: EncodedPairs) -> Check:
-    spaceless = []
-    for i, ids in enumerate(encoded.answer):
-        prompt = encoded.clean_prompts[i]
-        for token, word in zip(ids, encoded.words(ids), strict=True):
-            spaced = encoded.tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
-            if isinstance(prompt, str) and not prompt.endswith(" ") and len(spaced) == 1 and spaced[0] != token:
-                spaceless.append(
-                    f"pair {i}: {word!r}; a model that continues the prompt would say {' ' + word.strip()!r}"
-                )
-    if spaceless:
-        return Check("note", f"{len(spaceless)} answers lack a leading space", tuple(spaceless))
+def _answers(encoded: EncodedPairs) -> list[Check]:
+    checks = []
     same = [
         f"pair {i}: {encoded.words(set(a) & set(w))}"
         for i, (a, w) in enumerate(zip(encoded.answer, encoded.wrong, strict=True))
         if set(a) & set(w)
     ]
     if same:
-        return Check("FAIL", f"in {len(same)} pairs a token is both right and wrong", tuple(same))
-    return Check("ok", "every answer is one token")
+        checks.append(Check("FAIL", f"in {plural(len(same), 'pair')} a token is both right and wrong", tuple(same)))
+    spaceless, ending = [], []
+    for i, ids in enumerate(encoded.answer):
+        prompt = encoded.clean_prompts[i]
+        if not isinstance(prompt, str):
+            continue
+        if prompt.endswith(" "):
+            ending.append(f"pair {i}: {shown(prompt)}")
+            continue
+        for token, word in zip(ids, encoded.words(ids), strict=True):
+            spaced = encoded.tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
+            if len(spaced) == 1 and spaced[0] != token:
+                say = f"a model that continues the prompt would say {' ' + word.strip()!r}"
+                spaceless.append(f"pair {i}: {word!r}; {say}")
+    if ending:
+        sentence = f"{plural(len(ending), 'prompt')} ending in a space, which most tokenizers put before the next word"
+        checks.append(Check("note", sentence, tuple(ending)))
+    if spaceless:
+        checks.append(Check("note", f"{plural(len(spaceless), 'answer')} without a leading space", tuple(spaceless)))
+    return checks or [Check("ok", "every answer is one token")]
 
 
 def _differences(encoded: EncodedPairs) -> list[Check]:
@@ -126,11 +145,19 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
         for side, words in zip(sides, texts, strict=True):
             side.update(words)
     details = tuple(
-        f"position {', '.join(map(str, at))} in {len(pairs)} pairs, as in {examples[at]}" for at, pairs in where.items()
+        f"position {', '.join(map(str, at))} in {plural(len(pairs), 'pair')}, as in {examples[at]}"
+        for at, pairs in where.items()
     )
     counts = sorted({len(at) for at in where})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    checks = [Check("ok", f"{many} tokens differ between the prompts of a pair", details)]
+    sentence = f"{many} {'token differs' if counts == [1] else 'tokens differ'} between the prompts of a pair"
+    checks = [Check("ok", sentence, details)]
+    if len(where) > 1:
+        sentence = (
+            f"the differing positions are not the same in all pairs ({len(where)} patterns): an average over pairs, "
+            "position by position, mixes different things; look at single pairs, or use one template"
+        )
+        checks.append(Check("note", sentence))
     lopsided = [
         f"{word!r}: {sides[0][word]} × in clean, {sides[1][word]} × in corrupted prompts"
         for word in sorted(sides[0] | sides[1], key=lambda w: -abs(sides[0][w] - sides[1][w]))
@@ -150,7 +177,7 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
 def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
     """Whether the model does the task on both sides, and how surprising the swapped tokens are to it."""
     sides = ["clean"] if encoded.corrupted is None else ["clean", "corrupted"]
-    gaps: dict[str, list[float]] = {side: [] for side in sides}
+    gaps: dict[str, dict[int, float]] = {side: {} for side in sides}
     tops: dict[str, list[str]] = {side: [] for side in sides}
     surprise: dict[str, list[float]] = {side: [] for side in sides}
     comparable = encoded.corrupted is None or encoded.lengths == tuple(len(ids) for ids in encoded.corrupted)
@@ -161,27 +188,14 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
                 return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
             tops[side].append(encoded.words([int(logits[-1].argmax())])[0])
             if encoded.answer[i] and encoded.wrong[i]:
-                gaps[side].append(
-                    float(logits[-1, list(encoded.answer[i])].mean() - logits[-1, list(encoded.wrong[i])].mean())
-                )
+                right, wrong = (logits[-1, list(ids)].mean() for ids in (encoded.answer[i], encoded.wrong[i]))
+                gaps[side][i] = float(right - wrong)
             logs = logits.log_softmax(-1)
-            surprise[side] += [
-                float(logs[p - 1, ids[p]]) for p in (encoded.differing(i) if comparable else ()) if p > 0
-            ]
+            differing = encoded.differing(i) if comparable else ()
+            surprise[side] += [float(logs[p - 1, ids[p]]) for p in differing if p > 0]
     checks = [_task(side, gaps[side], tops[side], encoded) for side in sides if gaps[side]]
     if gaps["clean"] and len(sides) == 2:
-        mean = {side: sum(gaps[side]) / len(gaps[side]) for side in sides}
-        together = mean["clean"] + mean["corrupted"]
-        opposite = abs(together) <= 0.5 * max(abs(m) for m in mean.values())
-        sentence = (
-            f"mean logit difference {mean['clean']:+.2f} on clean and {mean['corrupted']:+.2f} on corrupted prompts"
-        )
-        checks.append(
-            Check(
-                "ok" if opposite else "note",
-                sentence + (": opposite outputs" if opposite else ": the outputs are not opposite"),
-            )
-        )
+        checks += _contrast(gaps["clean"], gaps["corrupted"])
     if surprise["clean"] and surprise.get("corrupted"):
         nats = {side: sum(v) / len(v) for side, v in surprise.items()}
         far = nats["clean"] - nats["corrupted"] > 3
@@ -189,24 +203,42 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
             f"swapped tokens have mean log-probability {nats['clean']:.1f} in clean and "
             f"{nats['corrupted']:.1f} in corrupted prompts (nats)"
         )
-        checks.append(
-            Check("note" if far else "ok", sentence + (": the corrupted ones surprise the model" if far else ""))
-        )
+        ending = ": the corrupted ones surprise the model" if far else ""
+        checks.append(Check("note" if far else "ok", sentence + ending))
     return checks
 
 
-def _task(side: str, gaps: list[float], tops: list[str], encoded: EncodedPairs) -> Check:
+def _task(side: str, gaps: dict[int, float], tops: list[str], encoded: EncodedPairs) -> Check:
     sign = 1 if side == "clean" else -1
     wanted = "the answer" if side == "clean" else "the wrong answer"
     failing = [
         f"pair {i}: logit difference {gap:+.2f}, the model says {tops[i]!r}"
-        for i, gap in enumerate(gaps)
+        for i, gap in gaps.items()
         if gap * sign <= 0
     ]
     right = encoded.answer if side == "clean" else encoded.wrong
-    first = sum(tops[i] in encoded.words(right[i]) for i in range(len(tops)))
+    first = sum(tops[i] in encoded.words(right[i]) for i in gaps)
     sentence = (
-        f"{side}: the model prefers {wanted} in {len(gaps) - len(failing)} of {len(gaps)} pairs; it is "
+        f"{side}: the model prefers {wanted} in {len(gaps) - len(failing)} of {plural(len(gaps), 'pair')}; it is "
         f"its first choice in {first}"
     )
     return Check("note" if failing else "ok", sentence, tuple(failing))
+
+
+def _contrast(clean: dict[int, float], corrupted: dict[int, float]) -> list[Check]:
+    """Whether the two sides give opposite outputs, far enough apart to divide by."""
+    means = [sum(side.values()) / len(side) for side in (clean, corrupted)]
+    opposite = means[0] * means[1] < 0 and abs(sum(means)) <= 0.5 * max(map(abs, means))
+    sentence = f"mean logit difference {means[0]:+.2f} on clean and {means[1]:+.2f} on corrupted prompts"
+    ending = "opposite outputs" if opposite else "the outputs are not opposite"
+    checks = [Check("ok" if opposite else "note", f"{sentence}: {ending}")]
+    apart = {i: clean[i] - corrupted[i] for i in clean}
+    largest = max(map(abs, apart.values()))
+    weak = [f"pair {i}: clean − corrupted is {gap:+.3g}" for i, gap in apart.items() if gap < max(0.05 * largest, 0.1)]
+    if weak:
+        sentence = (
+            "clean and corrupted give nearly the same output, or the wrong way round, in "
+            f"{plural(len(weak), 'pair')}: read `effect` there, not `normalized`"
+        )
+        checks.append(Check("note", sentence, tuple(weak)))
+    return checks

@@ -62,6 +62,11 @@ class ResultError(TracepatchError):
     """A file that is not a result, or results that do not fit together."""
 
 
+def plural(count: int, word: str) -> str:
+    """A count with its noun: ``1 token``, ``2 tokens``."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def listing(offenders: Sequence[str]) -> str:
     """The offenders, one to an indented line; beyond the first dozen they are counted."""
     lines = [f"  {line}" for line in offenders[:SHOWN]]

@@ -110,9 +110,9 @@ def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> di
         for write in job.writes:
             place = write.component, write.layer
             signature = tuple((t.factor, t.component, t.layer, t.units is None) for t in write.terms)
-            found[turns[place], place, write.add, write.units is None, signature, _number(write)].append(
-                (number, write, job)
-            )
+            found[
+                turns[place], place, write.add, write.units is None, signature, write.constant is None, _number(write)
+            ].append((number, write, job))
             turns[place] += 1
     result: dict[Key, list[Columns]] = defaultdict(list)
     for (_, place, add, *_), members in sorted(found.items(), key=lambda item: item[0][0]):

@@ -17,6 +17,7 @@ from tracepatch.errors import MetricError
 from tracepatch.sites import Select, select
 
 Given: TypeAlias = dict[str, torch.Tensor]
+NEEDS = ("answer", "wrong", "next", "clean", "corrupted")
 LAST = Select((-1,), scalar=True)
 
 
@@ -34,6 +35,7 @@ class Metric:
             ``[row, read]``: the clean prompt's next token, after the last one the answer), ``clean`` or ``corrupted``
             (that run's log-probabilities ``[row, read, vocab]``).
         note: What it does, in one line.
+        squeezed: Whether the function wants ``[row, vocab]`` instead, because it reads one position.
     """
 
     name: str
@@ -43,6 +45,15 @@ class Metric:
     parts: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     note: str = ""
+    squeezed: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [need for need in self.needs if need not in NEEDS]
+        if unknown:
+            raise MetricError(f"Metric {self.name!r} needs {', '.join(unknown)}; what there is: {', '.join(NEEDS)}.")
+
+    def __repr__(self) -> str:
+        return f"<metric {self.name} [{self.unit or 'no unit'}]>"
 
     def at(self, positions: Any) -> Metric:
         """The same metric read at other positions (an integer, slice, list or mask), averaged over them."""
@@ -55,35 +66,37 @@ class Metric:
 
 
 def metric(
-    function: Callable[..., torch.Tensor], name: str | None = None, unit: str = "", positions: Any = -1
+    function: Callable[..., torch.Tensor],
+    name: str | None = None,
+    unit: str = "",
+    positions: Any = -1,
+    needs: tuple[str, ...] = (),
 ) -> Metric:
     """A function of logits as a metric.
 
     Args:
-        function: ``f(logits)`` or ``f(logits, given)`` → one number a row. ``logits`` is ``[row, vocab]`` at one
-            position, and ``[row, read, vocab]`` where ``positions`` is a slice, list or mask. ``given`` is described at
-            ``Metric``.
+        function: ``f(logits)``, or ``f(logits, given)`` with ``needs``, → one number a row. ``logits`` is
+            ``[row, vocab]`` at one position, and ``[row, read, vocab]`` where ``positions`` is a slice, list or mask.
         name: Its name in results; the function's own otherwise.
         unit: What the number counts.
-        positions: What it reads; the last position otherwise.
+        positions: What it reads; the last position otherwise. ``metric.at([…])`` averages a function of one position.
+        needs: What it wants in ``given``: ``answer``, ``wrong``, ``next``, ``clean``, ``corrupted``; see ``Metric``.
     """
     if not callable(function):
         raise MetricError(f"{function!r} is no metric: pass tp.logit_diff, another metric, or a function of logits.")
     picked = select(positions, "pos")
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        wants_given = (
-            sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
-        )
-    except ValueError:
-        wants_given = False
 
-    def read(logits: torch.Tensor, given: Given) -> torch.Tensor:
-        seen = logits[:, 0] if picked.scalar else logits
-        return function(seen, given) if wants_given else function(seen)
+    def call(logits: torch.Tensor, given: Given) -> torch.Tensor:
+        return function(logits, given) if needs else function(logits)
+
+    def each(logits: torch.Tensor, given: Given) -> torch.Tensor:
+        if logits.shape[1] == 1:
+            return call(logits[:, 0], given)
+        return torch.stack([call(logits[:, i], given) for i in range(logits.shape[1])]).mean(0)
 
     label = name or str(getattr(function, "__name__", type(function).__name__))
-    return Metric(label, unit, read, picked, note=(inspect.getdoc(function) or "").split("\n")[0])
+    note = (inspect.getdoc(function) or "").split("\n")[0]
+    return Metric(label, unit, each if picked.scalar else call, picked, needs=needs, note=note, squeezed=picked.scalar)
 
 
 MetricLike: TypeAlias = Metric | Callable[..., torch.Tensor]
@@ -125,19 +138,24 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
     rows = 3
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, reads, vocab, generator=generator)
-    given = {
+    everything = {
         "answer": torch.zeros(rows, 1, dtype=torch.long),
         "wrong": torch.ones(rows, 1, dtype=torch.long),
         "next": torch.zeros(rows, reads, dtype=torch.long),
         "clean": logits.flip(0).log_softmax(-1),
         "corrupted": logits.flip(0).log_softmax(-1),
     }
+    given = {need: everything[need] for need in chosen.needs}
     try:
         found = chosen.function(logits.clone(), dict(given))
     except Exception as error:
+        seen = (
+            f"{[rows, vocab]} [row, vocab] (one position is read)"
+            if chosen.squeezed
+            else f"{[rows, reads, vocab]} [row, read, vocab]"
+        )
         raise MetricError(
-            f"Metric {chosen.name!r} fails on logits of shape {[rows, reads, vocab]} [row, read, vocab]: "
-            f"{type(error).__name__}: {error}"
+            f"Metric {chosen.name!r} fails on logits of shape {seen}: {type(error).__name__}: {error}"
         ) from error
     wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
     if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:

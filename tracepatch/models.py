@@ -35,6 +35,7 @@ from tracepatch.errors import ModelError, listing
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
+_NAMES: WeakKeyDictionary[Model, str] = WeakKeyDictionary()
 _REMOTE: WeakKeyDictionary[Model, bool | str] = WeakKeyDictionary()
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,6 +55,7 @@ def load(
     remote: bool | str = False,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    name: str = "",
     **options: Any,
 ) -> Model:
     """A model that tracepatch can patch, and that you can trace with nnsight.
@@ -66,6 +68,7 @@ def load(
             loaded.
         dtype: ``"float32"``, ``"bfloat16"``, … or a torch dtype. Without it, the checkpoint's own.
         device_map: As in transformers: ``"auto"``, ``"cuda"``, … (needs accelerate).
+        name: What to call the model in results; its repo id or folder otherwise.
         options: Anything else ``from_pretrained`` takes (``revision``, ``attn_implementation``, ``trust_remote_code``,
             …).
 
@@ -92,6 +95,8 @@ def load(
         loaded = _from_pretrained(os.fspath(model), tokenizer, dtype, device_map, options)
     if remote:
         _REMOTE[loaded] = remote
+    if name:
+        _NAMES[loaded] = name
     module_of(loaded).eval()
     return loaded
 
@@ -146,7 +151,8 @@ def _config(source: str, options: dict[str, Any]) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         what = "the folder" if path.exists() else "the repo id"
-        raise ModelError(f"No model could be read from {what} {source!r}: {_first_line(error)}") from error
+        hint = "" if path.exists() else " Offline, load a folder, or one of the bundled toys: tp.toys.load('gpt2')."
+        raise ModelError(f"No model could be read from {what} {source!r}: {_first_line(error)}{hint}") from error
 
 
 def _refuse_encoders(config: Any, source: str) -> None:
@@ -216,7 +222,10 @@ def require_ready(model: Model) -> None:
         ModelError: It is not an nnsight model, or some module is in training mode.
     """
     if not isinstance(model, TransformersModel):
-        raise ModelError(f"{type(model).__name__} is not a traced model: pass it through tp.load first.")
+        hint = (
+            "the model comes first, then the pairs" if hasattr(model, "both_roles") else "pass it through tp.load first"
+        )
+        raise ModelError(f"{type(model).__name__} is not a traced model: {hint}.")
     training = [name or type(module_of(model)).__name__ for name, m in module_of(model).named_modules() if m.training]
     if training:
         raise ModelError(
@@ -227,10 +236,27 @@ def require_ready(model: Model) -> None:
 
 
 def name_of(model: Model) -> str:
-    """What to call the model in results: the repo id or folder it came from, else its class."""
-    module = module_of(model)
-    name = getattr(module, "name_or_path", "") or ""
+    """What to call the model in results: the name it was given, else its repo id or folder, else its class."""
+    if model in _NAMES:
+        return _NAMES[model]
+    module, name = module_of(model), source_of(model)
     return Path(name).name if name and Path(name).is_dir() else name or type(module).__name__
+
+
+def source_of(model: Model) -> str:
+    """The repo id or folder that the model came from; empty if it was made in memory."""
+    return str(getattr(module_of(model), "name_or_path", "") or "")
+
+
+def limits(model: Model) -> tuple[int, int, int | None]:
+    """Ids that the model takes, ids that it scores, and positions that it has; ``None`` where they are not a table."""
+    module = module_of(model)
+    taken, scored = module.get_input_embeddings(), module.get_output_embeddings()
+    longest = getattr(module.config, "max_position_embeddings", None)
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m is not taken]
+    # OPT's table has two rows more than it has positions.
+    bounded = longest is not None and any(m.num_embeddings - longest in (0, 2) for m in tables)
+    return len(taken.weight), len(scored.weight), longest if bounded else None
 
 
 def fingerprint(model: Model) -> str:

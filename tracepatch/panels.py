@@ -98,12 +98,14 @@ def arrange(
         masks = {"proved": (own == Status.PROVED_ZERO) & ~absent, "absent": absent}
         panels.append(Panel(text, values.values, masks, [_labels(one, dim) for dim in chosen], one[name], gap))
     model = "" if columns == "model" else str(coords["model"].item() if "model" in coords else mean.attrs["model"])
-    facts = [model, str(mean.attrs.get("pairs", ""))]
+    what = str(mean.attrs.get("component", "")) if "component" not in coords else ""
+    facts = [model, what, str(mean.attrs.get("pairs", ""))]
     for dim in ("component", "name", "layer", "pos", "head", "neuron", "pair"):  # what was selected beforehand
         if dim in coords and not coords[dim].dims:
             facts.append(f"{dim} {coords[dim].item()}".removeprefix("component ").removeprefix("name "))
-    if len(known) > 1 and pair is None and "pair" not in data.dims:
-        facts.append(f"mean over {len(known)} pairs")
+    averaged = len(known) if known and pair is None else int(mean.attrs.get("averaged_pairs", 0))
+    if averaged > 1 and "pair" not in data.dims:
+        facts.append(f"mean over {averaged} pairs")
     undefined = bool((data.isnull() & (status != Status.ABSENT)).any())
     names = {"proved": "no effect (proved)", "absent": "absent or undefined" if undefined else "absent"}
     legend = {key: text for key, text in names.items() if any(p.masks[key].any() for p in panels)}
@@ -153,7 +155,8 @@ def scale_words(view: View, title: str) -> list[str]:
     text = f"{texts.get(kind, view.name + ':')} {metric}" if metric else texts.get(kind, view.name).removesuffix(" on")
     base, written = attrs.get("base", ""), attrs.get("written", "")
     ways = {("corrupted", "clean"): "denoising: clean", ("clean", "corrupted"): "noising: corrupted"}
-    way = ways.get((base, written), "patched")
+    number = written.replace(".", "").replace("-", "").isdigit()
+    way = ways.get((base, written), f"{written} written" if number else "patched")
     return [text, *([f"[{unit}]"] if unit else []), *([f"{way} into the {base} run"] if base else [])]
 
 
@@ -163,8 +166,11 @@ def _labels(data: xr.Dataset, dim: str) -> list[Label]:
         arrays = [data[side] for side in ("token", "corrupted_token") if side in data.coords]
         sides = [array.transpose(..., "pos").values.reshape(-1, data.sizes["pos"]).T for array in arrays]
         found = []
-        for clean, corrupted in zip(sides[0], sides[-1], strict=True):
+        for position, clean, corrupted in zip(data["pos"].values, sides[0], sides[-1], strict=True):
             differs, varies = bool((clean != corrupted).any()), len({*clean}) > 1 or len({*corrupted}) > 1
+            if differs and not (clean != corrupted).all():  # no token stands for what all pairs have there
+                found.append(Label(f"{position}…", varies=True))
+                continue
             other = "→" + _token(corrupted[0]) * bool(clean[0] != corrupted[0]) if differs else ""
             found.append(Label(_token(clean[0]) + other + "…" * varies, differs, varies))
         return found

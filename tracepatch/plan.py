@@ -9,8 +9,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from tracepatch.errors import plural
 from tracepatch.metrics import Metric
-from tracepatch.recording import Row
+from tracepatch.rows import Row
 from tracepatch.sources import Constant, WorldName
 
 
@@ -192,7 +193,8 @@ class Plan:
         absent = counts[Proof.ABSENT]
         alone = total - absent + worlds
         lines = [
-            f"{len(self.rows):,} rows × {self.pairs} pairs on {self.model} ({self.layers} layers)",
+            f"{plural(len(self.rows), 'row')} × {plural(self.pairs, 'pair')} on {self.model} "
+            f"({plural(self.layers, 'layer')})",
             f"  metric       {read}",
             f"  patches      {total - absent:,}"
             + (f" ({absent:,} more have no such position in their pair)" if absent else ""),
@@ -206,7 +208,7 @@ class Plan:
             f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, "
             f"{self.batches:,} of up to "
             f"{largest:,} rows (one of them an unpatched witness)",
-            f"  forwards     {forwards:,} instead of {alone:,}{_ratio(alone, forwards)}",
+            f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
         if self.remote:
@@ -225,7 +227,9 @@ class Plan:
 
 
 def _ratio(before: int, after: int) -> str:
-    return f" ({before / after:.1f} × fewer)" if before > 1.05 * after else ""
+    if before > 1.05 * after:
+        return f" instead of {before:,} ({before / after:.1f} × fewer)"
+    return f" (one for each patch and world would be {before:,}; each run has a witness on top)"
 
 
 def _size(count: float) -> str:

@@ -23,7 +23,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.metrics import Metric
 from tracepatch.plan import Batch, Group, Job, Plan, Proof, Term, Write
-from tracepatch.recording import Edit, Row
+from tracepatch.rows import Edit, Row
 from tracepatch.sites import COMPONENTS, STAGES, Site
 from tracepatch.sources import Value, WorldName
 from tracepatch.tokens import EncodedPairs
@@ -83,6 +83,10 @@ def make_plan(
         RecipeError: There are no rows.
         MetricError: A metric lacks what it needs of the pairs, or reads positions that a prompt does not have.
     """
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise RecipeError(f"batch_size is a number of rows, 1 or more, not {batch_size!r}.")
+    if memory is not None and not memory > 0:
+        raise RecipeError(f"memory is a number of bytes, not {memory!r}.")
     if not rows:
         raise RecipeError(
             "The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`."
@@ -175,6 +179,15 @@ def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> P
                 f"Metric {metric.name!r} reads the loss after the last token, and pair {pair} has no answer. "
                 "Give it one, or read "
                 f"other positions: tp.{metric.name}.at(slice(0, -1))."
+            )
+        if "next" in metric.needs and length - 1 in found and len(encoded.answer[pair]) > 1:
+            raise MetricError(
+                f"Metric {metric.name!r} reads the loss on the answer, and pair {pair} has several. Give it one, or "
+                f"read other positions: tp.{metric.name}.at(slice(0, -1))."
+            )
+        if len(set(found)) < len(found):
+            raise MetricError(
+                f"Metric {metric.name!r} reads a position twice in pair {pair}: {metric.positions} of {length}."
             )
         reads.update(found)
     return Profile(length, encoded.differing(pair), tuple(sorted(reads)))

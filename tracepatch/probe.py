@@ -199,7 +199,7 @@ class _AttentionWatch(TorchFunctionMode):
         if self.pattern is None:
             self.product = left, right.transpose(-1, -2)
         # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
-        elif left.shape[:-1] == self.pattern[:-1] and right.shape[-2] == left.shape[-1]:
+        elif left.shape[:-1].numel() == self.pattern[:-1].numel() and right.shape[-2] == left.shape[-1]:
             if self.product is not None:
                 self._keep(*self.product, right, result)
             self.pattern = self.product = None

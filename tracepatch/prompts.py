@@ -7,18 +7,31 @@ answer to the clean one.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from tracepatch.checklist import Checklist, check_pairs
-from tracepatch.errors import PromptError, listing
+from tracepatch.errors import PromptError, listing, plural
 from tracepatch.models import Model
-from tracepatch.tokens import Answer, EncodedPairs, Prompt, answer_id, bos_policy, encode_prompt, pieces, shown
+from tracepatch.sites import select
+from tracepatch.tokens import (
+    Answer,
+    BosPolicy,
+    EncodedPairs,
+    Prompt,
+    answer_id,
+    bos_policy,
+    encode_prompt,
+    pieces,
+    shown,
+)
 
 Prompts: TypeAlias = str | Sequence[Prompt] | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 SEPARATOR = "|"  # between several answers in one cell of a table
@@ -77,12 +90,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.clean)
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Pairs:
-        """Some of the pairs, as pairs."""
-        if isinstance(index, slice):
-            picked: Sequence[int] = range(len(self))[index]
-        else:
-            picked = [index] if isinstance(index, int) else index
+    def __getitem__(self, index: Any) -> Pairs:
+        """Some of the pairs, as pairs: an integer, slice, list or mask."""
+        picked = select(index, "pair").resolve(len(self))
+        if not picked:
+            raise PromptError(f"There are {len(self)} pairs, 0 to {len(self) - 1}; {index!r} picks none, or others.")
         return Pairs(
             [self.clean[i] for i in picked],
             None if self.corrupted is None else [self.corrupted[i] for i in picked],
@@ -95,7 +107,7 @@ class Pairs:
 
     def __str__(self) -> str:
         corrupted = "without corrupted prompts" if self.corrupted is None else "with corrupted prompts"
-        lines = [f"{self.name}: {len(self)} pairs {corrupted}"]
+        lines = [f"{self.name}: {plural(len(self), 'pair')} {corrupted}"]
         for i in range(min(len(self), 3)):
             lines.append(f"  {i} clean     {shown(self.clean[i])} → {', '.join(map(repr, self.answer[i])) or '?'}")
             if self.corrupted is not None:
@@ -127,7 +139,8 @@ class Pairs:
         Raises:
             PromptError: An answer that is not one token, or a prompt without tokens; all of them are listed.
         """
-        policy = bos_policy(tokenizer, self.bos)
+        texts = any(isinstance(p, str) for side in (self.clean, self.corrupted or ()) for p in side)
+        policy = bos_policy(tokenizer, self.bos) if texts else BosPolicy((), "", "token ids are taken as they are")
         sides = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
         ids = [tuple(encode_prompt(tokenizer, prompt, policy) for prompt in side) for side in sides]
         empty = [
@@ -141,11 +154,14 @@ class Pairs:
         offenders = self.unencodable(tokenizer)
         if offenders:
             raise PromptError(
-                f"{len(offenders)} answers are not one token of this tokenizer.\n{listing(offenders)}\n"
+                f"{plural(len(offenders), 'answer')} not one token of this tokenizer.\n{listing(offenders)}\n"
                 "Pick words that are one token (mind the leading space), or pass token ids."
             )
         answers = [
-            tuple(tuple(answer_id(tokenizer, t, self.clean[i]) or 0 for t in tokens) for i, tokens in enumerate(which))
+            tuple(
+                tuple(dict.fromkeys(answer_id(tokenizer, t, self.clean[i]) or 0 for t in tokens))
+                for i, tokens in enumerate(which)
+            )
             for which in (self.answer, self.wrong)
         ]
         return EncodedPairs(
@@ -193,7 +209,7 @@ class Pairs:
             frame: A pandas frame, or a mapping of columns.
             options: As for ``Pairs``.
         """
-        columns = {str(name): list(frame[name]) for name in frame}
+        columns = {str(name): _column(frame[name]) for name in frame}
         known = ("clean", "corrupted", "answer", "wrong")
         if "clean" not in columns:
             raise PromptError(f"The table has no column 'clean'; it has {', '.join(columns) or 'none'}.")
@@ -202,7 +218,7 @@ class Pairs:
             if name not in columns:
                 continue
             cells = columns[name]
-            absent = [f"row {i}" for i, cell in enumerate(cells) if cell is None or cell != cell]  # noqa: PLR0124 (NaN)
+            absent = [f"row {i}" for i, cell in enumerate(cells) if _missing(cell)]
             if absent:
                 raise PromptError(f"Column {name!r} is empty in {len(absent)} rows.\n{listing(absent)}")
             picked[name] = [_split(cell) for cell in cells] if name in ("answer", "wrong") else cells
@@ -247,30 +263,62 @@ class Pairs:
 
 
 def _prompts(given: Any, side: str) -> tuple[Prompt, ...]:
-    prompts = [given] if isinstance(given, str) else list(given)
-    if prompts and all(isinstance(t, int) for t in prompts):
+    given = _plain(given)
+    prompts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if prompts and all(map(_is_id, prompts)):
         prompts = [prompts]
     if not prompts:
         raise PromptError(f"There are no {side} prompts.")
-    return tuple(p if isinstance(p, str) else tuple(int(t) for t in p) for p in prompts)
+    found: list[Prompt] = []
+    bad: list[str] = []
+    for i, prompt in enumerate(map(_plain, prompts)):
+        if isinstance(prompt, str):
+            found.append(prompt)
+        elif isinstance(prompt, (list, tuple)) and all(map(_is_id, prompt)):
+            found.append(tuple(int(t) for t in prompt))
+        else:
+            bad.append(f"prompt {i}: {prompt!r}")
+    if bad:
+        raise PromptError(f"{side} prompts are strings, or lists of token ids.\n{listing(bad)}")
+    return tuple(found)
 
 
 def _answers(given: Any, count: int, side: str) -> tuple[tuple[Answer, ...], ...]:
+    given = _plain(given)
     if given is None:
         return ((),) * count
-    if isinstance(given, (str, int)):
+    if isinstance(given, str) or _is_id(given):
         return ((given,),) * count
-    entries = [(entry,) if isinstance(entry, (str, int)) else tuple(entry) for entry in given]
-    bad = [f"pair {i}: {t!r}" for i, entry in enumerate(entries) for t in entry if not isinstance(t, (str, int))]
+    if not isinstance(given, Iterable):
+        raise PromptError(f"{side} takes strings or token ids, not {given!r}.")
+    plain = [_plain(entry) for entry in given]
+    entries = [tuple(e) if isinstance(e, (list, tuple)) else (e,) for e in plain]
+    bad = [f"pair {i}: {t!r}" for i, e in enumerate(entries) for t in e if not isinstance(t, str) and not _is_id(t)]
     if bad:
         raise PromptError(f"{side} takes strings or token ids.\n{listing(bad)}")
-    return tuple(entries)
+    return tuple(tuple(t if isinstance(t, str) else int(t) for t in entry) for entry in entries)
 
 
-def _split(cell: Any) -> list[Answer]:
-    if isinstance(cell, str):
-        return [*cell.split(SEPARATOR)]
-    return [int(t) if not isinstance(t, str) else t for t in (cell if isinstance(cell, Iterable) else [cell])]
+def _plain(given: Any) -> Any:
+    """Arrays, tensors and series as lists, their scalars as numbers."""
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def _column(cells: Any) -> list[Any]:
+    return list(cells) if isinstance(cells, Iterable) and not isinstance(cells, str) else [cells]
+
+
+def _missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool)
+
+
+def _split(cell: Any) -> list[Any]:
+    cell = _plain(cell)
+    return cell.split(SEPARATOR) if isinstance(cell, str) else list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
 def _readable(path: str | os.PathLike[str]) -> Path:

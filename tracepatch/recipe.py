@@ -16,7 +16,7 @@ from tracepatch.architecture import architecture_of
 from tracepatch.errors import RecipeError
 from tracepatch.executors import run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
-from tracepatch.models import Model, name_of, remote_of, require_ready
+from tracepatch.models import Model, limits, name_of, remote_of, require_ready
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
@@ -30,11 +30,7 @@ BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean
 
 
 class Patching(Recorder):
-    """A recording context that is planned when its block ends, and run when asked to.
-
-    Attributes:
-        plan: What will be traced; there once the block has ended.
-    """
+    """A recording context that is planned when its block ends, and run when asked to."""
 
     def __init__(
         self,
@@ -49,12 +45,20 @@ class Patching(Recorder):
         require_ready(model)
         self.model = model
         super().__init__(architecture_of(model), _require_pairs(pairs).encode(model.tokenizer))
+        self.encoded.require_within(*limits(model))
         self.metrics = as_metrics(metric)
         for chosen in self.metrics:
             found = chosen.positions.resolve(self.lengths[0])
             require_sound(chosen, self.architecture.vocab, len(found or (0,)))
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
-        self.plan: Plan | None = None
+        self._plan: Plan | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What will be traced; there once the block has ended."""
+        if self._plan is None:
+            raise RecipeError("The recipe is still being recorded: it has a plan, and can run, after the `with` block.")
+        return self._plan
 
     def __enter__(self) -> Patching:
         return self
@@ -63,7 +67,8 @@ class Patching(Recorder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.plan = self.make_plan()
+            self._plan = self.make_plan()
+            self._ended = True
 
     def make_plan(self) -> Plan:
         """The plan of the rows recorded so far."""
@@ -87,15 +92,12 @@ class Patching(Recorder):
             RecipeError: The block has not ended.
             MeasurementError: A number came out NaN or inf.
         """
-        if self.plan is None:
-            raise RecipeError(
-                "The recipe is still being recorded: call run() after the `with` block, when it has been planned."
-            )
+        plan = self.plan
         require_ready(self.model)
-        with _bar(self.plan.jobs, name_of(self.model), progress) as advance:
-            measured = run(self.model, self.architecture, self.encoded, self.plan, advance)
-        self.plan.measured.update(seconds=measured.seconds, drift=float(measured.noise[0]))
-        return to_result(self.model, self.architecture, self.encoded, self.plan, measured)
+        with _bar(plan.jobs, name_of(self.model), progress) as advance:
+            measured = run(self.model, self.architecture, self.encoded, plan, advance)
+        plan.measured.update(seconds=measured.seconds, drift=float(measured.noise[0]))
+        return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
 
 def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:
@@ -148,9 +150,7 @@ class Recipe:
 
     def plan(self, model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Plan:
         """What running the recipe would trace; nothing is traced."""
-        found = self._record(model, pairs, metric, options).plan
-        assert found is not None
-        return found
+        return self._record(model, pairs, metric, options).plan
 
     def _record(self, model: Model, pairs: Pairs | None, metric: Metrics, options: dict[str, Any]) -> Patching:
         limits = {k: options.pop(k) for k in ("prune", "batch_size", "memory") if k in options}
@@ -188,8 +188,8 @@ def patch(
         pairs: The prompts.
         components: One component, or several with the same dims.
         metric: What is read.
-        by: The dims to run over; what is left out is patched whole. By default layer × pos, for heads layer × head, for
-            neurons layer × neuron.
+        by: The dims to run over; positions, heads and neurons that are left out are patched whole. By default layer ×
+            pos, for heads layer × head, for neurons layer × neuron.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
         source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
@@ -200,15 +200,33 @@ def patch(
     Returns:
         The result, with a dim for each of ``by``, and ``component`` where there are several.
     """
+    require_ready(model)
     if direction not in BASES:
         raise RecipeError(f"direction is 'denoising' or 'noising', not {direction!r}.")
-    names = (components,) if isinstance(components, str) else tuple(components)
+    several = isinstance(components, Iterable) and not isinstance(components, str)
+    names: tuple[Any, ...] = tuple(components) if several else (components,)
     base = BASES[direction]
+    if _require_pairs(pairs).corrupted is None and (base == "corrupted" or source is None):
+        raise RecipeError(
+            "These pairs have no corrupted prompts. To ablate in the clean run, pass direction='noising' and what to "
+            "write, such as source=0."
+        )
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong or not names:
+        raise RecipeError(f"components is a name or several, such as 'resid_pre', not {components!r}.")
+    if by is None and len({_default_by(component(name).index) for name in names}) > 1:
+        raise RecipeError(
+            f"{', '.join(names)} have different dims: patch them one by one, or pass by=('layer', 'pos')."
+        )
     with Patching(model, pairs, metric, **options) as p:
         for name in names:
             kind = component(name)
             dims = _default_by(kind.index) if by is None else (by,) if isinstance(by, str) else tuple(by)
             chosen = only or {}
+            if kind.layered and "layer" not in dims and not isinstance(chosen.get("layer"), int):
+                raise RecipeError(
+                    f"Patch {name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
+                )
             for index in p.grid(name, dims, **chosen):
                 labels = dict(zip(dims, index, strict=True))
                 site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)

@@ -7,16 +7,16 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from types import TracebackType
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
+from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_label
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -29,37 +29,8 @@ from tracepatch.sites import (
     split_index,
     units_of,
 )
-from tracepatch.sources import Increment, Source, Sum, Value, WorldName, as_source
+from tracepatch.sources import Increment, Sum, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
-
-Label: TypeAlias = int | float | str
-RESERVED = ("pair", "metric", "model", "row")
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """``site ← source``, or ``site += source``."""
-
-    site: Site
-    source: Source
-    add: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.site} {'+=' if self.add else '='} {self.source}"
-
-
-@dataclass(slots=True)
-class Row:
-    """One patched forward for every pair: a base world, its edits, and the labels that place it in the result."""
-
-    number: int
-    labels: dict[str, Label]
-    base: WorldName = "clean"
-    edits: list[Edit] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        labels = ", ".join(f"{k}={v!r}" for k, v in self.labels.items())
-        return f"row({labels}): " + "; ".join(f"{self.base}.{e}" for e in self.edits)
 
 
 class Recorder:
@@ -80,6 +51,7 @@ class Recorder:
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
         self._open: Row | None = None
+        self._ended = False
         self._taken: set[tuple[Any, ...]] = set()
         self.lengths = tuple(sorted(set(encoded.lengths)))
 
@@ -99,6 +71,10 @@ class Recorder:
         Raises:
             RecipeError: At the end of the block: no edits, labels that contradict them, or labels used before.
         """
+        if self._ended:
+            raise RecipeError(
+                "The recording has ended with its block: write this row inside `with tp.patching(...) as p:`."
+            )
         return _RowBlock(self, labels)
 
     @overload
@@ -122,17 +98,14 @@ class Recorder:
         wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
         if wrong or len(set(dims)) < len(dims):
             raise SiteError(
-                f"{name} has the dims {', '.join(kind.index)}; a grid by {', '.join(dims)} {only or ''} asks "
-                "for others."
+                f"{name} has the dims {', '.join(kind.index)}; it has no {', '.join(wrong) or 'dim twice'}."
             )
         picked = select(only["layer"], "layer") if "layer" in only else ALL
         layers = layers_of(kind, picked, len(self.architecture))
         offered = [n for n in layers if self.architecture.offers(name, n)]
         if not offered:
             self.architecture.require(name, layers[0])
-        positions = (
-            select(only["pos"], "pos").resolve(self.lengths[-1]) if "pos" in only else tuple(range(self.lengths[-1]))
-        )
+        positions = self._positions(only)
         if positions is None:
             raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.")
         found: list[Any] = []
@@ -141,6 +114,12 @@ class Recorder:
             ranges = {"layer": (n,), "pos": positions, kind.unit or "": units}
             found += product(*(ranges[dim] for dim in dims))
         return [index[0] for index in found] if isinstance(by, str) else found
+
+    def _positions(self, only: dict[str, Any]) -> tuple[int, ...] | None:
+        chosen = select(only["pos"], "pos") if "pos" in only else ALL
+        if len(self.lengths) > 1 and chosen.items is not None and min(chosen.items) < 0:
+            return chosen.items  # each prompt counts from its own end
+        return chosen.resolve(self.lengths[-1])
 
     def _units(self, kind: Component, layer: int, only: dict[str, Any]) -> tuple[int, ...]:
         count = self.architecture.units(kind.name, layer)
@@ -227,10 +206,12 @@ class Recorder:
         """Checks a finished row and keeps it."""
         if not row.edits:
             raise RecipeError(
-                f"{row} has no edits. A row is one patched forward; without an edit it would be its base."
+                f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
+                "its base."
             )
         for name, label in row.labels.items():
-            self._require_label(row, name, label)
+            require_label(row, name, label, self.architecture, self.lengths)
+            row.labels[name] = counted_from_0(row, name, label, self.architecture)
         key = tuple(row.labels.items())
         if key in self._taken:
             labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
@@ -239,26 +220,6 @@ class Recorder:
             )
         self._taken.add(key)
         self.rows.append(row)
-
-    def _require_label(self, row: Row, name: str, label: Label) -> None:
-        if name == "layer":
-            touched = any(e.site.layer == label for e in row.edits) or any(
-                e.site.layer - len(self.architecture) == label for e in row.edits
-            )
-        elif name == "component":
-            touched = any(e.site.component == label for e in row.edits)
-        elif name == "pos":
-            touched = any(_selects(e.site, "pos", label, n) for e in row.edits for n in self.lengths)
-        elif name in ("head", "kv_head", "neuron"):
-            split = [e.site for e in row.edits if COMPONENTS[e.site.component].unit == name]
-            touched = any(_selects(s, "unit", label, self.architecture.units(s.component, s.layer)) for s in split)
-        else:
-            return
-        if not touched:
-            raise RecipeError(
-                f"The label {name}={label!r} contradicts the row's edits, none of which touches it: "
-                + "; ".join(f"{row.base}.{e}" for e in row.edits[:3])
-            )
 
 
 class World:
@@ -336,10 +297,11 @@ class _RowBlock:
     __slots__ = ("recorder", "row")
 
     def __init__(self, recorder: Recorder, labels: dict[str, Any]) -> None:
-        bad = [f"{k}={v!r}" for k, v in labels.items() if not isinstance(v, (int, float, str, np.integer, np.floating))]
+        plain = (int, float, str, np.integer, np.floating)
+        bad = [f"{k}={v!r}" for k, v in labels.items() if not isinstance(v, plain) or isinstance(v, bool)]
         if bad:
             raise RecipeError(f"Labels are numbers or strings: {', '.join(bad)}.")
-        taken = [name for name in labels if name in RESERVED]
+        taken = [name for name in labels if name in RESERVED or name.startswith("effect_")]
         if taken:
             raise RecipeError(f"{', '.join(taken)} cannot be a row's label: results use the name themselves.")
         self.recorder = recorder
@@ -371,14 +333,6 @@ def _shape(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, 
     return tuple(dims) if kind.dims[-1] == kind.unit else (*dims, (kind.dims[-1], width))
 
 
-def _selects(site: Site, which: str, label: Any, length: int) -> bool:
-    picked = site.pos if which == "pos" else site.unit
-    if picked.items is not None and label in picked.items:
-        return True
-    found = picked.resolve(length) or ()
-    return isinstance(label, int) and -length <= label < length and label % length in found
-
-
 def _hashable(index: Any) -> Any:
     if type(index) is int:
         return index
@@ -388,7 +342,7 @@ def _hashable(index: Any) -> Any:
     for part in index:
         if type(part) is int:
             key.append(part)
-        elif type(part) is slice:
+        elif type(part) is slice and all(b is None or type(b) is int for b in (part.start, part.stop, part.step)):
             key.append((part.start, part.stop, part.step))
         else:
             return None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,10 +14,10 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.errors import ResultError, listing
 from tracepatch.executors import Measured
-from tracepatch.models import Model, fingerprint, name_of, versions
+from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
-from tracepatch.recording import Label
-from tracepatch.sources import Value
+from tracepatch.rows import Label
+from tracepatch.sources import Source, Value
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -47,10 +44,11 @@ def to_result(
     for number, row in enumerate(plan.rows):
         sets.setdefault(tuple(row.labels), []).append(number)
     attrs = _provenance(model, encoded, plan, measured)
-    found = {
-        "_".join(names) or "rows": _dataset(names, numbers, architecture, encoded, plan, measured, attrs)
-        for names, numbers in sets.items()
-    }
+    found: dict[str, xr.Dataset] = {}
+    for names, numbers in sets.items():
+        joined = "_".join(names) or "unlabelled"
+        taken = sum(key.rstrip("_") == joined for key in found)
+        found[joined + "_" * taken] = _dataset(names, numbers, architecture, encoded, plan, measured, attrs)
     if len(found) == 1:
         return next(iter(found.values()))
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs)} | found)
@@ -131,8 +129,9 @@ def _dataset(
         dataset = _normalize(dataset, measured)
     dataset.attrs["base"] = " and ".join(sorted(bases))
     sources = (e.source for row in rows for e in row.edits)
-    written = {s.world if isinstance(s, Value) else "other" for s in sources}
-    dataset.attrs["written"] = " and ".join(sorted(written))
+    written = {_described(s) for s in sources}
+    dataset.attrs["written"] = written.pop() if len(written) == 1 else "other"
+    dataset.attrs["component"] = ", ".join(dict.fromkeys(e.site.component for row in rows for e in row.edits))
     units = {m.name: m.unit for m in plan.metrics}
     for name in (
         "effect",
@@ -157,6 +156,15 @@ def _dataset(
         "status",
     ]
     return dataset[[name for name in order if name in dataset]]
+
+
+def _described(source: Source) -> str:
+    """What was written, in a word: a world, or a number."""
+    if isinstance(source, Value):
+        return source.world
+    total = source.terms()
+    number = total.constant is not None and not total.values and not total.constant.tensor.shape
+    return str(total) if number else "other"
 
 
 def _axis(labels: Sequence[Label]) -> list[Label]:
@@ -231,6 +239,7 @@ def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measu
     return {
         "tracepatch_format": FORMAT,
         "model": plan.model or name_of(model),
+        "source": source_of(model),
         "fingerprint": fingerprint(model),
         "pairs": encoded.name,
         "bos": str(encoded.bos),
@@ -251,14 +260,21 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
 
     A mean of the pairs' own normalized effects would let a pair with a small clean − corrupted difference outvote the
     others; here each pair counts in the metric's unit. Pairs too close to divide by still count.
+    Tokens that differ between pairs are those of the first one, with ``…``. A result without pairs comes back as it is.
     """
     require_dataset(effects)
+    if "pair" not in effects["effect"].dims:
+        return effects
     numeric = [
         v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
     ]
-    mean = effects[numeric].mean("pair", keep_attrs=True)
+    present = effects["effect"].notnull()
+    chosen = effects[numeric]
+    if not present.all():  # where a pair has no such cell, its baselines do not count either
+        baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
+        chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
+    mean = chosen.mean("pair", keep_attrs=True)
     if {"clean", "corrupted"} <= set(effects.data_vars):
-        present = effects["effect"].notnull()
         gap = (effects["clean"] - effects["corrupted"]).where(present).mean("pair")
         mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
         mean["normalized"].attrs = dict(effects["normalized"].attrs)
@@ -268,7 +284,13 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
-    return mean.assign_attrs(effects.attrs)
+    for name in ("token", "corrupted_token"):
+        if name in effects.coords and "pair" in effects[name].dims:
+            first = effects[name].isel(pair=0, drop=True)
+            shared = (effects[name] == first).all("pair")
+            marked = np.where(shared.values, first.values, np.char.add(first.values.astype(str), "…"))
+            mean = mean.assign_coords({name: (first.dims, marked)})
+    return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
 
 
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
@@ -280,6 +302,7 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
     Raises:
         ResultError: Nothing to join, results with different dims, or two of one model.
     """
+    results = list(results)
     for result in results:
         require_dataset(result)
     if not results:
@@ -293,6 +316,11 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
         )
     if len(set(names)) < len(names):
         raise ResultError(f"Two results are of one model: {', '.join(names)}. Rename one: result.attrs['model'] = '…'.")
+    for what in ("metric", "base", "component"):
+        values = [_compared(r, what) for r in results]
+        if len(set(values)) > 1:
+            lines = [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
+            raise ResultError(f"Results that differ in {what} cannot be joined.\n{listing(lines)}")
     prepared = []
     loose: set[str] = set()
     for name, result in zip(names, results, strict=True):
@@ -319,6 +347,12 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
     joined.attrs["model"] = ", ".join(names)
     joined.attrs["sources"] = json.dumps([{k: str(v) for k, v in r.attrs.items()} for r in results])
     return joined
+
+
+def _compared(result: xr.Dataset, what: str) -> str:
+    return (
+        ", ".join(map(str, np.atleast_1d(result["metric"].values))) if what == "metric" else str(result.attrs.get(what))
+    )
 
 
 def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
@@ -349,47 +383,3 @@ def require_dataset(result: Any) -> None:
         raise ResultError(
             f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance."
         )
-
-
-def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
-    """Writes a result as netCDF; the file appears whole or not at all.
-
-    Returns:
-        The path.
-    """
-    target = Path(path)
-    if not isinstance(result, xr.DataTree):
-        require_dataset(result)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    os.close(handle)
-    try:
-        result.to_netcdf(partial, engine="h5netcdf")
-        Path(partial).replace(target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return target
-
-
-def open_result(path: str | os.PathLike[str]) -> Result:
-    """A result that was written by ``save_result``, in memory.
-
-    Raises:
-        ResultError: There is no such file, or it is not a result.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise ResultError(f"There is no file {source}.")
-    try:
-        with xr.open_datatree(source, engine="h5netcdf") as tree:
-            tree.load()
-    except (OSError, ValueError, KeyError) as error:
-        raise ResultError(
-            f"{source} is not a result: it is no netCDF file "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
-        ) from error
-    if "tracepatch_format" not in tree.attrs:
-        raise ResultError(
-            f"{source} is netCDF, but not a tracepatch result: it has no `tracepatch_format`. Open it with xarray."
-        )
-    return tree if tree.children else tree.to_dataset()

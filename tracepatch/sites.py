@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Final
 
@@ -75,8 +76,9 @@ def component(name: str) -> Component:
     try:
         return COMPONENTS[name]
     except KeyError:
-        known = ", ".join(COMPONENTS)
-        raise ComponentError(f"There is no component {name!r}. Components: {known}.") from None
+        close = get_close_matches(name, COMPONENTS, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def select(index: Any, dim: str) -> Select:
             if bound is not None and not isinstance(bound, (int, np.integer)):
                 raise SiteError(f"A slice along {dim} takes integers, not {bound!r}.")
             bounds.append(None if bound is None else int(bound))
+        if bounds[2] == 0:
+            raise SiteError(f"A slice along {dim} cannot have the step 0.")
         return Select(bounds=(bounds[0], bounds[1], bounds[2])) if any(b is not None for b in bounds) else ALL
     if isinstance(index, (bool, np.bool_, str)) or index is None or index is Ellipsis:
         raise SiteError(f"{index!r} is no index along {dim}: pass an integer, a slice, a list or a mask.")
@@ -146,7 +150,10 @@ def select(index: Any, dim: str) -> Select:
         index = index.detach().cpu().numpy()
     if not isinstance(index, np.ndarray) and isinstance(index, Iterable):
         index = list(index)
-    array = np.asarray(index)
+    try:
+        array = np.asarray(index)
+    except ValueError:
+        array = np.empty((0,))  # lists of unequal lengths
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
         return Select(items=(int(array),), scalar=True)
     if array.ndim != 1 or array.size == 0 or not (array.dtype == bool or np.issubdtype(array.dtype, np.integer)):
@@ -191,7 +198,7 @@ def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select]:
         SiteError: Too many indices, or no layer.
     """
     parts = index if isinstance(index, tuple) else (index,)
-    if not kind.layered and len(parts) == len(kind.index) + 1 and parts[0] == 0:
+    if not kind.layered and len(parts) == len(kind.index) + 1 and isinstance(parts[0], int) and parts[0] == 0:
         parts = parts[1:]
     if len(parts) > len(kind.index):
         raise SiteError(
@@ -228,11 +235,20 @@ def units_of(kind: Component, layer: int, picked: Select, count: int) -> None:
     """
     if picked.all:
         return
-    if not picked.resolve(count):
+    found = picked.resolve(count)
+    if found:
+        _require_once(found, f"{kind.name}[{layer}, …, {picked}]", f"a layer of {count} {kind.unit}s")
+    else:
         raise SiteError(
             f"{kind.name}[{layer}, …, {picked}]: layer {layer} has {count} {kind.unit}s, 0 to {count - 1} "
             f"(or -{count} to -1)."
         )
+
+
+def _require_once(indices: tuple[int, ...], what: str, where: str) -> None:
+    twice = sorted({i for i in indices if indices.count(i) > 1}) if len(set(indices)) < len(indices) else []
+    if twice:
+        raise SiteError(f"{what} names {twice} twice in {where}; an edit writes each index once.")
 
 
 def positions_of(site: Site, lengths: Iterable[int]) -> tuple[tuple[int, ...] | None, ...]:
@@ -243,6 +259,8 @@ def positions_of(site: Site, lengths: Iterable[int]) -> tuple[tuple[int, ...] | 
     """
     lengths = tuple(lengths)
     found = tuple(site.pos.resolve(n) or None for n in lengths)
+    for length, positions in zip(lengths, found, strict=True):
+        _require_once(positions or (), str(site), f"a prompt of {length} tokens")
     if not any(found):
         shown = sorted(set(lengths))
         tokens = f"{shown[0]} tokens" if len(shown) == 1 else f"{shown[0]} to {shown[-1]} tokens"

@@ -53,13 +53,24 @@ class Source:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Sum:
-        return _times(self.terms(), 1.0 / _number(divisor))
+        number = _number(divisor)
+        if number == 0:
+            raise RecipeError("A value cannot be divided by 0.")
+        return _times(self.terms(), 1.0 / number)
 
     def __iadd__(self, other: Any) -> Increment:  # += on a site records an addition to the live value
         return Increment(self, as_source(other))
 
     def __isub__(self, other: Any) -> Increment:  # as above
         return Increment(self, -as_source(other))
+
+    def __imul__(self, factor: Any) -> Sum:
+        raise RecipeError(
+            "`site *= factor` would multiply the pristine value, not the row's live one. To set it, write "
+            "`site = factor * value`."
+        )
+
+    __itruediv__ = __imul__
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +150,8 @@ def as_source(given: Any) -> Source:
         raise RecipeError(
             f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor."
         ) from error
+    if tensor.layout != torch.strided:
+        raise RecipeError(f"A tensor of layout {tensor.layout} cannot be written at a site: pass tensor.to_dense().")
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise RecipeError(f"A tensor of dtype {tensor.dtype} cannot be written at a site: pass real numbers.")
     if not torch.isfinite(tensor).all():
@@ -159,7 +172,12 @@ def _number(factor: Any) -> float:
 def _plus(a: Sum, b: Sum) -> Sum:
     if a.constant is None or b.constant is None:
         return Sum(a.values + b.values, a.constant or b.constant)
-    return Sum(a.values + b.values, Constant.of(a.constant.tensor + b.constant.tensor))
+    try:
+        total = a.constant.tensor + b.constant.tensor
+    except RuntimeError as error:
+        shapes = [list(c.tensor.shape) for c in (a.constant, b.constant)]
+        raise RecipeError(f"Tensors of the shapes {shapes[0]} and {shapes[1]} cannot be added.") from error
+    return Sum(a.values + b.values, Constant.of(total))
 
 
 def _times(a: Sum, factor: float) -> Sum:

@@ -26,10 +26,12 @@ class BosPolicy:
 
     prefix: tuple[int, ...]
     text: str
-    why: Literal["the tokenizer does so", "you asked for it"]
+    why: Literal["the tokenizer does so", "you asked for it", "token ids are taken as they are"]
 
     def __str__(self) -> str:
-        return f"every prompt starts with {self.text} ({self.why})" if self.prefix else f"no BOS token ({self.why})"
+        if self.prefix:
+            return f"every prompt starts with {self.text} ({self.why})"
+        return f"no BOS token ({'the tokenizer adds none' if self.why == 'the tokenizer does so' else self.why})"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,29 @@ class EncodedPairs:
         """Each id as text, special tokens included."""
         return [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
 
+    def require_within(self, taken: int, scored: int, longest: int | None) -> None:
+        """Refuses ids and lengths that the model does not have.
+
+        Args:
+            taken: Ids that the model takes.
+            scored: Ids that its logits have.
+            longest: Positions that it has, if they are bounded.
+
+        Raises:
+            PromptError: All offenders are listed.
+        """
+        bad = []
+        for i in range(len(self)):
+            for side, ids in (("clean", self.clean), ("corrupted", self.corrupted or ())):
+                if i < len(ids) and not all(0 <= t < taken for t in ids[i]):
+                    bad.append(f"pair {i}: the {side} prompt has ids beyond 0 to {taken - 1}")
+                if i < len(ids) and longest is not None and len(ids[i]) > longest:
+                    bad.append(f"pair {i}: the {side} prompt has {len(ids[i])} tokens, the model takes {longest}")
+            for side, answers in (("answer", self.answer), ("wrong", self.wrong)):
+                bad += [f"pair {i}: {side} id {t} is beyond the {scored} logits" for t in answers[i] if t >= scored]
+        if bad:
+            raise PromptError(f"The model cannot take these pairs.\n{listing(bad)}\nIs this its tokenizer?")
+
     def require_comparable(self) -> None:
         """Refuses pairs that cannot be compared position by position, or that do not differ.
 
@@ -133,7 +158,7 @@ def bos_policy(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> BosPolic
         )
     else:
         prefix = (int(tokenizer.bos_token_id),)
-    why: Literal["the tokenizer does so", "you asked for it"] = (
+    why: Literal["the tokenizer does so", "you asked for it", "token ids are taken as they are"] = (
         "the tokenizer does so" if bos is None else "you asked for it"
     )
     return BosPolicy(prefix, tokenizer.decode(list(prefix)), why)

@@ -76,7 +76,7 @@ def inside(
     for function, at, given in measures:
         found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
         scores.append(found if found.ndim == 2 else found[:, None])
-    return kept, torch.cat(scores, 1).float().cpu()
+    return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
 
 
 def operation_inputs(model: Any, path: str, operation: str, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -198,6 +198,7 @@ def written(
         value = table[index].to(like.device)
         value = value.unsqueeze(1) if lift else value
         value = value if factor == 1 else value * factor
+        value = value.to(like.dtype)  # some models keep their stream wider than their weights
         total = value if total is None else total + value
     return total if total is not None else like.new_zeros(())
 
@@ -213,9 +214,12 @@ def head_out(
     if post_norm:
         # With its scale frozen the norm multiplies by one factor a position and one weight a dim.
         entering = kept["aside", factor_name]
-        weight = module_at(model, post_norm)(torch.ones_like(entering))
+        norm = module_at(model, post_norm)
+        weight = norm(torch.ones_like(entering))
+        silent = entering.abs().amax(-1, keepdim=True) == 0
+        entering = torch.where(silent, torch.full_like(entering, 1e-6), entering)  # the factor's limit at 0
         weighted = entering * weight
-        ratio = (x * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
+        ratio = (norm(entering) * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
         weight = weight * ratio
     if keep:
         parts = []
@@ -225,21 +229,40 @@ def head_out(
     if not writes:
         return x
     after = x.clone()
+    repeated, changed = rows_of_several(writes, x, heads)
     for add, rows, slots, units, terms, constant in writes:
         rows, slots = rows.to(x.device), slots.to(x.device)
+        value = written(terms, constant, known, x)
         if units is None:  # every head of each cell
+            value = value.expand(len(rows), heads, x.shape[-1]).flatten(0, 1)
+            units = torch.arange(heads, device=x.device).repeat(len(rows))
             rows, slots = rows.repeat_interleave(heads), slots.repeat_interleave(heads)
-            units = torch.arange(heads, device=x.device).repeat(len(rows) // heads)
-            value = written(terms, constant, known, x)
-            value = value.expand(len(rows) // heads, heads, x.shape[-1]).flatten(0, 1)
         else:
             units = units.to(x.device)
-            value = written(terms, constant, known, x).expand(len(rows), x.shape[-1])
+            value = value.expand(len(rows), x.shape[-1])
+        again = repeated[rows] >= 0
+        cells = repeated[rows[again]], slots[again], units[again]
         if not add:
             live = head_write(project, z[rows, slots], units, None if weight is None else weight[rows, slots]) * scale
+            live[again] = live[again] + changed[cells]
             value = value - live
+        changed.index_put_(cells, value[again], accumulate=True)
         after.index_put_((rows, slots), value / scale, accumulate=True)
     return after
+
+
+def rows_of_several(writes: tuple[Any, ...], x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that several writes edit, and room for what those have changed so far.
+
+    Returns:
+        ``[row]``: a row's number among them, or -1; zeros ``[such a row, pos, head, d_model]``.
+    """
+    counts = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for write in writes:
+        counts[write[1].to(x.device).unique()] += 1
+    several = counts > 1
+    number = torch.where(several, several.cumsum(0) - 1, -1)
+    return number, x.new_zeros(int(several.sum()), x.shape[1], heads, x.shape[-1])
 
 
 def head_write(project: Any, z: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

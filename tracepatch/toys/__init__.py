@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracepatch import models
-from tracepatch.errors import ModelError
+from tracepatch.errors import ModelError, PromptError
+from tracepatch.prompts import Pairs
+from tracepatch.toys import tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -52,16 +54,37 @@ def load_module(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     return model.eval(), AutoTokenizer.from_pretrained(where, local_files_only=True)
 
 
-def load(name: str, **options: Any) -> "Model":
+def load(toy: str, **options: Any) -> "Model":
     """A toy, loaded as `tracepatch.load` loads any model.
 
     Args:
-        name: One of `NAMES`, or `"wired"`.
+        toy: One of `NAMES`, or `"wired"`.
         options: Those of `tracepatch.load`.
 
     Raises:
         ModelError: No toy has this name.
     """
-    if name == "wired":
-        return models.load(*load_module(name), **options)
-    return models.load(folder(name), **options)
+    options = {"name": f"toy-{toy}", **options}
+    if toy == "wired":
+        return models.load(*load_module(toy), **options)
+    return models.load(folder(toy), **options)
+
+
+def pairs(task: str, count: int = 8, *, seed: int = 0) -> "Pairs":
+    """Prompts of a task that the trained toys solve, of equal lengths and in both roles.
+
+    Args:
+        task: ``"ioi"`` (one template) or ``"induction"``; `tasks` makes more kinds.
+        count: How many pairs; half of them are the other half with clean and corrupted exchanged.
+        seed: The same seed gives the same pairs.
+
+    Raises:
+        PromptError: There is no such task.
+    """
+    if task == "ioi":
+        made = tasks.ioi((count + 1) // 2, seed=seed, templates=tasks.TEMPLATES[:1])
+    elif task == "induction":
+        made = tasks.induction((count + 1) // 2, seed=seed)
+    else:
+        raise PromptError(f"There is no task {task!r}; the toys solve 'ioi' and 'induction'.")
+    return Pairs(made.clean, made.corrupted, made.answer, made.wrong, name=task, seed=seed).both_roles()
