@@ -99,6 +99,11 @@ def make_plan(
         notes.append(
             "nothing is pruned: this model's attention is not causal (a changed last token moved earlier positions)"
         )
+    halved = architecture.dtype.itemsize < 4
+    if halved and any(e.site.component == "resid_mid" for row in rows for e in row.edits):
+        notes.append(
+            "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
+        )
     lowering = {profile: _Lowering(architecture, profile, prune) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     proofs = np.zeros((len(rows), len(encoded)), np.int8)
