@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ioi_pairs, toy
 from slow import Slow, gap, made_up_pairs
-from tiny_models import EIGHT, build, tokenizer
+from tiny_models import ALL, EIGHT, ENCODER_DECODER, build, tokenizer
 
 import tracepatch as tp
 from tracepatch.sources import OTHER
@@ -67,7 +67,19 @@ def test_every_component_equals_one_forward_per_patch(name: str, base: str) -> N
 @pytest.mark.parametrize("model_type", EIGHT)
 def test_every_component_on_eight_architectures(model_type: str, base: str) -> None:
     """Random weights, so that nothing is hidden by a trained model's habits; 11 layers once, for digits in paths."""
-    module = build(model_type, layers=11 if model_type == "llama" else 2)
+    one_architecture(model_type, base, layers=11 if model_type == "llama" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize("model_type", [t for t in ALL if t not in (*EIGHT, *ENCODER_DECODER)])
+def test_every_component_on_the_other_decoders(model_type: str, base: str) -> None:
+    one_architecture(model_type, base, layers=2)
+
+
+def one_architecture(model_type: str, base: str, layers: int) -> None:
+    """Every component that is offered, against the oracle."""
+    module = build(model_type, layers=layers)
     model = tp.load(module, tokenizer())
     pairs = made_up_pairs([f"w{i}" for i in range(30, 60)])
     worst: dict[str, float] = {}

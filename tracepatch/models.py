@@ -193,6 +193,10 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
             f"{type(module).__name__} has no language-model head, so it gives no logits to read a metric from. "
             "Pass a causal language model, such as AutoModelForCausalLM gives."
         )
+    if module.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(module).__name__} is an encoder–decoder model; tracepatch patches causal language models."
+        )
     if tokenizer is None:
         name = getattr(module, "name_or_path", "")
         if not name:
