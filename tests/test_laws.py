@@ -151,6 +151,22 @@ def test_6_the_final_stream_at_the_end_is_the_metric(name: str, template: int, s
 
 
 @law
+@given(TOYS, TEMPLATE, SEED, st.data())
+def test_7_the_same_values_written_at_another_place(name: str, template: int, seed: int, data: st.DataObject) -> None:
+    """q, k and v decide z; z of all heads is attn_out; all neurons are mlp_out."""
+    with tp.patching(toy(name), ioi_pairs(2, template, seed)) as p:
+        layer = data.draw(st.integers(0, len(p.architecture) - 1))
+        for parts in (("q", "k", "v"), ("z",), ("attn_out",), ("mlp_act",), ("mlp_out",)):
+            with p.row(name=" and ".join(parts)):
+                for part in parts:
+                    getattr(p.corrupted, part)[layer, :] = getattr(p.clean, part)[layer, :]
+    value = p.run()["value"]
+    near(value.sel(name="q and k and v"), value.sel(name="attn_out"))
+    near(value.sel(name="z"), value.sel(name="attn_out"))
+    near(value.sel(name="mlp_act"), value.sel(name="mlp_out"))
+
+
+@law
 @given(TOYS, TEMPLATE, SEED, WORLDS, st.sampled_from([*ADDED, "resid_pre"]))
 def test_9_pruned_is_unpruned_and_batch_size_does_not_matter(
     name: str, template: int, seed: int, base: str, component: str

@@ -169,6 +169,15 @@ def test_both_directions_are_what_the_code_says(gpt2: Any, pairs: tp.Pairs) -> N
     np.testing.assert_allclose(result["value"].values.T, slow.score(p.rows, gap(p.encoded)), atol=1e-4)
 
 
+def test_a_bar_where_somebody_watches(gpt2: Any, pairs: tp.Pairs, capsys: pytest.CaptureFixture[str]) -> None:
+    with tp.patching(gpt2, pairs, batch_size=2) as p, p.row(name="x"):
+        p.clean.z[0, :, 0] = 0
+    quiet = p.run()
+    assert capsys.readouterr() == ("", "")
+    assert (p.run(progress=True)["value"] == quiet["value"]).all()
+    assert capsys.readouterr().out == "", "the bar is on stderr"
+
+
 def test_a_tensor_is_broadcast_as_arrays_are(gpt2: Any, pairs: tp.Pairs) -> None:
     """Numbers, vectors, and one entry a position or a head, each against the oracle."""
     generator = torch.Generator().manual_seed(0)
