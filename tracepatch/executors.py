@@ -205,14 +205,16 @@ class _Run:
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
         """A write of logits, counted among the positions that are read."""
-        add, rows, slots, units, terms, constant = write
+        add, rows, slots, units, terms, constant, function = write
         place = {p: i for i, p in enumerate(group.reads)}
         inside = torch.tensor([p in place for p in slots.tolist()])
         kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
         chosen = tuple((f, n, w[inside], p[inside], u, lift) for f, n, w, p, u, lift in terms)
         if constant is not None and constant.ndim:
             constant = constant[inside]
-        return add, rows[inside], kept, units, chosen, constant
+        if function is not None and not inside.all():
+            raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
+        return add, rows[inside], kept, units, chosen, constant, function
 
     def _forward(
         self,

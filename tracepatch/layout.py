@@ -19,7 +19,7 @@ from tracepatch.probe import Place
 from tracepatch.sites import COMPONENTS, STAGES
 
 Columns: TypeAlias = tuple[Any, ...]
-"""``(add, rows, slots, units or None, terms, constant or None)``: one indexed write; see ``trace.edited``."""
+"""``(add, rows, slots, units, terms, constant, function)``: one indexed write; see ``trace.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
@@ -111,7 +111,14 @@ def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> di
             place = write.component, write.layer
             signature = tuple((t.factor, t.component, t.layer, t.units is None) for t in write.terms)
             found[
-                turns[place], place, write.add, write.units is None, signature, write.constant is None, _number(write)
+                turns[place],
+                place,
+                write.add,
+                write.units is None,
+                signature,
+                write.constant is None,
+                _number(write),
+                _shape(write),
             ].append((number, write, job))
             turns[place] += 1
     result: dict[Key, list[Columns]] = defaultdict(list)
@@ -145,7 +152,18 @@ def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Arc
         constant = None if sample.constant is None else sample.constant.tensor
     else:
         constant = torch.cat([_cells(write, architecture) for _, write, _ in members])
-    return add, _index(rows), _index(slots), _index(units) if units else None, lowered, constant
+    made = sample.function
+    function = None if made is None else (made.function, made.arguments, len(members), *_shape(sample)[1:])
+    return add, _index(rows), _index(slots), _index(units) if units else None, lowered, constant, function
+
+
+def _shape(write: Write) -> tuple[Any, ...]:
+    """A function, and the dims of the values that it takes of each row; ``None`` for dims that its index dropped."""
+    if write.function is None:
+        return ()
+    one_position, one_unit = write.scalar
+    units = () if write.units is None else (None if one_unit else len(write.units),)
+    return write.function, None if one_position else len(write.positions), *units
 
 
 def _number(write: Write) -> float | None:

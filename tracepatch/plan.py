@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tracepatch.errors import plural
 from tracepatch.metrics import Metric
 from tracepatch.rows import Row
-from tracepatch.sources import Constant, WorldName
+from tracepatch.sources import Constant, Function, WorldName
 
 
 class Status(IntEnum):
@@ -73,6 +73,7 @@ class Write:
         constant: A fixed summand; it broadcasts to the activation at the recorded index, as arrays do.
         recorded: How many positions the recorded index picked.
         scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, for units.
+        function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
     """
 
     component: str
@@ -85,6 +86,7 @@ class Write:
     constant: Constant | None
     recorded: int
     scalar: tuple[bool, bool]
+    function: Function | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

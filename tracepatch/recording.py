@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
+import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
@@ -29,7 +30,7 @@ from tracepatch.sites import (
     split_index,
     units_of,
 )
-from tracepatch.sources import Increment, Sum, Value, WorldName, as_source
+from tracepatch.sources import Function, Increment, Sum, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
 
 
@@ -52,6 +53,7 @@ class Recorder:
         self._corrupted = World(self, "corrupted")
         self._open: Row | None = None
         self._ended = False
+        self._tried: set[tuple[Any, ...]] = set()
         self._taken: set[tuple[Any, ...]] = set()
         self.lengths = tuple(sorted(set(encoded.lengths)))
 
@@ -152,10 +154,38 @@ class Recorder:
                 "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
-        if not (isinstance(source, Value) and source.site == site):
+        if isinstance(source, Function):
+            self._require_result(site, source)
+        elif not (isinstance(source, Value) and source.site == site):
             self._require_shape(site, source.terms())
         row.base = world
         row.edits.append(Edit(site, source, add))
+
+    def _require_result(self, site: Site, source: Function) -> None:
+        """Tries a function on made-up values of the site's shape, once for each shape."""
+        for length in self.lengths:
+            dims = self._shape(site, length)
+            if dims is None or (source.function, dims) in self._tried:
+                continue
+            shape = tuple(n for _, n in dims)
+            made_up = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+            named = ", ".join(f"{dim} {n}" for dim, n in (("row", 2), *dims))
+            try:
+                found = source.function(*made_up[: source.arguments])
+            except Exception as error:
+                raise RecipeError(f"{source} fails on values [{named}]: {type(error).__name__}: {error}") from error
+            if not isinstance(found, torch.Tensor) or not _fits(tuple(found.shape), (2, *shape)):
+                got = f"a tensor of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
+                raise RecipeError(f"{source} must return a tensor that fits {site}, [{named}]; it returned {got}.")
+            alone = [source.function(*(value[i : i + 1] for value in made_up[: source.arguments])) for i in range(2)]
+            together = found.expand(2, *shape)
+            if not all(
+                torch.allclose(a.expand(1, *shape)[0], b, atol=1e-4) for a, b in zip(alone, together, strict=True)
+            ):
+                raise RecipeError(
+                    f"{source} mixes rows: each row is a run of its own; reduce over the other dims only."
+                )
+            self._tried.add((source.function, dims))
 
     def _require_shape(self, site: Site, source: Sum) -> None:
         for length in self.lengths:
@@ -168,11 +198,7 @@ class Recorder:
                 continue
             shape = tuple(source.constant.tensor.shape)
             sizes = tuple(n for _, n in target)
-            try:
-                fits = np.broadcast_shapes(shape, sizes) == sizes
-            except ValueError:
-                fits = False
-            if not fits:
+            if not _fits(shape, sizes):
                 dims = ", ".join(f"{dim} {n}" for dim, n in target)
                 raise RecipeError(
                     f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of "
@@ -319,6 +345,14 @@ class _RowBlock:
         self.recorder._open = None
         if error is None:
             self.recorder.finish(self.row)
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a shape broadcasts to another, as arrays do."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=1 << 14)

@@ -17,7 +17,7 @@ from tracepatch.executors import Measured
 from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.rows import Label
-from tracepatch.sources import Source, Value
+from tracepatch.sources import Function, Source, Value
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -162,6 +162,8 @@ def _described(source: Source) -> str:
     """What was written, in a word: a world, or a number."""
     if isinstance(source, Value):
         return source.world
+    if isinstance(source, Function):
+        return "other"
     total = source.terms()
     number = total.constant is not None and not total.values and not total.constant.tensor.shape
     return str(total) if number else "other"

@@ -7,7 +7,9 @@ those of an unpatched run; sums and multiples of them are values too.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -125,6 +127,25 @@ class Sum(Source):
 
 
 @dataclass(frozen=True, slots=True)
+class Function(Source):
+    """What a function makes of the site's values: ``f(live)``, or ``f(live, clean, corrupted)``.
+
+    Each argument is ``[row, …]`` with the dims that indexing the site gives; ``live`` is the row's own value, after its
+    earlier edits. ``corrupted`` is ``None`` where the pairs have no corrupted prompts.
+    """
+
+    function: Callable[..., torch.Tensor]
+    arguments: int
+
+    def terms(self) -> Sum:
+        """Nothing: what a function returns is not known before the run."""
+        raise RecipeError(f"{self} cannot be added to other values: do the arithmetic inside the function.")
+
+    def __str__(self) -> str:
+        return f"{getattr(self.function, '__name__', type(self.function).__name__)}(…)"
+
+
+@dataclass(frozen=True, slots=True)
 class Increment:
     """What ``site += source`` hands to the site: an addition to its live value."""
 
@@ -133,7 +154,7 @@ class Increment:
 
 
 def as_source(given: Any) -> Source:
-    """A right-hand side as a source: another source, a number, or a tensor or array of numbers.
+    """A right-hand side as a source: another source, a number, a tensor or array of numbers, or a function.
 
     Raises:
         RecipeError: It is something else, or not finite.
@@ -142,7 +163,9 @@ def as_source(given: Any) -> Source:
         return given
     if isinstance(given, Increment):
         raise RecipeError("The result of += is no value; write `site += source` as a statement of its own.")
-    if isinstance(given, (bool, str)) or given is None or callable(given):
+    if callable(given) and not isinstance(given, torch.Tensor):
+        return Function(given, _arguments(given))
+    if isinstance(given, (bool, str)) or given is None:
         raise RecipeError(f"{given!r} cannot be written at a site: pass a world's value, a number or a tensor.")
     try:
         tensor = given if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given, dtype=float))
@@ -157,6 +180,21 @@ def as_source(given: Any) -> Source:
     if not torch.isfinite(tensor).all():
         raise RecipeError("The tensor to be written holds NaN or inf.")
     return Sum((), Constant.of(tensor))
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    """Whether a function takes the live value alone, or the clean and corrupted ones too."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        taken = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds and p.default is p.empty]
+    except ValueError:  # a builtin such as torch.relu
+        return 1
+    if len(taken) not in (1, 3):
+        raise RecipeError(
+            f"{function!r} takes {len(taken)} values. A function that is written at a site takes the live value, or "
+            "the live, the clean and the corrupted one."
+        )
+    return len(taken)
 
 
 def _number(factor: Any) -> float:

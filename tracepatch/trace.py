@@ -177,14 +177,25 @@ def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tens
     if not writes:
         return x
     x = x.clone()
-    for add, rows, slots, units, terms, constant in writes:
+    for add, rows, slots, units, terms, constant, function in writes:
         cells = tuple(i.to(x.device) for i in (rows, slots, units) if i is not None)
-        value = written(terms, constant, known, x)
+        value = written(terms, constant, known, x) if function is None else made(function, x[cells], terms, known)
         if add:
             x.index_put_(cells, value.expand(x[cells].shape), accumulate=True)
         else:
             x[cells] = value
     return x
+
+
+def made(
+    function: tuple[Any, ...], live: torch.Tensor, terms: tuple[Any, ...], known: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """What a function makes of the live values ``[cell, …]`` and the worlds', row by row; one entry a cell."""
+    call, arguments, rows, *dims = function
+    shape = (rows, *(n for n in dims if n is not None), *live.shape[1:])
+    worlds = [written((term,), None, known, live).reshape(shape) for term in terms]
+    found: torch.Tensor = call(live.reshape(shape), *worlds, *[None] * (arguments - 1 - len(worlds)))
+    return found.to(live.dtype).expand(shape).reshape(live.shape)
 
 
 def written(
@@ -230,21 +241,27 @@ def head_out(
         return x
     after = x.clone()
     repeated, changed = rows_of_several(writes, x, heads)
-    for add, rows, slots, units, terms, constant in writes:
+    for add, rows, slots, units, terms, constant, function in writes:
         rows, slots = rows.to(x.device), slots.to(x.device)
-        value = written(terms, constant, known, x)
-        if units is None:  # every head of each cell
-            value = value.expand(len(rows), heads, x.shape[-1]).flatten(0, 1)
+        whole = units is None  # every head of each cell
+        if whole:
             units = torch.arange(heads, device=x.device).repeat(len(rows))
             rows, slots = rows.repeat_interleave(heads), slots.repeat_interleave(heads)
         else:
             units = units.to(x.device)
-            value = value.expand(len(rows), x.shape[-1])
         again = repeated[rows] >= 0
         cells = repeated[rows[again]], slots[again], units[again]
-        if not add:
+        live = torch.zeros(0)
+        if not add or function is not None:
             live = head_write(project, z[rows, slots], units, None if weight is None else weight[rows, slots]) * scale
             live[again] = live[again] + changed[cells]
+        if function is None:
+            value = written(terms, constant, known, x)
+        else:
+            value = made(function, live.reshape(-1, heads, live.shape[-1]) if whole else live, terms, known)
+        value = value.expand(-1, heads, -1).flatten(0, 1) if whole and value.ndim == 3 else value
+        value = value.expand(len(rows), x.shape[-1])
+        if not add:
             value = value - live
         changed.index_put_(cells, value[again], accumulate=True)
         after.index_put_((rows, slots), value / scale, accumulate=True)

@@ -1,0 +1,218 @@
+"""From recorded rows to writes with every index resolved, without those that provably change nothing.
+
+Pruning is exact and uses only declarations. Two facts carry it, both proved by the probe before they are used:
+
+* Attention is causal: an activation at a position depends on the tokens up to it. So where the clean and the corrupted
+  tokens agree up to a position, the worlds agree there, and writing one world's value into the other changes nothing,
+  as long as no earlier edit of the same row has reached the place.
+* The metric reads declared positions. What stands after the last of them cannot reach it; in the last layer nothing is
+  left to carry a value to another position but what attention there still reads (the stream entering it, its keys and
+  values).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tracepatch.architecture import Architecture
+from tracepatch.errors import SiteError
+from tracepatch.plan import Proof, Term, Write
+from tracepatch.rows import Edit, Row
+from tracepatch.sites import COMPONENTS, STAGES, Site
+from tracepatch.sources import Function, Value, WorldName
+
+CARRIED = frozenset({"embed", "resid_pre", "k", "v"})  # what attention of the same layer carries to other positions
+LOCAL = frozenset({"embed", "resid_pre"})  # what depends on its own token alone in layer 0, where the probe proved it
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What lowering needs to know of a pair; pairs that share it are lowered once.
+
+    Attributes:
+        length: Tokens of each prompt.
+        differing: Positions at which the two prompts differ.
+        reads: Positions that the metrics read.
+    """
+
+    length: int
+    differing: tuple[int, ...]
+    reads: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first position at which the worlds may differ."""
+        return min(self.differing, default=self.length)
+
+
+class Lowering:
+    """Rows → writes, for pairs of one profile."""
+
+    def __init__(
+        self, architecture: Architecture, profile: Profile, prune: bool, worlds: tuple[WorldName, ...]
+    ) -> None:
+        self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
+        self.depth = len(architecture)
+
+    def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
+        """The writes of a row that survive pruning; where none does, the proof."""
+        try:
+            writes = [self._write(edit) for edit in sorted(row.edits, key=self._moment)]
+        except SiteError:
+            return (), Proof.ABSENT
+        if len(writes) > 1:
+            writes = _drop_overwritten(writes)
+        if not self.prune:
+            return tuple(writes), Proof.NONE
+        kept, live, equal, unreachable = [], self.profile.length, False, False
+        for write in writes:
+            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p)]
+            if write.function is not None and reach:  # it may mix positions
+                live = min(live, *write.positions)
+                kept.append(write)
+                continue
+            alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]
+            unreachable |= len(reach) < len(write.positions)
+            equal |= len(alive) < len(reach)
+            if not alive:
+                continue
+            live = min(live, *(write.positions[i] for i in alive))
+            if len(alive) < len(write.positions):
+                write = _narrow(write, alive)
+            kept.append(write)
+        proof = (
+            Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
+        )
+        return tuple(kept), proof
+
+    def _moment(self, edit: Edit) -> tuple[int, int]:
+        """When an edit acts in the forward."""
+        site = edit.site
+        return self.depth if site.component == "logits" else site.layer, STAGES[site.component]
+
+    def _write(self, edit: Edit) -> Write:
+        site, source = edit.site, edit.source
+        positions, units = self._indices(site)
+        if isinstance(source, Function):
+            return self._function(edit, source, positions, units)
+        values: Iterable[tuple[float, Value]] = ((1.0, source),) if isinstance(source, Value) else source.terms().values
+        places = [(positions, units) if v.site == site else self._indices(v.site) for _, v in values]
+        if units is None and any(heads is not None and len(heads) > 1 for _, heads in places):
+            units = tuple(range(self.architecture.units(site.component, site.layer)))
+        terms = []
+        for (factor, value), (here, heads) in zip(values, places, strict=True):
+            if units is not None and heads is None and COMPONENTS[value.site.component].unit:
+                heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
+            terms.append(Term(factor, value.world, *_canonical(value.site), here, heads))
+        return Write(
+            *_canonical(site, self.depth),
+            positions=positions,
+            offsets=tuple(range(len(positions))),
+            units=units,
+            add=edit.add,
+            terms=tuple(terms),
+            constant=None if isinstance(source, Value) else source.terms().constant,
+            recorded=len(positions),
+            scalar=(site.pos.scalar, site.unit.scalar),
+        )
+
+    def _function(
+        self, edit: Edit, source: Function, positions: tuple[int, ...], units: tuple[int, ...] | None
+    ) -> Write:
+        site = edit.site
+        worlds = self.worlds[: source.arguments - 1]
+        terms = (Term(1.0, world, *_canonical(site, self.depth), positions, units) for world in worlds)
+        return Write(
+            *_canonical(site, self.depth),
+            positions=positions,
+            offsets=tuple(range(len(positions))),
+            units=units,
+            add=edit.add,
+            terms=tuple(terms),
+            constant=None,
+            recorded=len(positions),
+            scalar=(site.pos.scalar, site.unit.scalar),
+            function=source,
+        )
+
+    def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        positions = site.pos.resolve(self.profile.length)
+        if not positions:
+            raise SiteError(str(site))
+        units = None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
+        return positions, units
+
+    def _reaches(self, write: Write, position: int) -> bool:
+        reads = self.profile.reads
+        beside = write.layer >= self.depth or (write.layer == self.depth - 1 and write.component not in CARRIED)
+        return position in reads if beside else position <= reads[-1]
+
+    def _inert(self, write: Write, i: int, base: WorldName) -> bool:
+        """Whether the source equals the base at the i-th position, given that no earlier edit has reached it."""
+        position = write.positions[i]
+        if len(write.terms) == 1 and write.constant is None and not write.add:
+            term = write.terms[0]
+            if term.factor == 1 and (term.component, term.layer, term.units) == (
+                write.component,
+                write.layer,
+                write.units,
+            ):
+                same_place = term.positions[min(i, len(term.positions) - 1)] == position
+                return same_place and (term.world == base or self._agrees(term.component, term.layer, position))
+        left: dict[tuple[Any, ...], float] = defaultdict(float)
+        for term in write.terms:
+            p = term.positions[min(i, len(term.positions) - 1)]
+            world = base if self._agrees(term.component, term.layer, p) else term.world
+            left[world, term.component, term.layer, p, term.units] += term.factor
+        if not write.add:
+            left[base, write.component, write.layer, position, write.units] -= 1.0
+        return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
+
+    def _agrees(self, component: str, layer: int, position: int) -> bool:
+        """Whether the clean and the corrupted world have the same value there."""
+        local = self.architecture.local_embedding and layer == 0 and component in LOCAL
+        return position not in self.profile.differing if local else position < self.profile.first
+
+
+def _canonical(site: Site, depth: int = 0) -> tuple[str, int]:
+    if site.component == "resid_post":
+        return "resid_pre", site.layer + 1
+    return site.component, depth if site.component == "logits" else site.layer
+
+
+def _drop_overwritten(writes: list[Write]) -> list[Write]:
+    """A later `=` overrides what the row wrote there before."""
+    kept: list[Write] = []
+    for write in writes:
+        if not write.add:
+            for i, before in enumerate(kept):
+                if (before.component, before.layer) != (write.component, write.layer):
+                    continue
+                covered = write.units is None or (before.units is not None and set(before.units) <= set(write.units))
+                overlap = set(before.positions) & set(write.positions)
+                if before.function is not None and len(overlap) < len(before.positions):
+                    continue
+                if covered and overlap:
+                    kept[i] = _narrow(before, [j for j, p in enumerate(before.positions) if p not in overlap])
+            kept = [w for w in kept if w.positions]
+        kept.append(write)
+    return kept
+
+
+def _narrow(write: Write, chosen: Sequence[int]) -> Write:
+    """The write at some of its positions."""
+    terms = tuple(
+        t
+        if len(t.positions) == 1 and len(write.positions) > 1
+        else replace(t, positions=tuple(t.positions[i] for i in chosen))
+        for t in write.terms
+    )
+    return replace(
+        write,
+        positions=tuple(write.positions[i] for i in chosen),
+        offsets=tuple(write.offsets[i] for i in chosen),
+        terms=terms,
+    )
