@@ -16,7 +16,7 @@ from tracepatch import errors
 SITES = [
     ("resid_pre", (1, 5)), ("resid_pre", (1, slice(3, None))), ("z", (1, slice(None), 2)), ("z", (1, -1, [0, 3])), ("z", (0, slice(None), slice(None))),
     ("head_out", (1, slice(None), 1)), ("head_out", (0, -1, slice(None))), ("mlp_act", (1, -1, [3, 5])), ("mlp_act", (1, slice(None))), ("attn_out", (0, [2, 9])),
-    ("k", (1, slice(None), 0)), ("resid_mid", (1, -1)), ("embed", (slice(None),)),
+    ("k", (1, slice(None), 0)), ("resid_mid", (1, -1)), ("embed", (slice(None),)), ("logits", (-1,)),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tracepatch"
 ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
 MAY_IMPORT_NNSIGHT = {"models", "trace"}
 LONG = {
-    "probe": "one algorithm, whose steps make no sense alone: record, split into branches, close the sum",
+    "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",
     "architecture": "one class: what was found, what is offered and why not, and how it is printed",
 }
 

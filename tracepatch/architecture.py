@@ -12,21 +12,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from tracepatch.calls import POSITIONS, Attended, Call, Place, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
-from tracepatch.probe import (
-    POSITIONS,
-    Attended,
-    Blocks,
-    Call,
-    Layer,
-    Overrides,
-    Place,
-    Sublayer,
-    is_norm,
-    record,
-    resolution,
-)
+from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, component
 from tracepatch.trace import operation_inputs
 

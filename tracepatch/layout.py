@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from tracepatch.architecture import Architecture
+from tracepatch.calls import Place
 from tracepatch.plan import Job, Term, Write
-from tracepatch.probe import Place
 from tracepatch.sites import COMPONENTS, STAGES
 
 Columns: TypeAlias = tuple[Any, ...]

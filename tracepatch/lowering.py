@@ -13,7 +13,7 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,9 +96,13 @@ class Lowering:
     def _write(self, edit: Edit) -> Write:
         site, source = edit.site, edit.source
         positions, units = self._indices(site)
+        constant = None
         if isinstance(source, Function):
-            return self._function(edit, source, positions, units)
-        values: Iterable[tuple[float, Value]] = ((1.0, source),) if isinstance(source, Value) else source.terms().values
+            values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
+        elif isinstance(source, Value):
+            values = [(1.0, source)]
+        else:
+            values, constant = list(source.terms().values), source.terms().constant
         places = [(positions, units) if v.site == site else self._indices(v.site) for _, v in values]
         if units is None and any(heads is not None and len(heads) > 1 for _, heads in places):
             units = tuple(range(self.architecture.units(site.component, site.layer)))
@@ -114,28 +118,10 @@ class Lowering:
             units=units,
             add=edit.add,
             terms=tuple(terms),
-            constant=None if isinstance(source, Value) else source.terms().constant,
+            constant=constant,
             recorded=len(positions),
             scalar=(site.pos.scalar, site.unit.scalar),
-        )
-
-    def _function(
-        self, edit: Edit, source: Function, positions: tuple[int, ...], units: tuple[int, ...] | None
-    ) -> Write:
-        site = edit.site
-        worlds = self.worlds[: source.arguments - 1]
-        terms = (Term(1.0, world, *_canonical(site, self.depth), positions, units) for world in worlds)
-        return Write(
-            *_canonical(site, self.depth),
-            positions=positions,
-            offsets=tuple(range(len(positions))),
-            units=units,
-            add=edit.add,
-            terms=tuple(terms),
-            constant=None,
-            recorded=len(positions),
-            scalar=(site.pos.scalar, site.unit.scalar),
-            function=source,
+            function=source if isinstance(source, Function) else None,
         )
 
     def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
