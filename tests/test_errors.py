@@ -163,7 +163,7 @@ def test_an_edit_outside_a_row(gpt2: Any, pairs: tp.Pairs) -> None:
         ({"neuron": 2}, "The label neuron=2 contradicts"),
         ({"component": "mlp_out"}, "The label component='mlp_out' contradicts"),
         ({"pair": 0}, "pair cannot be a row's label"),
-        ({"name": [1]}, "Labels are numbers or strings: name=[1]."),
+        ({"name": [1]}, "Labels are numbers or strings, and their names are words: name=[1]."),
     ],
 )
 def test_labels_that_contradict(gpt2: Any, pairs: tp.Pairs, labels: dict[str, Any], message: str) -> None:

@@ -76,8 +76,15 @@ def test_labels_that_results_use_are_refused(gpt2: Any, pairs: tp.Pairs) -> None
     for name in ("answer", "depth", "token", "value", "effect", "clean", "status", "effect_answer", "clean_prompt"):
         with pytest.raises(errors.RecipeError, match=f"{name} cannot be a row's label"), p.row(**{name: 1}):
             p.clean.z[0, :, 0] = 0
-    with pytest.raises(errors.RecipeError, match="Labels are numbers or strings: layer=True"), p.row(layer=True):
+    with pytest.raises(errors.RecipeError, match="and their names are words: layer=True"), p.row(layer=True):
         p.clean.z[1, :, 0] = 0
+
+
+@pytest.mark.parametrize("labels", [{"a/b": 1}, {"name": "a\0b"}, {"name": "\ud800"}, {"name": 1 << 63}])
+def test_labels_that_no_file_can_hold(gpt2: Any, pairs: tp.Pairs, labels: dict[str, Any]) -> None:
+    p = tp.patching(gpt2, pairs)
+    with pytest.raises(errors.RecipeError, match="and their names are words"), p.row(**labels):
+        p.clean.z[0, :, 0] = 0
 
 
 def test_sets_of_labels_that_join_alike_are_all_kept(gpt2: Any, pairs: tp.Pairs) -> None:

@@ -323,10 +323,9 @@ class _RowBlock:
     __slots__ = ("recorder", "row")
 
     def __init__(self, recorder: Recorder, labels: dict[str, Any]) -> None:
-        plain = (int, float, str, np.integer, np.floating)
-        bad = [f"{k}={v!r}" for k, v in labels.items() if not isinstance(v, plain) or isinstance(v, bool)]
+        bad = [f"{k}={v!r}" for k, v in labels.items() if not k.isidentifier() or not _storable(v)]
         if bad:
-            raise RecipeError(f"Labels are numbers or strings: {', '.join(bad)}.")
+            raise RecipeError(f"Labels are numbers or strings, and their names are words: {', '.join(bad)}.")
         taken = [name for name in labels if name in RESERVED or name.startswith("effect_")]
         if taken:
             raise RecipeError(f"{', '.join(taken)} cannot be a row's label: results use the name themselves.")
@@ -345,6 +344,15 @@ class _RowBlock:
         self.recorder._open = None
         if error is None:
             self.recorder.finish(self.row)
+
+
+def _storable(label: Any) -> bool:
+    """Whether a label is a number or text that a netCDF file can hold."""
+    if isinstance(label, str):
+        return "\0" not in label and label.isprintable()
+    if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+        return abs(int(label)) < 1 << 63
+    return isinstance(label, (float, np.floating))
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
