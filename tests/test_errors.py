@@ -87,7 +87,7 @@ def test_no_corrupted_prompts(gpt2: Any) -> None:
         pytest.raises(errors.PromptError, match="no corrupted prompts: patch from other sources"),
         tp.patching(gpt2, pairs) as p,
     ):
-        p.corrupted  # noqa: B018
+        p.corrupted  # noqa: B018 (asking for it is what fails)
     with pytest.raises(errors.PromptError, match="no roles to exchange"):
         pairs.both_roles()
 
@@ -252,9 +252,9 @@ def test_grids_that_do_not_exist(gpt2: Any, pairs: tp.Pairs) -> None:
 
 def test_wrong_arguments(gpt2: Any, pairs: tp.Pairs) -> None:
     with pytest.raises(errors.RecipeError, match="direction is 'denoising' or 'noising'"):
-        tp.patch(gpt2, pairs, "z", direction="backwards")  # type: ignore[arg-type]
+        tp.patch(gpt2, pairs, "z", direction="backwards")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(errors.RecipeError, match=r"Pass the prompts as tp.Pairs"):
-        tp.patch(gpt2, ["When John"], "z")  # type: ignore[arg-type]
+        tp.patch(gpt2, ["When John"], "z")  # type: ignore[arg-type]  # what is refused
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -291,7 +291,7 @@ def test_metrics_that_lack_something(gpt2: Any, pairs: tp.Pairs) -> None:
     with pytest.raises(errors.MetricError, match="Two metrics share a name"):
         tp.patch(gpt2, pairs, "z", [tp.logit, tp.logit.at(-2)])
     with pytest.raises(errors.MetricError, match="'logit' is no metric"):
-        tp.patch(gpt2, pairs, "z", "logit")  # type: ignore[arg-type]
+        tp.patch(gpt2, pairs, "z", "logit")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(errors.MetricError, match="pair 0 has no answer"):
         tp.patch(gpt2, bare, "z", tp.cross_entropy)
 

@@ -113,7 +113,6 @@ class _Run:
         pieces: list[dict[Any, torch.Tensor]] = []
         at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
         scores = []
-        reference: dict[int, torch.Tensor] = {}
         for i in range(0, len(runs), at_once):
             part = runs[i : i + at_once]
             ids = [self.encoded.world(world)[pair] for pair, world in part]
@@ -127,12 +126,11 @@ class _Run:
         known = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
         logits = known.get(("logits", 0))
         if logits is not None:
-            reference = {i: logits[i].float().log_softmax(-1) for i in range(len(runs))}
-            spread = logits.new_zeros(len(runs), group.length, logits.shape[-1]) if ("logits", 0) in needed else None
-            if spread is not None:
+            known["reference", 0] = logits.float().log_softmax(-1)
+            if ("logits", 0) in needed:
+                spread = logits.new_zeros(len(runs), group.length, logits.shape[-1])
                 spread[:, list(group.reads)] = logits
                 known["logits", 0] = spread
-        known["reference", 0] = torch.stack([reference[i] for i in range(len(runs))]) if reference else torch.zeros(0)
         self._baselines(group, runs, torch.cat(scores), logits, known)
         return known
 
@@ -150,9 +148,9 @@ class _Run:
             width = 1 + len(metric.parts)
             if _references(metric):
                 assert logits is not None
-                ((function, at, given),) = self._measures([metric], group, runs, known)
-                scored = function(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
-                found.append((scored if scored.ndim == 2 else scored[:, None]).float().cpu())
+                ((_, at, given),) = self._measures([metric], group, runs, known)
+                scored = metric(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
+                found.append(scored.float().cpu())
             else:
                 found.append(direct[:, taken : taken + width])
                 taken += width

@@ -125,7 +125,7 @@ def _settle(
     free, chosen = [dim for dim in dims if dim not in wanted and dim != "metric"], list[str]()
     for axis, given in axes.items():
         order = ACROSS if axis == "x" else DOWN
-        free.sort(key=lambda dim, order=order: order.index(dim if dim in order else ""))  # type: ignore[misc]
+        free.sort(key=lambda dim, order=order: order.index(dim if dim in order else ""))  # type: ignore[misc]  # a default's type is not inferred
         chosen.append(given or (free.pop(0) if free else ""))
     if "" in chosen:
         advice = "tp.plots.bars shows a single one" if len(axes) == 2 and dims else "choose a variable with more"

@@ -219,7 +219,7 @@ def head_out(
 ) -> torch.Tensor:
     """Keeps, or edits, what single heads add to the stream, at the place x where all of attention adds to it."""
     _, name, writes, keep, z_name, heads, projection, post_norm, factor_name, scale = task
-    z: torch.Tensor = kept["aside", z_name].unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
+    z: torch.Tensor = kept["aside", z_name].unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]  # torch's
     project = module_at(model, projection)
     weight = None
     if post_norm:
