@@ -15,6 +15,8 @@ from tracepatch.rows import Row
 from tracepatch.sites import Select, Site
 from tracepatch.tokens import EncodedPairs
 
+ATTENDING = ("scores", "pattern")  # [head, dest, src]
+
 
 def index(select: Select) -> Any:
     """The index as the user wrote it."""
@@ -25,6 +27,11 @@ def index(select: Select) -> Any:
 
 def pick(value: Tensor, site: Site, split: bool) -> Tensor:
     """What indexing an activation [pos, (unit), …] gives at a site, with integers dropping their dim."""
+    if site.component in ATTENDING:
+        found = value
+        for dim, picked in reversed(tuple(enumerate((site.unit, site.pos, site.src)))):
+            found = found[(*[slice(None)] * dim, index(picked))]
+        return found
     found = value[index(site.pos)]
     if not split:
         return found
@@ -40,11 +47,25 @@ def untouched(module: Any) -> Any:
     return fresh.eval()
 
 
+def attending(edit: Any, live: Tensor, value: Tensor) -> Edit:
+    """The oracle's edit of scores or a pattern [head, dest, src]."""
+    site = edit.site
+    for dim, picked in enumerate((site.unit, site.pos, site.src)):
+        value = value.unsqueeze(dim) if picked.scalar else value
+    picks = (site.unit, site.pos, site.src)
+    at = [torch.arange(n)[index(s)].reshape(-1).tolist() for s, n in zip(picks, live.shape, strict=True)]
+    mode = "add" if edit.add else "set"
+    return Edit(site.component, site.layer, value, positions=at[1], unit=at[0], sources=at[2], mode=mode)
+
+
 class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
-    def __init__(self, model: Any, encoded: EncodedPairs) -> None:
-        self.reference, self.encoded = Reference(untouched(model)), encoded
+    def __init__(self, model: Any, encoded: EncodedPairs, eager: bool = False) -> None:
+        fresh = untouched(model)
+        if eager:
+            fresh.set_attn_implementation("eager")
+        self.reference, self.encoded = Reference(fresh), encoded
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
         self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
         self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}
@@ -67,6 +88,9 @@ class Slow:
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
             value = value.expand(target.shape)
+            if site.component in ATTENDING:
+                found.append(attending(edit, live, value))
+                continue
             if site.pos.scalar:
                 value = value[None]
             if split and site.unit.scalar:

@@ -36,6 +36,12 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
             slice(-3, None),
         ]
         count = p.architecture.units(name, layer)
+        if kind.attends:
+            for site in attending(length, count, thin):
+                with p.row(component=name, number=number):
+                    live[layer, *site] = other[layer, *site]
+                number += 1
+            continue
         units: list[Any] = [()] if not kind.unit else [(0,), (slice(None),)]
         if kind.unit and count > 1:
             units += [(count - 1,), ([0, count // 2],)]
@@ -47,6 +53,16 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
                 with p.row(component=name, number=number):
                     live[site] = other[site]
                 number += 1
+
+
+def attending(length: int, heads: int, thin: int) -> list[Any]:
+    """Indices [head, dest, src]: single weights, whole destinations, whole heads, lists, and everything."""
+    last = length - 1
+    found: list[Any] = [(h, dest, slice(None)) for h in range(heads) for dest in (last, length // 2)]
+    found += [(0, last, src) for src in range(0, length, thin)]
+    found += [(h, slice(None), slice(None)) for h in range(heads)]
+    found += [(slice(None), -1, slice(None)), (slice(None), slice(None), slice(None)), ([0, heads - 1], -1, [0, last])]
+    return [*found, (0, slice(1, None), slice(2, -1)), (slice(None), [2, last], 1), (heads - 1, slice(None), 0)]
 
 
 @pytest.mark.parametrize("base", ["corrupted", "clean"])
@@ -95,7 +111,7 @@ def one_architecture(model_type: str, base: str, layers: int) -> None:
 
 def compare(model: Any, p: tp.Patching, worst: dict[str, float]) -> None:
     """The plan's numbers against the oracle's; also that something happened at all."""
-    slow = Slow(tp.models.module_of(model), p.encoded)
+    slow = Slow(tp.models.module_of(model), p.encoded, eager=p.rows[0].labels["component"] in ("scores", "pattern"))
     wanted = slow.score(p.rows, gap(p.encoded))
     found = torch.tensor(p.run()["value"].isel(component=0).values).T
     scale = 1 + wanted.abs().max()

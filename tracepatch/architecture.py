@@ -12,16 +12,22 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from tracepatch.calls import POSITIONS, Attended, Call, Place, record
+from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, component
-from tracepatch.trace import operation_inputs
+from tracepatch.trace import read
 
 ROWS = 3  # prompts of the probe
-# The call of the registered attention function; nnsight counts assignments of the name too, so the number varies.
-CALLS = tuple(f"attention_interface_{n}" for n in range(4))
+# The call that takes q, k and v, with the place of q among its arguments. nnsight counts assignments of a name too, so
+# the number varies. Which of these names a class has is tried, and the values are compared with those of the probe.
+CALLS = (*((f"attention_interface_{n}", 1) for n in range(4)), ("self__attn_0", 0))
+SOFTMAX = ("nn_functional_softmax_0", "F_softmax_0", "F_softmax_1", "torch_cat_0")  # the last where a sink is added
+WEIGHTED = ("nn_functional_dropout_0", "self_attn_dropout_0", "self_attention_dropout_0", "F_softmax_0", "F_softmax_1")
+INSIDE = ("q", "k", "v", "scores", "pattern")
+EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
+READERS = ("attn_in", "q_in", "k_in", "v_in", "mlp_in")
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Architecture:
         keeps_logits: Whether the forward takes ``logits_to_keep``.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
+        eager_gap: That difference as a fraction of the logits' scale.
     """
 
     model_type: str
@@ -72,6 +79,7 @@ class Architecture:
     keeps_logits: bool
     dtype: torch.dtype
     eager_error: float
+    eager_gap: float
 
     def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
         """Probes a model with a few tiny forwards.
@@ -110,9 +118,9 @@ class Architecture:
             _require_finite(module, plain)
             with eager_attention(module):
                 calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
-            logits = output.logits
-            self._read(module, calls, attended, logits, overrides)
-            self._calls = [self._attention_call(module, layer, ids) for layer in self.layers]
+                logits = output.logits
+                self._read(module, calls, attended, logits, overrides)
+                self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
         finally:
             module.train(training)
@@ -121,7 +129,7 @@ class Architecture:
     def _read(
         self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides
     ) -> None:
-        self._call_of: dict[type, str] = {}
+        self._inside_of: dict[type, dict[str, tuple[str, Side, Key]]] = {}
         self.model_type, self.name = module.config.model_type, type(module).__name__
         self.dtype = next(module.parameters()).dtype
         path, count = _stack(module, overrides.stack)
@@ -178,27 +186,59 @@ class Architecture:
             return "the norm after the projection is no pure scaling"
         return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
 
-    def _attention_call(self, module: Any, layer: Layer, ids: torch.Tensor) -> str:
-        """The name of the call that takes a layer's q, k and v, where they are what attention was seen to use."""
+    def _inside_attention(self, module: Any, layer: Layer, ids: torch.Tensor) -> dict[str, Place]:
+        """Where q, k, v, scores and pattern pass by inside a layer's attention, as far as a trace can go there."""
         attention = layer.sublayer("attn")
-        if attention is None or not self._traced:
-            return ""
-        kind = type(module.get_submodule(attention.path))
-        if kind not in self._call_of:  # a class has one forward, so that its name is the same in every layer
-            self._call_of[kind] = next((c for c in CALLS if self._takes_qkv(attention, c, ids)), "")
-        return self._call_of[kind]
+        seen = attention.attended if attention else None
+        if seen is None or not self._traced:
+            return {}
+        kind = type(module.get_submodule(seen.name))
+        if kind not in self._inside_of:  # a class has one forward, so that the names are the same in every layer
+            self._inside_of[kind] = self._find_inside(seen, ids)
+        times = dict.fromkeys(("q", "k", "v", "scores"), seen.began) | {"pattern": seen.ended}
+        return {
+            name: Place(seen.name, side, key, times[name] + INSIDE.index(name) / 10, operation=operation)
+            for name, (operation, side, key) in self._inside_of[kind].items()
+        }
 
-    def _takes_qkv(self, attention: Sublayer, operation: str, ids: torch.Tensor) -> bool:
+    def _find_inside(self, seen: Attended, ids: torch.Tensor) -> dict[str, tuple[str, Side, Key]]:
+        found: dict[str, tuple[str, Side, Key]] = {}
+        prefixes = [""]
+        for operation, first in CALLS:
+            values = self._values(seen.name, [(operation, "input", first + i) for i in range(3)], ids)
+            if all(_alike(a, b) for a, b in zip(values, (seen.queries, seen.keys, seen.values), strict=True)):
+                found |= {name: (operation, "input", first + i) for i, name in enumerate("qkv")}
+                prefixes = [operation + ".", ""]
+                break
+        pattern = seen.pattern
+        if pattern is None:
+            return found
+        normed = pattern / pattern.sum(-1, keepdim=True)  # with a sink the weights sum to less than 1
+        for prefix in prefixes:
+            for name in SOFTMAX:
+                (scores,) = self._values(seen.name, [(prefix + name, "input", 0)], ids)
+                alike = scores is not None and _alike(scores.float().softmax(-1).to(normed.dtype), normed)
+                if "scores" not in found and alike:
+                    found["scores"] = prefix + name, "input", 0
+            for name in WEIGHTED:
+                (weights,) = self._values(seen.name, [(prefix + name, "output", None)], ids)
+                if "pattern" not in found and _alike(weights, pattern):
+                    found["pattern"] = prefix + name, "output", None
+        return found
+
+    def _values(
+        self, path: str, spots: list[tuple[str, Side, Key]], ids: torch.Tensor
+    ) -> list[torch.Tensor] | list[None]:
+        """What passes by inside a module's forward; ``None`` where a trace cannot get there."""
+        places = [(path, operation, side, key, False) for operation, side, key in spots]
         try:
-            taken = operation_inputs(self._model, attention.path, operation, ids)[:3]
-        except Exception:  # no such call, an assignment of that name, a forward without source: it cannot be entered
-            return False
-        return len(taken) == 3 and all(
-            a.shape == b.shape and _close(a, b, resolution(b.dtype)) for a, b in zip(taken, attention.seen, strict=True)
-        )
+            return read(self._model, places, ids)
+        except Exception:  # no such call, an assignment of that name, a branch not taken, a forward without source
+            return [None] * len(spots)
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
         self.eager_error = (logits - plain).abs().max().item()
+        self.eager_gap = self.eager_error / (1 + plain.abs().max().item())
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.vocab
         first = changed.clone()
@@ -236,7 +276,7 @@ class Architecture:
         unproved = "the residual sum of this layer does not close"
         if name == "embed" and self._embed_width != self.d_model:
             return f"the embedding is {self._embed_width} wide and projected to the stream"
-        if name in ("embed", "logits", "resid_pre", "resid_post"):
+        if name in ("embed", "logits", "logits_in", "resid_pre", "resid_post"):
             return ""
         if name == "resid_mid":
             if here.form == "parallel":
@@ -260,16 +300,31 @@ class Architecture:
                 )
             found = self._head_out[layer]
             return found if isinstance(found, str) else ""
-        if name in ("q", "k", "v"):
+        if name in ("q_in", "k_in", "v_in"):
+            return self.why_not(name[0], layer) or self.why_not("attn_in", layer)
+        if name in INSIDE:
             if attention is None or attention.kind == "mixer":
                 return "it has no softmax attention"
             if not self._traced:
                 return "they are seen in traces only: pass the model through tp.load"
-            return (
-                "" if self._calls[layer] else "its attention computes them in code of its own, which no trace can enter"
-            )
+            if name in ("scores", "pattern") and self.eager_gap > EAGER * resolution(self.dtype):
+                return (
+                    "attention computed step by step, where they can be seen, gives other logits than the model's own "
+                    f"(off by {self.eager_error:.2g})"
+                )
+            # Which weights are masked is seen in the scores.
+            needed = {"scores", name} if name == "pattern" else {name}
+            if needed <= set(self._inside[layer]):
+                return ""
+            return "its attention computes them in code of its own, which no trace can enter"
+        if name == "attn_in":
+            if attention is None:
+                return "it has no attention"
+            return "" if attention.reads else "what its attention reads is not the stream behind one norm"
         if mlp is None:
             return "it has no MLP"
+        if name == "mlp_in":
+            return "" if mlp.reads else "what its MLP reads is not the stream behind one norm"
         if name == "mlp_out":
             return "" if mlp.out else unproved
         if mlp.kind == "moe":
@@ -315,15 +370,20 @@ class Architecture:
             return self.embed
         if name in ("resid_pre", "resid_post"):
             return self.stream(layer + (name == "resid_post"))
-        if name in ("q", "k", "v"):
-            attention = self.attention(layer)
-            assert attention is not None
-            number = ("q", "k", "v").index(name)
-            return Place(attention.path, "input", number + 1, attention.order, operation=self._calls[layer])
-        branch = self.attention(layer) if name in ("attn_out", "z") else self.mlp(layer)
-        found = None if branch is None else branch.out if name in ("attn_out", "mlp_out") else branch.inner
+        if name in INSIDE:
+            return self._inside[layer][name]
+        branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
+        found = None
+        if branch is not None:
+            found = branch.reads if name in READERS else branch.out if name in ("attn_out", "mlp_out") else branch.inner
         assert found is not None, f"{name} is not offered at layer {layer}"
         return found
+
+    def reader(self, name: str, layer: int) -> tuple[Place, str, Place]:
+        """Of a branch that reads the stream: where the stream passes by, its norm, and where it takes what it reads."""
+        branch = self.mlp(layer) if name == "mlp_in" else self.attention(layer)
+        assert branch is not None and branch.stream is not None and branch.reads is not None  # noqa: PT018  # for mypy
+        return branch.stream, branch.pre_norm, branch.reads
 
     def head_projection(self, layer: int) -> HeadProjection:
         """What turns a head's z into its write to the stream."""
@@ -347,6 +407,7 @@ class Architecture:
             "vocab": self.vocab,
             "neuron": self.layers[layer].width,
             "d_head": self._head_width(name, attention),
+            "src": 0,  # as many as the prompt has tokens
         }
         return sizes[component(name).dims[-1]]
 
@@ -355,7 +416,8 @@ class Architecture:
         if attention is None:
             return 0
         # Keys and queries may be wider than values.
-        return attention.seen[0].shape[-1] if name in ("q", "k") and attention.seen else attention.d_head
+        seen = attention.attended
+        return seen.queries.shape[-1] if name in ("q", "k") and seen is not None else attention.d_head
 
     # ------------------------------------------------------------------------------------------------ printing
 
@@ -509,6 +571,10 @@ def _is_scaling(norm: Call) -> bool:
         weighted = x * norm.module(torch.ones_like(x))
     factor = (y * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
     return _close(factor * weighted, y, 4 * resolution(x.dtype))
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    return a is not None and a.shape == b.shape and _close(a, b, resolution(b.dtype))
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -26,23 +26,25 @@ class Place:
         path: The module.
         side: Its input or its output.
         key: Index or name of the value among several; ``None`` where there is only one.
-        order: When it passes by; values must be taken in this order.
+        order: When it passes by; values must be taken in this order. Two calls inside one forward may share a number's
+            whole part.
         scale: The component is this multiple of what passes by.
         flat: Rows and positions are one dim there.
-        operation: The call inside the module's own forward, as nnsight's ``.source`` names it; empty for the module.
+        operation: The call inside the module's own forward, as nnsight's ``.source`` names it, with a dot before the
+            name of a call inside that call; empty for the module.
     """
 
     path: str
     side: Side
     key: Key = None
-    order: int = 0
+    order: float = 0
     scale: float = 1.0
     flat: bool = False
     operation: str = ""
 
     def __str__(self) -> str:
         key = "" if self.key is None else f"[{self.key!r}]"
-        inside = f".source.{self.operation}" if self.operation else ""
+        inside = f".source.{self.operation.replace('.', '.source.')}" if self.operation else ""
         return f"{self.path}{inside}.{self.side}{key}" + ("" if self.scale == 1 else f" × {self.scale:.4g}")
 
 
@@ -81,9 +83,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Attended:
-    """One softmax attention, seen as it was computed: who called it, q, k and v, and pattern · v.
+    """One softmax attention, seen as it was computed: who called it, q, k and v, the pattern, and pattern · v.
 
-    Keys and values may have been repeated over their query groups.
+    Keys and values may have been repeated over their query groups. A fused call shows no pattern.
     """
 
     name: str
@@ -92,16 +94,20 @@ class Attended:
     keys: torch.Tensor
     values: torch.Tensor
     z: torch.Tensor
+    pattern: torch.Tensor | None
+    began: int
+    ended: int
 
 
 class _AttentionWatch(TorchFunctionMode):
     """Sees every softmax attention, whichever code computes it: step by step or in one fused call."""
 
-    def __init__(self, stack: list[Call], rows: int) -> None:
+    def __init__(self, stack: list[Call], rows: int, clock: Iterator[int]) -> None:
         super().__init__()
-        self.stack, self.rows, self.found = stack, rows, []
+        self.stack, self.rows, self.clock, self.found = stack, rows, clock, []
         self.pattern: torch.Size | None = None
         self.product: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.began = 0
 
     found: list[Attended]
 
@@ -110,7 +116,8 @@ class _AttentionWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            self._keep(given["query"], given["key"], given["value"], result)
+            self.began = next(self.clock)
+            self._keep(given["query"], given["key"], given["value"], result, None)
         elif name == "softmax" and result.ndim >= 3 and result.shape[-2] == POSITIONS:
             self.pattern = result.shape
         elif name in PRODUCTS:
@@ -123,17 +130,18 @@ class _AttentionWatch(TorchFunctionMode):
         if left.ndim < 3 or right.ndim < 3:
             return
         if self.pattern is None:
-            self.product = left, right.transpose(-1, -2)
+            self.product, self.began = (left, right.transpose(-1, -2)), next(self.clock)
         # An attention sink is dropped between the softmax and here, so the last dim may be shorter by one.
         elif left.shape[:-1].numel() == self.pattern[:-1].numel() and right.shape[-2] == left.shape[-1]:
             if self.product is not None:
-                self._keep(*self.product, right, result)
+                self._keep(*self.product, right, result, left)
             self.pattern = self.product = None
 
-    def _keep(self, *tensors: torch.Tensor) -> None:
+    def _keep(self, *tensors: torch.Tensor | None) -> None:
         # Some models have batch and heads in one dim.
-        q, k, v, z = (t.reshape(self.rows, -1, *t.shape[-2:]).clone() for t in tensors)
-        self.found.append(Attended(self.stack[-1].name, z.shape[1], q, k, v, z))
+        q, k, v, z, pattern = (None if t is None else t.reshape(self.rows, -1, *t.shape[-2:]).clone() for t in tensors)
+        assert q is not None and k is not None and v is not None and z is not None  # noqa: PT018  # for mypy
+        self.found.append(Attended(self.stack[-1].name, z.shape[1], q, k, v, z, pattern, self.began, next(self.clock)))
 
 
 def record(model: nn.Module, run: Callable[[], Any], rows: int) -> tuple[list[Call], list[Attended], Any]:
@@ -159,7 +167,7 @@ def record(model: nn.Module, run: Callable[[], Any], rows: int) -> tuple[list[Ca
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
-    watch = _AttentionWatch(stack, rows)
+    watch = _AttentionWatch(stack, rows, clock)
     try:
         with torch.no_grad(), watch:
             output = run()

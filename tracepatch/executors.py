@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from tracepatch import trace
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
-from tracepatch.layout import Seats, columns, stops
+from tracepatch.layout import Seats, columns, shadow_columns, stops
 from tracepatch.metrics import Metric
-from tracepatch.models import Model, module_of, remote_of
+from tracepatch.models import Model, eager_attention, module_of, remote_of
 from tracepatch.plan import Group, Job, Plan, Proof
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
@@ -94,11 +95,12 @@ class _Run:
     def whole(self) -> Measured:
         """Everything the plan asks for."""
         began = time.perf_counter()
-        for group in self.plan.groups:
-            known = self._worlds(group)
-            for batch in group.batches:
-                self._batch(group, batch.jobs, known)
-                self.advance(len(batch.jobs))
+        with eager_attention(module_of(self.model)) if self.plan.eager else nullcontext():
+            for group in self.plan.groups:
+                known = self._worlds(group)
+                for batch in group.batches:
+                    self._batch(group, batch.jobs, known)
+                    self.advance(len(batch.jobs))
         self._fill()
         return Measured(self.columns, self.values, self.baselines, self.noise, time.perf_counter() - began)
 
@@ -177,17 +179,21 @@ class _Run:
             row_of=lambda number: number + 1,
             slot_of=lambda component, position: position,
             world_of={run: i for i, run in enumerate((p, w) for p in group.pairs for w in self.plan.worlds)},
+            length=group.length,
         )
         writes = columns(jobs, self.architecture, seats)
+        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(rows))
+        rows += [rows[0]] * count
         logit_edits = tuple(
             self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
         )
         ids = [self.encoded.world(base)[pair] for pair, base in rows]
-        visited = stops(self.architecture, (), {key: found for key, found in writes.items() if key[0] != "logits"})
+        elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
+        visited = stops(self.architecture, (), elsewhere, shadows)
         _, scores = self._forward(
             group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
         )
-        values = scores.double().numpy()
+        values = scores[: 1 + len(jobs)].double().numpy()
         drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
         self.noise = np.fmax(self.noise, drift)
         bad = [j for j, v in zip(jobs, values[1:], strict=True) if not np.isfinite(v).all()]
@@ -203,16 +209,16 @@ class _Run:
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
         """A write of logits, counted among the positions that are read."""
-        add, rows, slots, units, terms, constant, function = write
+        add, (rows, slots, *_), terms, constant, function, _ = write
         place = {p: i for i, p in enumerate(group.reads)}
         inside = torch.tensor([p in place for p in slots.tolist()])
         kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
-        chosen = tuple((f, n, w[inside], p[inside], u, lift) for f, n, w, p, u, lift in terms)
+        chosen = tuple((f, n, (w[inside], p[inside], u, s), lift) for f, n, (w, p, u, s), lift in terms)
         if constant is not None and constant.ndim:
             constant = constant[inside]
         if function is not None and not inside.all():
             raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
-        return add, rows[inside], kept, units, chosen, constant, function
+        return add, (rows[inside], kept, None, None), chosen, constant, function, False
 
     def _forward(
         self,

@@ -6,23 +6,27 @@ it.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.plan import Job, Term, Write
-from tracepatch.sites import COMPONENTS, STAGES
+from tracepatch.plan import EAGER, SPLIT_READERS, Job, Term, Write, streams
+from tracepatch.sites import STAGES, component
 
 Columns: TypeAlias = tuple[Any, ...]
-"""``(add, rows, slots, units, terms, constant, function)``: one indexed write; see ``trace.edited``."""
+"""``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
+Shadows: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
+"""What is edited, which shadow rows read it, and what is taken from those; see ``trace.shadows``."""
+FIRST, LAST = -1, 99  # before and after whatever is written at a place
 
 
 @dataclass(frozen=True)
@@ -33,25 +37,51 @@ class Seats:
         row_of: A job's number in the batch → its row of the traced tensors.
         slot_of: A component and a position of the prompt → its slot in that row.
         world_of: (pair, world) → its index in what was kept of the worlds.
+        length: Tokens of a prompt.
     """
 
     row_of: Callable[[int], int]
     slot_of: Callable[[str, int], int]
     world_of: dict[tuple[int, str], int]
+    length: int
 
 
-def stops(architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tuple[Columns, ...]]) -> tuple[Stop, ...]:
+def stops(
+    architecture: Architecture,
+    keep: Iterable[Key],
+    writes: dict[Key, tuple[Columns, ...]],
+    shadows: dict[Key, Shadows] | None = None,
+) -> tuple[Stop, ...]:
     """The places to visit, in the order in which they pass by, each with what is kept and written there."""
-    keep = set(keep)
+    keep, shadows = set(keep), shadows or {}
     tasks: dict[Place, list[tuple[int, tuple[Any, ...]]]] = defaultdict(list)
-    for name, layer in sorted(keep | set(writes)):
+    for name, layer in sorted(keep | set(writes) | set(shadows)):
         if name == "logits":
             continue
         stage, task = STAGES[name], (writes.get((name, layer), ()), (name, layer) in keep)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
+        elif name in ("attn_in", "mlp_in"):
+            stream, norm, place = architecture.reader(name, layer)
+            tasks[stream].append((FIRST, ("aside", (name, layer))))
+            tasks[place].append((stage, ("reader", (name, layer), *task, (name, layer), norm)))
+        elif name in SPLIT_READERS:
+            stream, norm, place = architecture.reader(name, layer)
+            if ("attn_in", layer) not in keep | set(writes):
+                tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
+            edited, seats, taken = shadows[name, layer]
+            tasks[place].append(
+                (stage, ("shadows", ("attn_in", layer), norm, architecture.units(name, layer), *edited, *seats))
+            )
+            made = SPLIT_READERS[name]
+            tasks[architecture.place(made, layer)].append((FIRST, ("from_shadows", *taken)))
+        elif name in EAGER:
+            allowed = "allowed", layer
+            lowest = torch.finfo(architecture.dtype).min / 2
+            tasks[architecture.place("scores", layer)].append((FIRST, ("allowed", allowed, lowest)))
+            tasks[architecture.place(name, layer)].append((stage, ("weights", (name, layer), *task, allowed)))
         elif name == "resid_mid":
-            tasks[architecture.stream(layer)].append((99, ("aside", ("stream", layer))))
+            tasks[architecture.stream(layer)].append((LAST, ("aside", ("stream", layer))))
             out = architecture.place("attn_out", layer)
             tasks[out].append((stage, ("resid_mid", (name, layer), *task, ("stream", layer), out.scale)))
         elif name == "resid_pre":
@@ -64,7 +94,7 @@ def stops(architecture: Architecture, keep: Iterable[Key], writes: dict[Key, tup
     return tuple(
         (
             (place.path, place.operation, place.side, place.key, place.flat),
-            tuple(task for _, task in sorted(found, key=lambda t: t[0])),
+            tuple(dict.fromkeys(task for _, task in sorted(found, key=lambda t: t[0]))),
         )
         for place, found in sorted(tasks.items(), key=lambda item: item[0].order)
     )
@@ -74,11 +104,11 @@ def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[An
     how, heads = architecture.head_projection(layer), architecture.units("head_out", layer)
     z, out = architecture.place("z", layer), architecture.place("attn_out", layer)
     # After edits of z itself, which come first in a block.
-    tasks[z].append((99, ("aside", ("z", layer))))
+    tasks[z].append((LAST, ("aside", ("z", layer))))
     factor = None
     if how.post_norm:
         factor = ("normed", layer)
-        tasks[Place(how.post_norm, "input", order=out.order - 1)].append((99, ("aside", factor)))
+        tasks[Place(how.post_norm, "input", order=out.order - 1)].append((LAST, ("aside", factor)))
     stage = STAGES["head_out"]
     tasks[out].append(
         (
@@ -98,8 +128,12 @@ def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[An
     )
 
 
-def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> dict[Key, tuple[Columns, ...]]:
+def columns(
+    jobs: Iterable[Job], architecture: Architecture, seats: Seats, split: bool = False
+) -> dict[Key, tuple[Columns, ...]]:
     """Every edit of a batch as a few indexed writes for each component and layer.
+
+    With ``split`` the edits of what single heads read, otherwise all others.
 
     Edits that write the same kind of source are one write. Two edits of one row at the same component and layer stay in
     their order.
@@ -109,12 +143,16 @@ def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> di
         turns: dict[Key, int] = defaultdict(int)
         for write in job.writes:
             place = write.component, write.layer
-            signature = tuple((t.factor, t.component, t.layer, t.units is None) for t in write.terms)
+            if (write.component in SPLIT_READERS) is not split:
+                continue
+            signature = tuple((t.factor, t.component, t.layer, t.units is None, t.srcs is None) for t in write.terms)
             found[
                 turns[place],
                 place,
                 write.add,
                 write.units is None,
+                write.srcs is None,
+                write.renormalize,
                 signature,
                 write.constant is None,
                 _number(write),
@@ -127,43 +165,100 @@ def columns(jobs: Iterable[Job], architecture: Architecture, seats: Seats) -> di
     return {place: tuple(groups) for place, groups in result.items()}
 
 
+def shadow_columns(
+    jobs: Iterable[Job], architecture: Architecture, seats: Seats, first: int
+) -> tuple[dict[Key, Shadows], int]:
+    """The edits of what single heads read, with the shadow rows, from ``first`` on, that read the edited streams.
+
+    Returns:
+        (component, layer) → its shadows, and how many shadow rows there are.
+    """
+    jobs = list(jobs)
+    members: dict[Key, list[int]] = defaultdict(list)  # the jobs that edit there
+    for number, job in enumerate(jobs):
+        for place in streams(job.writes):
+            members[place].append(number)
+    found: dict[Key, Shadows] = {}
+    taken: dict[int, int] = defaultdict(int)
+    for (name, layer), numbers in sorted(members.items()):
+        own = [
+            replace(jobs[n], writes=tuple(w for w in jobs[n].writes if (w.component, w.layer) == (name, layer)))
+            for n in numbers
+        ]
+        among = replace(seats, row_of=lambda number: number)
+        writes = columns(own, architecture, among, split=True)[name, layer]
+        rows, reading, member_of, unit_of = [], [], [], []
+        cells: list[tuple[int, int, int, int]] = []
+        for member, (number, job) in enumerate(zip(numbers, own, strict=True)):
+            rows.append(seats.row_of(number))
+            for units in streams(job.writes)[name, layer]:
+                seat = first + taken[layer]
+                taken[layer] += 1
+                reading.append(seat)
+                member_of.append(member)
+                unit_of.append(units[0])
+                for unit in units:
+                    positions = sorted({p for w in job.writes if unit in (w.units or ()) for p in w.positions})
+                    cells += [(rows[-1], seats.slot_of(name, p), unit, seat) for p in positions]
+        found[name, layer] = (
+            (_index(rows), writes),
+            (_index(reading), _index(member_of), _index(unit_of)),
+            tuple(_index(list(column)) for column in zip(*cells, strict=True)),
+        )
+    return found, max(taken.values(), default=0)
+
+
 def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Architecture, seats: Seats) -> Columns:
-    rows: list[int] = []
-    slots: list[int] = []
-    units: list[int] = []
+    cells: list[list[int]] = [[], [], [], []]
     sample = members[0][1]
-    terms: list[tuple[list[int], list[int], list[int]]] = [([], [], []) for _ in sample.terms]
+    terms: list[list[list[int]]] = [[[], [], [], []] for _ in sample.terms]
     for number, write, job in members:
-        cells = [(i, j) for i in range(len(write.positions)) for j in range(len(write.units or (0,)))]
-        rows += [seats.row_of(number)] * len(cells)
-        slots += [seats.slot_of(write.component, write.positions[i]) for i, _ in cells]
-        if write.units is not None:
-            units += [write.units[j] for _, j in cells]
-        for (worlds, positions, heads), term in zip(terms, write.terms, strict=True):
-            worlds += [seats.world_of[job.pair, term.world]] * len(cells)
-            positions += [seats.slot_of(term.component, _at(term.positions, i)) for i, _ in cells]
-            if term.units is not None:
-                heads += [_at(term.units, j) for _, j in cells]
+        for i, j, k in _each_cell(write):
+            cells[0].append(seats.row_of(number))
+            cells[1].append(seats.slot_of(write.component, write.positions[i]))
+            if write.units is not None:
+                cells[2].append(write.units[j])
+            if write.srcs is not None:
+                cells[3].append(seats.slot_of(write.component, write.srcs[k]))
+            for found, term in zip(terms, write.terms, strict=True):
+                found[0].append(seats.world_of[job.pair, term.world])
+                found[1].append(seats.slot_of(term.component, _at(term.positions, i)))
+                if term.units is not None:
+                    found[2].append(_at(term.units, j))
+                if term.srcs is not None:
+                    found[3].append(seats.slot_of(term.component, _at(term.srcs, k)))
     lowered = tuple(
-        (t.factor, (t.component, t.layer), _index(w), _index(p), _index(h) if h else None, _lifted(t, sample))
-        for t, (w, p, h) in zip(sample.terms, terms, strict=True)
+        (t.factor, (t.component, t.layer), tuple(_index(i) for i in found), _lifted(t, sample))
+        for t, found in zip(sample.terms, terms, strict=True)
     )
     if sample.constant is None or _number(sample) is not None:
         constant = None if sample.constant is None else sample.constant.tensor
     else:
-        constant = torch.cat([_cells(write, architecture) for _, write, _ in members])
+        constant = torch.cat([_cells(write, architecture, seats.length) for _, write, _ in members])
     made = sample.function
     function = None if made is None else (made.function, made.arguments, len(members), *_shape(sample)[1:])
-    return add, _index(rows), _index(slots), _index(units) if units else None, lowered, constant, function
+    return add, tuple(_index(i) for i in cells), lowered, constant, function, sample.renormalize
+
+
+def _each_cell(write: Write) -> Iterable[tuple[int, int, int]]:
+    """Places of a write's cells among its positions, units and sources, in the order of the component's dims."""
+    counts = {"pos": len(write.positions), "unit": len(write.units or (0,)), "src": len(write.srcs or (0,))}
+    if component(write.component).attends:  # heads come before destinations
+        order = itertools.product(range(counts["unit"]), range(counts["pos"]), range(counts["src"]))
+        return ((i, j, k) for j, i, k in order)
+    return itertools.product(range(counts["pos"]), range(counts["unit"]), range(counts["src"]))
 
 
 def _shape(write: Write) -> tuple[Any, ...]:
     """A function, and the dims of the values that it takes of each row; ``None`` for dims that its index dropped."""
     if write.function is None:
         return ()
-    one_position, one_unit = write.scalar
-    units = () if write.units is None else (None if one_unit else len(write.units),)
-    return write.function, None if one_position else len(write.positions), *units
+    kind = component(write.component)
+    sizes = {kind.place: len(write.positions), kind.unit: write.units and len(write.units)}
+    sizes["src"] = write.srcs and len(write.srcs)
+    dropped = dict(zip((kind.place, kind.unit, "src"), write.scalar, strict=True))
+    dims = [dim for dim in kind.index if dim != "layer" and sizes[dim] is not None]
+    return write.function, *(None if dropped[dim] else sizes[dim] for dim in dims)
 
 
 def _number(write: Write) -> float | None:
@@ -174,32 +269,34 @@ def _number(write: Write) -> float | None:
 
 def _lifted(term: Term, write: Write) -> bool:
     """Whether the term is one vector a position where the write has every head: it needs a dim to be broadcast."""
-    whole = write.units is None and COMPONENTS[write.component].unit is not None
-    return whole and (term.units is not None or COMPONENTS[term.component].unit is None)
+    whole = write.units is None and component(write.component).unit is not None
+    return whole and (term.units is not None or component(term.component).unit is None)
 
 
-def _cells(write: Write, architecture: Architecture) -> torch.Tensor:
+def _cells(write: Write, architecture: Architecture, length: int) -> torch.Tensor:
     """The constant, one entry a cell: ``[cell, …]``."""
     assert write.constant is not None
-    kind, layer = COMPONENTS[write.component], min(write.layer, len(architecture) - 1)
-    one_position, one_unit = write.scalar
-    shape = [] if one_position else [write.recorded]
-    if kind.unit is not None and not one_unit:
-        shape.append(len(write.units) if write.units is not None else architecture.units(write.component, layer))
-    if kind.dims[-1] != kind.unit:
-        shape.append(architecture.width(write.component, layer))
-    full = write.constant.tensor.broadcast_to(shape)
-    if one_position:
-        full = full[None]
-    if kind.unit is not None and one_unit:
-        full = full[:, None]
-    full = full[list(write.offsets)]
-    return full.flatten(0, 1) if write.units is not None else full
+    kind, layer = component(write.component), min(write.layer, len(architecture) - 1)
+    units = len(write.units) if write.units is not None else architecture.units(write.component, layer)
+    sizes = {kind.place: write.recorded, kind.unit: units, "src": len(write.srcs) if write.srcs is not None else length}
+    dropped = dict(zip((kind.place, kind.unit, "src"), write.scalar, strict=True))
+    dims = [dim for dim in kind.index if dim != "layer"]
+    if kind.dims[-1] not in kind.index:
+        sizes[kind.dims[-1]] = architecture.width(write.component, layer)
+        dims.append(kind.dims[-1])
+    kept = [dim for dim in dims if not dropped.get(dim)]
+    full = write.constant.tensor.broadcast_to([sizes[dim] for dim in kept])
+    for i, dim in enumerate(dims):
+        if dropped.get(dim):
+            full = full.unsqueeze(i)
+    full = full.index_select(dims.index(kind.place), torch.tensor(write.offsets))
+    explicit = 1 + (write.units is not None) + (write.srcs is not None)  # leading dims that are indexed cell by cell
+    return full.flatten(0, explicit - 1)
 
 
 def _at(indices: tuple[int, ...], i: int) -> int:
     return indices[i] if len(indices) > 1 else indices[0]
 
 
-def _index(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.long)
+def _index(values: list[int]) -> torch.Tensor | None:
+    return torch.tensor(values, dtype=torch.long) if values else None

@@ -19,13 +19,15 @@ from typing import Any
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
-from tracepatch.plan import Proof, Term, Write
+from tracepatch.plan import SPLIT_READERS, Proof, Term, Write
 from tracepatch.rows import Edit, Row
-from tracepatch.sites import COMPONENTS, STAGES, Site
+from tracepatch.sites import STAGES, Site, component
 from tracepatch.sources import Function, Value, WorldName
 
-CARRIED = frozenset({"embed", "resid_pre", "k", "v"})  # what attention of the same layer carries to other positions
-LOCAL = frozenset({"embed", "resid_pre"})  # what depends on its own token alone in layer 0, where the probe proved it
+# What attention of the same layer carries to other positions.
+CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "k", "v"})
+LOCAL = frozenset({"embed", "resid_pre", "attn_in"})  # in layer 0 of its own token alone, where the probe proved it
+LAST = frozenset({"logits_in", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ class Lowering:
     def _moment(self, edit: Edit) -> tuple[int, int]:
         """When an edit acts in the forward."""
         site = edit.site
-        return self.depth if site.component == "logits" else site.layer, STAGES[site.component]
+        return self.depth if site.component in LAST else site.layer, STAGES[site.component]
 
     def _write(self, edit: Edit) -> Write:
-        site, source = edit.site, edit.source
-        positions, units = self._indices(site)
+        site, source, kind = edit.site, edit.source, component(edit.site.component)
+        positions, units, srcs = self._indices(site)
         constant = None
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
@@ -103,16 +105,24 @@ class Lowering:
             values = [(1.0, source)]
         else:
             values, constant = list(source.terms().values), source.terms().constant
-        places = [(positions, units) if v.site == site else self._indices(v.site) for _, v in values]
-        if units is None and any(heads is not None and len(heads) > 1 for _, heads in places):
+        places = [(positions, units, srcs) if v.site == site else self._indices(v.site) for _, v in values]
+        by_unit = kind.attends or site.component in SPLIT_READERS
+        if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _ in places)):
             units = tuple(range(self.architecture.units(site.component, site.layer)))
+        if srcs is None and any(attended is not None for _, _, attended in places):
+            srcs = tuple(range(self.profile.length))
         terms = []
-        for (factor, value), (here, heads) in zip(values, places, strict=True):
-            if units is not None and heads is None and COMPONENTS[value.site.component].unit:
+        for (factor, value), (here, heads, attended) in zip(values, places, strict=True):
+            if units is not None and heads is None and component(value.site.component).unit:
                 heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
-            terms.append(Term(factor, value.world, *_canonical(value.site), here, heads))
+            if srcs is not None and attended is None and component(value.site.component).attends:
+                attended = tuple(range(self.profile.length))
+            name, layer = _canonical(value.site, self.depth)
+            if name in SPLIT_READERS:
+                name, heads = "attn_in", None
+            terms.append(Term(factor, value.world, name, layer, here, heads, attended))
         return Write(
-            *_canonical(site, self.depth),
+            *(("logits", self.depth) if site.component == "logits" else _canonical(site, self.depth)),
             positions=positions,
             offsets=tuple(range(len(positions))),
             units=units,
@@ -120,16 +130,21 @@ class Lowering:
             terms=tuple(terms),
             constant=constant,
             recorded=len(positions),
-            scalar=(site.pos.scalar, site.unit.scalar),
+            scalar=(site.pos.scalar, site.unit.scalar, site.src.scalar),
             function=source if isinstance(source, Function) else None,
+            srcs=srcs,
+            renormalize=edit.renormalize,
         )
 
-    def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
         positions = site.pos.resolve(self.profile.length)
         if not positions:
             raise SiteError(str(site))
         units = None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
-        return positions, units
+        srcs = None if site.src.all else site.src.resolve(self.profile.length)
+        if not site.src.all and not srcs:
+            raise SiteError(str(site))
+        return positions, units, srcs
 
     def _reaches(self, write: Write, position: int) -> bool:
         reads = self.profile.reads
@@ -139,22 +154,21 @@ class Lowering:
     def _inert(self, write: Write, i: int, base: WorldName) -> bool:
         """Whether the source equals the base at the i-th position, given that no earlier edit has reached it."""
         position = write.positions[i]
+        split = write.component in SPLIT_READERS  # every head reads the same stream
+        name, units = ("attn_in", None) if split else (write.component, write.units)
+        here = name, write.layer, units, write.srcs
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            if term.factor == 1 and (term.component, term.layer, term.units) == (
-                write.component,
-                write.layer,
-                write.units,
-            ):
+            if term.factor == 1 and (term.component, term.layer, term.units, term.srcs) == here:
                 same_place = term.positions[min(i, len(term.positions) - 1)] == position
                 return same_place and (term.world == base or self._agrees(term.component, term.layer, position))
         left: dict[tuple[Any, ...], float] = defaultdict(float)
         for term in write.terms:
             p = term.positions[min(i, len(term.positions) - 1)]
             world = base if self._agrees(term.component, term.layer, p) else term.world
-            left[world, term.component, term.layer, p, term.units] += term.factor
+            left[world, p, term.component, term.layer, term.units, term.srcs] += term.factor
         if not write.add:
-            left[base, write.component, write.layer, position, write.units] -= 1.0
+            left[base, position, *here] -= 1.0
         return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
 
     def _agrees(self, component: str, layer: int, position: int) -> bool:
@@ -163,10 +177,13 @@ class Lowering:
         return position not in self.profile.differing if local else position < self.profile.first
 
 
-def _canonical(site: Site, depth: int = 0) -> tuple[str, int]:
+def _canonical(site: Site, depth: int) -> tuple[str, int]:
+    """Component and layer, one name for each place of the stream."""
     if site.component == "resid_post":
         return "resid_pre", site.layer + 1
-    return site.component, depth if site.component == "logits" else site.layer
+    if site.component == "logits_in":
+        return "resid_pre", depth
+    return site.component, site.layer
 
 
 def _drop_overwritten(writes: list[Write]) -> list[Write]:
@@ -177,7 +194,11 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
             for i, before in enumerate(kept):
                 if (before.component, before.layer) != (write.component, write.layer):
                     continue
-                covered = write.units is None or (before.units is not None and set(before.units) <= set(write.units))
+                covered = (
+                    (write.units is None or (before.units is not None and set(before.units) <= set(write.units)))
+                    and (write.srcs is None or (before.srcs is not None and set(before.srcs) <= set(write.srcs)))
+                    and not before.renormalize
+                )
                 overlap = set(before.positions) & set(write.positions)
                 if before.function is not None and len(overlap) < len(before.positions):
                     continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +48,15 @@ PROOFS = {
 }
 
 
+SPLIT_READERS = {"q_in": "q", "k_in": "k", "v_in": "v"}
+"""What single heads read of the stream, and what they make of it. Pristine, it is ``attn_in``, the same for all."""
+EAGER = frozenset({"scores", "pattern"})
+"""What can be seen only where attention is computed step by step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A multiple of a world's activation at given positions and units; single ones are broadcast."""
+    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""
 
     factor: float
     world: WorldName
@@ -56,6 +64,7 @@ class Term:
     layer: int
     positions: tuple[int, ...]
     units: tuple[int, ...] | None
+    srcs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +77,14 @@ class Write:
         positions: The positions that survived pruning.
         offsets: Their places among the positions of the edit as recorded, which constants and terms are aligned with.
         units: Heads or neurons; ``None`` for all, or where there are none.
+        srcs: The positions attended to, for scores and pattern; ``None`` for all, or where there are none.
         add: Whether it adds to the live value.
         terms: Worlds' values.
         constant: A fixed summand; it broadcasts to the activation at the recorded index, as arrays do.
         recorded: How many positions the recorded index picked.
-        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, for units.
+        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
         function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
+        renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
     """
 
     component: str
@@ -85,8 +96,33 @@ class Write:
     terms: tuple[Term, ...]
     constant: Constant | None
     recorded: int
-    scalar: tuple[bool, bool]
+    scalar: tuple[bool, bool, bool]
     function: Function | None = None
+    srcs: tuple[int, ...] | None = None
+    renormalize: bool = False
+
+    @property
+    def same_for_units(self) -> bool:
+        """Whether every unit is written with the same value."""
+        tensor = None if self.constant is None else self.constant.tensor
+        one = tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1
+        return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
+
+
+def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+    """The edited streams that single heads read in one row: (component, layer) → units that read the same one."""
+    split: dict[tuple[str, int], list[Write]] = defaultdict(list)
+    for write in writes:
+        if write.component in SPLIT_READERS:
+            split[write.component, write.layer].append(write)
+    found = {}
+    for place, several in split.items():
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for unit in sorted({unit for write in several for unit in write.units or ()}):
+            touching = [(i, w) for i, w in enumerate(several) if unit in (w.units or ())]
+            alike[tuple((i, None if w.same_for_units else unit) for i, w in touching)].append(unit)
+        found[place] = [tuple(units) for units in alike.values()]
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +144,14 @@ class Job:
     writes: tuple[Write, ...]
     start: int
     birth: int
+
+    @property
+    def seats(self) -> int:
+        """Batch elements it takes: itself, and a shadow for each edited stream that single heads of a layer read."""
+        layers: dict[int, int] = defaultdict(int)
+        for (_, layer), found in streams(self.writes).items():
+            layers[layer] += len(found)
+        return 1 + max(layers.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,6 +217,13 @@ class Plan:
     measured: dict[str, float] = field(default_factory=dict)
 
     @property
+    def eager(self) -> bool:
+        """Whether attention must be computed step by step."""
+        read = (name for g in self.groups for name, _ in g.needed)
+        written = (w.component for g in self.groups for b in g.batches for j in b.jobs for w in j.writes)
+        return any(name in EAGER for name in (*read, *written))
+
+    @property
     def batches(self) -> int:
         """Traced forwards with patched rows."""
         return sum(len(g.batches) for g in self.groups)
@@ -204,7 +255,8 @@ class Plan:
         for proof in (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH, Proof.IDENTICAL):
             if counts[proof]:
                 lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
-        largest = max((len(b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
+        largest = max((sum(j.seats for j in b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
+        shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
             f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, "
@@ -213,6 +265,10 @@ class Plan:
             f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
+        if shadows:
+            lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
+        if self.eager:
+            lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
         if self.remote:
             lines.append(f"  runs on      {self.remote}")
         lines += [f"  note         {note}" for note in self.notes]

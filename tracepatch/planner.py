@@ -17,7 +17,7 @@ from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
 from tracepatch.plan import Batch, Group, Job, Plan, Proof
 from tracepatch.rows import Row
-from tracepatch.sites import COMPONENTS
+from tracepatch.sites import component
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
 
@@ -217,12 +217,26 @@ def _pack(
                 if batch_size is None
                 else batch_size
             )
-            batches = tuple(Batch(tuple(ready[j : j + most])) for j in range(0, len(ready), most))
-            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), batches)
+            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), tuple(_batches(ready, most)))
+
+
+def _batches(ready: list[Job], most: int) -> Iterable[Batch]:
+    """Jobs in runs of so many batch elements, or of one job that needs more."""
+    taken: list[Job] = []
+    seats = 0
+    for job in ready:
+        if taken and seats + job.seats > most:
+            yield Batch(tuple(taken))
+            taken, seats = [], 0
+        taken.append(job)
+        seats += job.seats
+    if taken:
+        yield Batch(tuple(taken))
 
 
 def _kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:
     inside = min(layer, len(architecture) - 1)
-    kind = COMPONENTS[name]
+    kind = component(name)
     count = architecture.units(name, inside) if kind.unit and kind.unit != kind.dims[-1] else 1
-    return int(length * count * architecture.width(name, inside) * architecture.dtype.itemsize)
+    width = length if kind.attends else architecture.width(name, inside)
+    return int(length * count * width * architecture.dtype.itemsize)

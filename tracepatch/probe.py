@@ -36,8 +36,10 @@ class Sublayer:
         kv_heads: Key and value heads.
         d_head: Width of a head's value.
         tried: What was tried to close the sum, with the errors.
-        order: When it starts.
-        seen: Its queries, keys and values ``[row, head, pos, d_head]``, of the probe's prompts.
+        reads: Where it takes what it reads, after that norm, if that was proved to be the stream's.
+        stream: Where that passes by before the norm.
+        attended: The softmax attention of the probe's prompts, with keys and values as they were before they were
+            repeated over their query groups.
     """
 
     kind: str
@@ -51,8 +53,9 @@ class Sublayer:
     kv_heads: int = 0
     d_head: int = 0
     tried: tuple[str, ...] = ()
-    order: int = 0
-    seen: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+    reads: Place | None = None
+    stream: Place | None = None
+    attended: Attended | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,7 @@ class _Branch:
         self.candidates: list[Call] = []
         self.chosen: Call | None = None
         self.scale = 1.0
+        self.reads_stream = False
         self.tried: list[str] = []
         own = [c for c in blocks.calls if c.under(block)]
         inside = {id(c) for c in calls}
@@ -319,8 +323,10 @@ class _Branch:
             pre_norm=self.pre_norm.name if self.pre_norm else "",
             post_norm=self.chosen.name if self.chosen is not None and is_norm(self.chosen, self.width) else "",
             tried=tuple(self.tried),
-            order=self.first.start,
         )
+        if self.reads_stream:
+            place = self.first.place("input", rows)
+            found = replace(found, reads=place, stream=self.pre_norm.place("input", rows) if self.pre_norm else place)
         if self.projection is None:
             return found
         inner = self.projection.place("input", rows)
@@ -341,7 +347,11 @@ class _Branch:
             heads=seen.heads,
             kv_heads=kv_heads,
             d_head=seen.z.shape[-1],
-            seen=(seen.queries, *(t[:, :: t.shape[1] // kv_heads] for t in (seen.keys, seen.values))),
+            attended=replace(
+                seen,
+                keys=seen.keys[:, :: seen.keys.shape[1] // kv_heads],
+                values=seen.values[:, :: seen.values.shape[1] // kv_heads],
+            ),
         )
 
 
@@ -362,6 +372,7 @@ def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[s
     current, group, error, forms = x, [], 0.0, []
     for i, branch in enumerate(branches):
         group.append(branch)
+        branch.reads_stream = _same(branch.reads, current)
         later = branches[i + 1] if i + 1 < len(branches) else None
         if later is not None and (_same(later.reads, current) or _same(later.first.entering, branch.first.entering)):
             continue  # it reads the same stream: a parallel branch

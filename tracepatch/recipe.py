@@ -22,7 +22,7 @@ from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
 from tracepatch.results import Result, to_result
-from tracepatch.sites import component
+from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
 
 Direction: TypeAlias = Literal["denoising", "noising"]
@@ -228,7 +228,7 @@ def patch(
                     f"Patch {name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
                 )
             for index in p.grid(name, dims, **chosen):
-                labels = dict(zip(dims, index, strict=True))
+                labels: dict[str, Any] = dict(zip(dims, index, strict=True))
                 site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)
                 named = {"component": name} if len(names) > 1 else {}
                 with p.row(**named, **labels):
@@ -238,7 +238,8 @@ def patch(
 
 
 def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
-    return (index[0], index[2]) if len(index) > 2 else index
+    unit = next((dim for dim in index if dim in UNITS), None)
+    return index if unit is None else (index[0], unit)
 
 
 def _require_pairs(pairs: Any) -> Pairs:

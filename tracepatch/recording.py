@@ -6,7 +6,7 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from types import TracebackType
@@ -63,10 +63,12 @@ class Recorder:
         self.encoded.world("corrupted")
         return self._corrupted
 
-    def row(self, **labels: Label) -> _RowBlock:
+    def row(self, *, renormalize: bool = False, **labels: Label) -> _RowBlock:
         """A block whose edits are one patched forward.
 
         Args:
+            renormalize: After each edit of a pattern, scale the edited destination's weights to the sum that they had
+                before it.
             labels: Where its result stands: ``layer=…, pos=…, head=…``, ``name="…"`` or any other names. A label of a
                 site's dim must be touched by one of the edits.
 
@@ -77,7 +79,7 @@ class Recorder:
             raise RecipeError(
                 "The recording has ended with its block: write this row inside `with tp.patching(...) as p:`."
             )
-        return _RowBlock(self, labels)
+        return _RowBlock(self, labels, renormalize)
 
     @overload
     def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
@@ -107,21 +109,27 @@ class Recorder:
         offered = [n for n in layers if self.architecture.offers(name, n)]
         if not offered:
             self.architecture.require(name, layers[0])
-        positions = self._positions(only)
-        if positions is None:
-            raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.")
+        places = [dim for dim in kind.index if dim in ("pos", "dest", "src")]
+        along = {dim: self._positions(dim, only) for dim in places}
         found: list[Any] = []
         for n in offered if "layer" in dims else offered[:1]:
             units = self._units(kind, n, only)
-            ranges = {"layer": (n,), "pos": positions, kind.unit or "": units}
-            found += product(*(ranges[dim] for dim in dims))
+            ranges: dict[str, tuple[int, ...]] = {"layer": (n,), **along, kind.unit or "": units}
+            indices: Iterable[tuple[int, ...]] = product(*(ranges[dim] for dim in dims))
+            if {"dest", "src"} <= set(dims):  # a position attends to none after it
+                dest, src = dims.index("dest"), dims.index("src")
+                indices = (i for i in indices if i[src] <= i[dest] or min(i[src], i[dest]) < 0)
+            found += indices
         return [index[0] for index in found] if isinstance(by, str) else found
 
-    def _positions(self, only: dict[str, Any]) -> tuple[int, ...] | None:
-        chosen = select(only["pos"], "pos") if "pos" in only else ALL
+    def _positions(self, dim: str, only: dict[str, Any]) -> tuple[int, ...]:
+        chosen = select(only[dim], dim) if dim in only else ALL
         if len(self.lengths) > 1 and chosen.items is not None and min(chosen.items) < 0:
             return chosen.items  # each prompt counts from its own end
-        return chosen.resolve(self.lengths[-1])
+        found = chosen.resolve(self.lengths[-1])
+        if found is None:
+            raise SiteError(f"grid: {dim}={only[dim]!r}: the longest prompt has {self.lengths[-1]} tokens.")
+        return found
 
     def _units(self, kind: Component, layer: int, only: dict[str, Any]) -> tuple[int, ...]:
         count = self.architecture.units(kind.name, layer)
@@ -159,7 +167,7 @@ class Recorder:
         elif not (isinstance(source, Value) and source.site == site):
             self._require_shape(site, source.terms())
         row.base = world
-        row.edits.append(Edit(site, source, add))
+        row.edits.append(Edit(site, source, add, row.renormalize and site.component == "pattern"))
 
     def _require_result(self, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""
@@ -209,8 +217,8 @@ class Recorder:
         target, given = dict(self._shape(site, length) or ()), self._shape(value.site, length)
         if given is None:
             return
-        if COMPONENTS[site.component].dims[-1] != COMPONENTS[value.site.component].dims[-1]:
-            ends = [COMPONENTS[s.component].dims[-1] for s in (site, value.site)]
+        ends = [component(s.component).dims[-1] for s in (site, value.site)]
+        if ends[0] != ends[1]:
             raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
         for dim, count in given:
             if count not in (1, target.get(dim, 1)):
@@ -230,6 +238,10 @@ class Recorder:
 
     def finish(self, row: Row) -> None:
         """Checks a finished row and keeps it."""
+        if row.renormalize and not any(e.renormalize for e in row.edits):
+            raise RecipeError(
+                f"row({row.described}) renormalizes patterns and edits none. (Scores need it not: the softmax does it.)"
+            )
         if not row.edits:
             raise RecipeError(
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
@@ -303,7 +315,7 @@ class _Activations:
 
     def _resolve(self, index: Any) -> Site:
         architecture, kind = self.recorder.architecture, self.kind
-        layers, pos, units = split_index(kind, index)
+        layers, pos, units, srcs = split_index(kind, index)
         if not layers.scalar:
             raise SiteError(
                 f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
@@ -312,7 +324,7 @@ class _Activations:
         architecture.require(kind.name, layer)
         if kind.unit:
             units_of(kind, layer, units, architecture.units(kind.name, layer))
-        site = Site(kind.name, layer, pos, units)
+        site = Site(kind.name, layer, pos, units, srcs)
         positions_of(site, self.recorder.encoded.lengths)
         return site
 
@@ -322,7 +334,7 @@ class _RowBlock:
 
     __slots__ = ("recorder", "row")
 
-    def __init__(self, recorder: Recorder, labels: dict[str, Any]) -> None:
+    def __init__(self, recorder: Recorder, labels: dict[str, Any], renormalize: bool) -> None:
         bad = [f"{k}={v!r}" for k, v in labels.items() if not k.isidentifier() or not _storable(v)]
         if bad:
             raise RecipeError(f"Labels are numbers or strings, and their names are words: {', '.join(bad)}.")
@@ -330,7 +342,8 @@ class _RowBlock:
         if taken:
             raise RecipeError(f"{', '.join(taken)} cannot be a row's label: results use the name themselves.")
         self.recorder = recorder
-        self.row = Row(len(recorder.rows), {k: v.item() if isinstance(v, np.generic) else v for k, v in labels.items()})
+        named = {k: v.item() if isinstance(v, np.generic) else v for k, v in labels.items()}
+        self.row = Row(len(recorder.rows), named, renormalize=renormalize)
 
     def __enter__(self) -> Row:
         if self.recorder._open is not None:
@@ -365,14 +378,14 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _shape(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, int], ...] | None:
-    kind = COMPONENTS[site.component]
-    positions = site.pos.resolve(length)
-    if not positions:
+    kind = component(site.component)
+    sizes = {kind.place: len(site.pos.resolve(length) or ()), kind.unit: len(site.unit.resolve(units) or ())}
+    if kind.attends:
+        sizes["src"] = len(site.src.resolve(length) or ())
+    if not sizes[kind.place] or sizes.get("src") == 0:
         return None
-    dims = [] if site.pos.scalar else [("pos", len(positions))]
-    if kind.unit and not site.unit.scalar:
-        dims.append((kind.unit, len(site.unit.resolve(units) or ())))
-    return tuple(dims) if kind.dims[-1] == kind.unit else (*dims, (kind.dims[-1], width))
+    dims = [(dim, sizes[dim]) for dim in kind.index if dim != "layer" and not site.picked(dim).scalar]
+    return tuple(dims) if kind.dims[-1] in kind.index else (*dims, (kind.dims[-1], width))
 
 
 def _hashable(index: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
-from tracepatch.sites import COMPONENTS, Site
+from tracepatch.sites import UNITS, Select, Site, component
 from tracepatch.sources import Source, WorldName
 
 Label: TypeAlias = int | float | str
@@ -28,9 +28,11 @@ class Edit:
     site: Site
     source: Source
     add: bool = False
+    renormalize: bool = False
 
     def __str__(self) -> str:
-        return f"{self.site} {'+=' if self.add else '='} {self.source}"
+        after = ", renormalized" if self.renormalize else ""
+        return f"{self.site} {'+=' if self.add else '='} {self.source}{after}"
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Row:
     labels: dict[str, Label]
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
+    renormalize: bool = False
 
     @property
     def described(self) -> str:
@@ -57,7 +60,7 @@ def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture
         return label
     if name == "layer":
         return label + len(architecture)
-    split = (e.site for e in row.edits if COMPONENTS[e.site.component].unit == name)
+    split = (e.site for e in row.edits if component(e.site.component).unit == name)
     counts = [architecture.units(site.component, site.layer) for site in split]
     return label + counts[0] if counts else label
 
@@ -74,11 +77,12 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         )
     elif name == "component":
         touched = any(e.site.component == label for e in row.edits)
-    elif name == "pos":
-        touched = any(_selects(e.site, "pos", label, n) for e in row.edits for n in lengths)
-    elif name in ("head", "kv_head", "neuron"):
-        split = [e.site for e in row.edits if COMPONENTS[e.site.component].unit == name]
-        touched = any(_selects(s, "unit", label, architecture.units(s.component, s.layer)) for s in split)
+    elif name in ("pos", "dest", "src"):
+        along = [e.site for e in row.edits if name == "pos" or name in component(e.site.component).index]
+        touched = any(_selects(site.picked(name), label, n) for site in along for n in lengths)
+    elif name in UNITS:
+        split = [e.site for e in row.edits if component(e.site.component).unit == name]
+        touched = any(_selects(s.unit, label, architecture.units(s.component, s.layer)) for s in split)
     else:
         return
     if not touched:
@@ -88,8 +92,7 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         )
 
 
-def _selects(site: Site, which: str, label: Any, length: int) -> bool:
-    picked = site.pos if which == "pos" else site.unit
+def _selects(picked: Select, label: Any, length: int) -> bool:
     if picked.items is not None and label in picked.items:
         return True
     found = picked.resolve(length) or ()

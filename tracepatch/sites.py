@@ -37,7 +37,17 @@ class Component:
     @property
     def unit(self) -> str | None:
         """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron`` or nothing."""
-        return self.index[2] if len(self.index) > 2 else None
+        return next((dim for dim in self.index if dim in UNITS), None)
+
+    @property
+    def place(self) -> str:
+        """The dim along the prompt: ``pos``, or ``dest`` where a position attends to others, ``src``."""
+        return "dest" if "dest" in self.index else "pos"
+
+    @property
+    def attends(self) -> bool:
+        """Whether it says how much one position attends to another."""
+        return "src" in self.index
 
     @property
     def layered(self) -> bool:
@@ -45,21 +55,31 @@ class Component:
         return self.index[0] == "layer"
 
 
+UNITS: Final = ("head", "kv_head", "neuron", "expert")
 _POS, _HEAD, _KV_HEAD = ("layer", "pos"), ("layer", "pos", "head"), ("layer", "pos", "kv_head")
+_WEIGHT = ("layer", "head", "dest", "src")
 # In the order of a forward.
 _ALL = (
     Component("embed", ("pos",), ("pos", "d_model"), "output of the token embedding"),
     Component("resid_pre", _POS, ("pos", "d_model"), "residual stream entering a block"),
+    Component("attn_in", _POS, ("pos", "d_model"), "what attention alone reads of the stream, before its norm"),
+    Component("q_in", _HEAD, ("pos", "head", "d_model"), "what a head's query alone reads of the stream"),
+    Component("k_in", _KV_HEAD, ("pos", "kv_head", "d_model"), "what a head's key alone reads of the stream"),
+    Component("v_in", _KV_HEAD, ("pos", "kv_head", "d_model"), "what a head's value alone reads of the stream"),
     Component("q", _HEAD, ("pos", "head", "d_head"), "queries as attention takes them: after norms and rotation"),
     Component("k", _KV_HEAD, ("pos", "kv_head", "d_head"), "keys as attention takes them: after norms and rotation"),
     Component("v", _KV_HEAD, ("pos", "kv_head", "d_head"), "values as attention takes them"),
+    Component("scores", _WEIGHT, _WEIGHT[1:], "attention scores as the softmax takes them; masked ones stay"),
+    Component("pattern", _WEIGHT, _WEIGHT[1:], "attention weights, after the softmax"),
     Component("z", _HEAD, ("pos", "head", "d_head"), "pattern-weighted values of a head, before W_O"),
     Component("head_out", _HEAD, ("pos", "head", "d_model"), "what one head writes to the stream, z · W_O"),
     Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
+    Component("mlp_in", _POS, ("pos", "d_model"), "what the MLP alone reads of the stream, before its norm"),
     Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
     Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
     Component("resid_post", _POS, ("pos", "d_model"), "residual stream leaving a block"),
+    Component("logits_in", ("pos",), ("pos", "d_model"), "what the final norm and the unembedding read"),
     Component("logits", ("pos",), ("pos", "vocab"), "the model's output"),
 )
 COMPONENTS: Final[dict[str, Component]] = {c.name: c for c in _ALL}
@@ -173,24 +193,29 @@ def select(index: Any, dim: str) -> Select:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place: component, layer (0 for embed and logits), positions and, where it has them, heads or neurons."""
+    """A place: component, layer (0 for embed and logits), positions and, where it has them, heads or neurons.
+
+    For scores and pattern ``pos`` are the destinations, and ``src`` the positions that those attend to.
+    """
 
     component: str
     layer: int
     pos: Select = ALL
     unit: Select = ALL
+    src: Select = ALL
 
     def __str__(self) -> str:
         kind = COMPONENTS[self.component]
-        parts = [str(self.layer)] if kind.layered else []
-        parts.append(str(self.pos))
-        if kind.unit:
-            parts.append(str(self.unit))
-        return f"{self.component}[{', '.join(parts)}]"
+        picks = {"layer": self.layer, kind.place: self.pos, "src": self.src, kind.unit: self.unit}
+        return f"{self.component}[{', '.join(str(picks[dim]) for dim in kind.index)}]"
+
+    def picked(self, dim: str) -> Select:
+        """What it picks along one of its dims, but for the layer."""
+        return self.pos if dim in ("pos", "dest") else self.src if dim == "src" else self.unit
 
 
-def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select]:
-    """An index expression as (layers, positions, units).
+def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select, Select]:
+    """An index expression as (layers, positions, units, sources).
 
     Trailing indices that are left out mean all. Components without layers take their layer, 0, or leave it out.
 
@@ -206,7 +231,8 @@ def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select]:
             f"[{', '.join(_written(p) for p in parts)}]."
         )
     picks = {dim: select(part, dim) for dim, part in zip(kind.index, parts, strict=False)}
-    return picks.get("layer", Select((0,), scalar=True)), picks.get("pos", ALL), picks.get(kind.unit or "", ALL)
+    layers = picks.get("layer", Select((0,), scalar=True))
+    return layers, picks.get(kind.place, ALL), picks.get(kind.unit or "", ALL), picks.get("src", ALL)
 
 
 def _written(part: Any) -> str:
@@ -258,13 +284,19 @@ def positions_of(site: Site, lengths: Iterable[int]) -> tuple[tuple[int, ...] | 
         SiteError: No prompt has them.
     """
     lengths = tuple(lengths)
-    found = tuple(site.pos.resolve(n) or None for n in lengths)
+    found = _along(site, site.pos, lengths)
+    attended = _along(site, site.src, lengths)
+    return tuple(here if there else None for here, there in zip(found, attended, strict=True))
+
+
+def _along(site: Site, picked: Select, lengths: tuple[int, ...]) -> tuple[tuple[int, ...] | None, ...]:
+    found = tuple(picked.resolve(n) or None for n in lengths)
     for length, positions in zip(lengths, found, strict=True):
         _require_once(positions or (), str(site), f"a prompt of {length} tokens")
     if not any(found):
         shown = sorted(set(lengths))
         tokens = f"{shown[0]} tokens" if len(shown) == 1 else f"{shown[0]} to {shown[-1]} tokens"
-        what = f"a mask of {site.pos.mask} positions" if site.pos.mask is not None else f"position {site.pos}"
+        what = f"a mask of {picked.mask} positions" if picked.mask is not None else f"position {picked}"
         offenders = listing([f"pair {i}: {n} tokens, 0 to {n - 1} (or -{n} to -1)" for i, n in enumerate(lengths)])
         raise SiteError(f"{site}: {what} is in no prompt; the prompts have {tokens}.\n{offenders}")
     return found

@@ -79,13 +79,14 @@ def inside(
     return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
 
 
-def operation_inputs(model: Any, path: str, operation: str, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that a call inside a module's forward takes, in the order of its arguments."""
+def read(model: Any, places: list[Any], ids: torch.Tensor) -> list[torch.Tensor]:
+    """What passes by at some places, in forward order, in a plain forward."""
     with torch.no_grad():
         with model.trace(input_ids=ids, use_cache=False):
-            taken = nnsight.save(
-                [t.clone() for t in getattr(module_at(model, path).source, operation).inputs[0] if torch.is_tensor(t)]
-            )
+            kept: dict[Any, torch.Tensor] = {}
+            for number, place in enumerate(places):
+                visit(model, (place, (("aside", number),)), ids.shape[1], {}, kept)
+            taken = nnsight.save([kept["aside", number] for number in range(len(places))])
     return list(taken)
 
 
@@ -102,13 +103,14 @@ def visit(
     """Keeps and writes what is to be kept and written at one place."""
     (path, operation, side, key, flat), tasks = stop
     envoy = module_at(model, path)
-    if operation:  # a call inside the module's own forward
-        envoy = getattr(envoy.source, operation)
+    for name in operation.split(".") if operation else ():  # a call inside the module's own forward
+        envoy = getattr(envoy.source, name)
     whole = envoy.output if side == "output" else envoy.inputs if key is not None else envoy.input
     if side == "output":
-        x = whole if key is None else whole[key]
+        found = whole if key is None else whole[key]
     else:
-        x = whole if key is None else whole[1][key] if isinstance(key, str) else whole[0][key]
+        found = whole if key is None else whole[1][key] if isinstance(key, str) else whole[0][key]
+    x = found[0] if isinstance(found, (tuple, list)) else found
     shape = x.shape
     if flat:
         x = x.unflatten(0, (-1, length))
@@ -118,6 +120,8 @@ def visit(
     if x is before:
         return
     x = x.reshape(shape)
+    if isinstance(found, (tuple, list)):
+        x = type(found)([x, *found[1:]])
     if side == "output":
         envoy.output = x if key is None else replaced(whole, key, x)
     elif key is None:
@@ -140,6 +144,20 @@ def perform(
     """One task at a place: keep its value aside, or write a component there and keep it."""
     if task[0] == "aside":
         kept["aside", task[1]] = x.clone()
+        return x
+    if task[0] == "allowed":
+        kept["aside", task[1]] = (x > task[2]).transpose(1, 2)
+        return x
+    if task[0] == "weights":
+        return weights(task, x, known, kept)
+    if task[0] == "reader":
+        return reader(model, task, x, known, kept)
+    if task[0] == "shadows":
+        return shadows(model, task, x, known, kept)
+    if task[0] == "from_shadows":
+        rows, slots, units, sources = on(x.device, task[1:])
+        x = x.clone()
+        x[rows, units, slots] = x[sources, units, slots]
         return x
     if task[0] == "head_out":
         return head_out(model, task, x, known, kept)
@@ -172,18 +190,84 @@ def perform(
     return after.reshape(x.shape) if scale == 1 else x + (after - value).reshape(x.shape) / scale
 
 
+def weights(
+    task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """Keeps, or edits, attention's scores or pattern ``[row, head, dest, src]``; masked keys stay as they are."""
+    _, name, writes, keep, allowed = task
+    value = x.transpose(1, 2)
+    after = value
+    for write in writes:
+        before, after = after, torch.where(kept["aside", allowed], edited(after, (write,), known), after)
+        if write[-1]:  # each edited destination's weights keep their sum
+            rows, slots, units = on(x.device, write[1][:3])
+            changed = torch.zeros_like(after[..., :1], dtype=torch.bool)
+            changed[rows, slots, units] = True
+            wanted, found = before.sum(-1, keepdim=True), after.sum(-1, keepdim=True)
+            after = torch.where(changed, after * (wanted / found), after)
+    if keep:
+        kept[name] = after.clone()
+    return x if after is value else after.transpose(1, 2).contiguous()
+
+
+def normed(model: Any, norm: str, x: torch.Tensor) -> torch.Tensor:
+    """What a branch reads of a stream ``[…, d_model]``."""
+    found: torch.Tensor = module_at(model, norm)(x) if norm else x
+    return found
+
+
+def reader(
+    model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """Keeps, or edits, the stream that one branch reads; x is what the branch takes, the stream behind its norm."""
+    _, name, writes, keep, stream, norm = task
+    before = kept["aside", stream]
+    after = edited(before, writes, known)
+    if keep:
+        kept[name] = after.clone()
+    if after is before:
+        return x
+    kept["aside", stream] = after
+    x = x.clone()
+    for write in writes:
+        rows, slots = on(x.device, write[1][:2])
+        x[rows, slots] = normed(model, norm, after[rows, slots][None])[0]
+    return x
+
+
+def shadows(
+    model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """Gives shadow rows an edited stream to read, from which single heads' queries, keys or values are then taken.
+
+    So norms, fused projections and rotations are the model's own, and the row itself stays untouched.
+    """
+    _, stream, norm, count, rows, writes, seats, members, units = task
+    rows, seats, members, units = on(x.device, (rows, seats, members, units))
+    live = kept["aside", stream][rows]
+    after = edited(live[:, :, None].expand(-1, -1, count, -1).contiguous(), writes, known)
+    x = x.clone()
+    x[seats] = normed(model, norm, after[members, :, units])
+    return x
+
+
+def on(device: Any, indices: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """Index tensors on a device, without those that are ``None``."""
+    return tuple(i.to(device) for i in indices if i is not None)
+
+
 def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> torch.Tensor:
     """An activation ``[row, pos, …]`` with indexed writes applied to a copy; x itself if there are none."""
     if not writes:
         return x
     x = x.clone()
-    for add, rows, slots, units, terms, constant, function in writes:
-        cells = tuple(i.to(x.device) for i in (rows, slots, units) if i is not None)
-        value = written(terms, constant, known, x) if function is None else made(function, x[cells], terms, known)
+    for add, cells, terms, constant, function, _ in writes:
+        at = on(x.device, cells)
+        value = written(terms, constant, known, x) if function is None else made(function, x[at], terms, known)
         if add:
-            x.index_put_(cells, value.expand(x[cells].shape), accumulate=True)
+            x.index_put_(at, value.expand(x[at].shape), accumulate=True)
         else:
-            x[cells] = value
+            x[at] = value
     return x
 
 
@@ -203,10 +287,9 @@ def written(
 ) -> torch.Tensor:
     """The value of a source, one entry a cell."""
     total = None if constant is None else constant.to(like.device, like.dtype)
-    for factor, name, worlds, positions, units, lift in terms:
+    for factor, name, cells, lift in terms:
         table = known[name]
-        index = tuple(i.to(table.device) for i in (worlds, positions, units) if i is not None)
-        value = table[index].to(like.device)
+        value = table[on(table.device, cells)].to(like.device)
         value = value.unsqueeze(1) if lift else value
         value = value if factor == 1 else value * factor
         value = value.to(like.dtype)  # some models keep their stream wider than their weights
@@ -241,7 +324,7 @@ def head_out(
         return x
     after = x.clone()
     repeated, changed = rows_of_several(writes, x, heads)
-    for add, rows, slots, units, terms, constant, function in writes:
+    for add, (rows, slots, units, _), terms, constant, function, _ in writes:
         rows, slots = rows.to(x.device), slots.to(x.device)
         whole = units is None  # every head of each cell
         if whole:
@@ -276,7 +359,7 @@ def rows_of_several(writes: tuple[Any, ...], x: torch.Tensor, heads: int) -> tup
     """
     counts = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for write in writes:
-        counts[write[1].to(x.device).unique()] += 1
+        counts[write[1][0].to(x.device).unique()] += 1
     several = counts > 1
     number = torch.where(several, several.cumsum(0) - 1, -1)
     return number, x.new_zeros(int(several.sum()), x.shape[1], heads, x.shape[-1])
