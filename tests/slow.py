@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from reference import Edit, Reference
 from torch import Tensor
 
 from tracepatch.prompts import Pairs
-from tracepatch.rows import Row
+from tracepatch.rows import EditedWorld, Row
 from tracepatch.sites import Select, Site
 from tracepatch.tokens import EncodedPairs
 
@@ -61,7 +61,13 @@ def attending(edit: Any, live: Tensor, value: Tensor) -> Edit:
 class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
-    def __init__(self, model: Any, encoded: EncodedPairs, eager: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        encoded: EncodedPairs,
+        eager: bool = False,
+        edited: Mapping[str, EditedWorld] | None = None,
+    ) -> None:
         fresh = untouched(model)
         if eager:
             fresh.set_attn_implementation("eager")
@@ -69,13 +75,24 @@ class Slow:
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
         self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
         self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}
+        self.standing: dict[tuple[str, int], list[Edit]] = {key: [] for key in self.ids}
+        for world in (edited or {}).values():
+            for pair in range(len(encoded)):
+                below, here = (world.of, pair), (world.name, pair)
+                self.ids[here] = self.ids[below]
+                self.standing[here] = [*self.standing[below], *self.translated(world.edits, world.of, pair)]
+                self.values[here] = self.reference.values(self.ids[here], self.standing[here])
 
     def edits(self, row: Row, pair: int) -> list[Edit]:
         """The oracle's edits for a row."""
+        return [*self.standing[row.base, pair], *self.translated(row.edits, row.base, pair)]
+
+    def translated(self, edits: Iterable[Any], base: str, pair: int) -> list[Edit]:
+        """Recorded edits as the oracle's."""
         found = []
-        for edit in row.edits:
+        for edit in edits:
             site, source = edit.site, edit.source.terms()
-            live = self.values[row.base, pair][site.component, site.layer]
+            live = self.values[base, pair][site.component, site.layer]
             split = live.ndim == 3 or site.component == "mlp_act"
             target = pick(live, site, split)
             value = torch.zeros_like(target)
@@ -87,6 +104,8 @@ class Slow:
                 )
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
+            for factor, noise in source.noise:
+                value = value + factor * noise.draw(f"pair {pair}, {site}", target.shape)
             value = value.expand(target.shape)
             if site.component in ATTENDING:
                 found.append(attending(edit, live, value))

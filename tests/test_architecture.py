@@ -18,7 +18,9 @@ from tracepatch.architecture import architecture_of
 from tracepatch.layout import stops
 
 IDS = torch.tensor([[7, 33, 41, 12, 50, 8, 29]])
-CAPTURED = [c for c in tp.COMPONENTS if c != "logits"]
+# Single heads read what attention reads; scores and pattern pass by only where attention is computed step by step.
+ELSEWHERE = ("q_in", "k_in", "v_in", "scores", "pattern", "logits_in", "logits")
+CAPTURED = [c for c in tp.COMPONENTS if c not in ELSEWHERE]
 
 
 def captured(
@@ -113,11 +115,11 @@ def test_writing_back_changes_nothing_and_noise_moves_the_logits(model: Any) -> 
     for (component, layer), value in kept.items():
         if component in ("aside", "logits"):
             continue
-        back = {(component, layer): ((False, *everything, None, (), value[0], None),)}
+        back = {(component, layer): ((False, (*everything, None, None), (), value[0], None, False),)}
         moved = (captured(model, back, keep=False)[1] - plain).abs().max()
         assert moved <= (2e-6 if component == "head_out" else 0), (component, layer)
         loud = value[0] + torch.randn(value[0].shape, generator=noise)
-        written = {(component, layer): ((False, *everything, None, (), loud, None),)}
+        written = {(component, layer): ((False, (*everything, None, None), (), loud, None, False),)}
         moved = (captured(model, written, keep=False)[1] - plain).abs().max()
         assert moved > 1e-3, f"{component} of layer {layer} of {len(architecture)} was written and nothing happened"
 
@@ -128,7 +130,8 @@ GPT2LMHeadModel (gpt2): 3 layers, d_model 64, vocabulary 161, float32
   layers 0–2: transformer.h.N, GPT2Block, sequential
     attn   attn, adds attn.c_proj.output, 4 heads of 16, reads through ln_1
     mlp    mlp, adds mlp.c_proj.output, 256 neurons, reads through ln_2
-    offers embed, resid_pre, q, k, v, z, head_out, attn_out, resid_mid, mlp_act, mlp_out, resid_post, logits
+    offers embed, resid_pre, attn_in, q_in, k_in, v_in, q, k, v, scores, pattern, z, head_out, attn_out,
+      resid_mid, mlp_in, mlp_act, mlp_out, resid_post, logits_in, logits
   final norm transformer.ln_f, unembedding lm_head
   residual sum: closes bitwise in 3 of 3 layers, largest error 0
   causal: yes (a changed last token moves nothing before it)
@@ -214,7 +217,7 @@ def test_a_layer_that_cannot_be_proved(pairs: tp.Pairs) -> None:
         "transformer.h.1.mlp.inner.c_proj.output leaves the sum open by ",
         "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …})",
         "tp.adopt(model, found)",
-        "It has: embed, resid_pre, q, k, v, z, head_out, attn_out,",
+        "It has: embed, resid_pre, ",
     ):
         assert part in str(error.value), str(error.value)
     result = tp.patch(model, pairs, "resid_pre")

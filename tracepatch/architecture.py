@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from textwrap import wrap
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -477,8 +478,10 @@ class Architecture:
             where = f"adds {relative(s.out)}" if s.out else "contribution unproved"
             lines.append(f"    {s.kind:6} {', '.join([relative(s.path), where, *heads, *width, *norms])}")
         absent = [c for c in COMPONENTS if not self.offers(c, one.index)]
-        lines.append(f"    offers {', '.join(c for c in COMPONENTS if c not in absent)}")
-        lines += [f"    no {c}: {self.why_not(c, one.index)}" for c in absent]
+        offered = ", ".join(c for c in COMPONENTS if c not in absent)
+        lines += wrap(f"offers {offered}", 116, initial_indent=" " * 4, subsequent_indent=" " * 6)
+        for why, several in groupby(absent, lambda c: self.why_not(c, one.index)):
+            lines.append(f"    no {', '.join(several)}: {why}")
         return lines
 
     def __repr__(self) -> str:

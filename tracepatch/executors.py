@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +87,10 @@ class _Run:
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
         self.baselines: dict[WorldName, NDArray[np.float64]] = {
-            world: np.full((plan.pairs, len(self.columns)), np.nan) for world in plan.worlds
+            world: np.full((plan.pairs, len(self.columns)), np.nan)
+            for world in (*plan.worlds, *(world.name for world in plan.edited))
         }
+        self.roots = {world.name: world.root for world in plan.edited}
         self.noise = np.zeros(len(self.columns))
         self.device = module_of(model).get_input_embeddings().weight.device
 
@@ -105,41 +107,39 @@ class _Run:
         return Measured(self.columns, self.values, self.baselines, self.noise, time.perf_counter() - began)
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
-        """Runs the unpatched worlds of a group; their baselines, and the values that edits will write."""
-        runs = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
+        """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
+        pristine = [_unpatched(pair, world) for pair in group.pairs for world in self.plan.worlds]
         needed = sorted(group.needed)
         want_logits = (
             any(n in ("clean", "corrupted") for m in self.plan.metrics for n in m.needs) or ("logits", 0) in needed
         )
-        visited = stops(self.architecture, needed, {})
-        pieces: list[dict[Any, torch.Tensor]] = []
+        # A divergence needs the clean logits first, so it is scored below.
+        direct = [m for m in self.plan.metrics if not _references(m)]
         at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
-        scores = []
-        for i in range(0, len(runs), at_once):
-            part = runs[i : i + at_once]
-            ids = [self.encoded.world(world)[pair] for pair, world in part]
-            # A divergence needs the clean logits first, so it is scored below.
-            direct = [m for m in self.plan.metrics if not _references(m)]
-            kept, found = self._forward(
-                group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits
-            )
-            scores.append(found)
-            pieces.append(kept)
-        known = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
-        logits = known.get(("logits", 0))
-        if logits is not None:
-            known["reference", 0] = logits.float().log_softmax(-1)
-            if ("logits", 0) in needed:
-                spread = logits.new_zeros(len(runs), group.length, logits.shape[-1])
-                spread[:, list(group.reads)] = logits
-                known["logits", 0] = spread
-        self._baselines(group, runs, torch.cat(scores), logits, known)
+        known: dict[Any, torch.Tensor] = {}
+        for jobs in (pristine, *group.edited):  # an edited world takes values of those before it
+            pieces: list[dict[Any, torch.Tensor]] = []
+            scores = []
+            for i in range(0, len(jobs), at_once):
+                kept, found = self._patched(group, jobs[i : i + at_once], known, direct, needed, want_logits)
+                scores.append(found)
+                pieces.append(kept)
+            gained = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
+            logits = gained.get(("logits", 0))
+            if logits is not None:
+                gained["reference", 0] = logits.float().log_softmax(-1)
+                if ("logits", 0) in needed:
+                    spread = logits.new_zeros(len(jobs), group.length, logits.shape[-1])
+                    spread[:, list(group.reads)] = logits
+                    gained["logits", 0] = spread
+            known = {key: torch.cat([known[key], new]) if key in known else new for key, new in gained.items()}
+            self._baselines(group, jobs, torch.cat(scores), logits, known)
         return known
 
     def _baselines(
         self,
         group: Group,
-        runs: list[tuple[int, WorldName]],
+        jobs: Sequence[Job],
         direct: torch.Tensor,
         logits: torch.Tensor | None,
         known: dict[Any, torch.Tensor],
@@ -150,7 +150,7 @@ class _Run:
             width = 1 + len(metric.parts)
             if _references(metric):
                 assert logits is not None
-                ((_, at, given),) = self._measures([metric], group, runs, known)
+                ((_, at, given),) = self._measures([metric], group, jobs, known)
                 scored = metric(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
                 found.append(scored.float().cpu())
             else:
@@ -158,43 +158,29 @@ class _Run:
                 taken += width
         values = torch.cat(found, 1).double().numpy()
         bad = [
-            f"pair {pair}, {world} run: {self._describe(v)}"
-            for (pair, world), v in zip(runs, values, strict=True)
+            f"pair {job.pair}, {job.base} run: {self._describe(v)}"
+            for job, v in zip(jobs, values, strict=True)
             if not np.isfinite(v).all()
         ]
         if bad:
+            edited = any(job.writes for job in jobs)
             raise MeasurementError(
-                f"The metric of unpatched runs is not finite.\n{listing(bad)}\nNothing was patched yet: look "
-                "at the metric, and at the model's dtype "
-                "(float16 overflows in some models; try bfloat16 or float32)."
+                f"The metric of {'edited worlds' if edited else 'unpatched runs'} is not finite.\n{listing(bad)}\n"
+                "No row was patched yet: look at the metric, "
+                f"{'at what the worlds stand for, ' if edited else ''}and at the model's dtype (float16 overflows in "
+                "some models; try bfloat16 or float32)."
             )
-        for (pair, world), value in zip(runs, values, strict=True):
-            self.baselines[world][pair] = value
+        for job, value in zip(jobs, values, strict=True):
+            self.baselines[job.base][job.pair] = value
 
     def _batch(self, group: Group, jobs: tuple[Job, ...], known: dict[Any, torch.Tensor]) -> None:
-        """One traced run: the unpatched witness in front, then a row a job."""
-        witness = jobs[0]
-        rows: list[tuple[int, WorldName]] = [(witness.pair, witness.base), *((j.pair, j.base) for j in jobs)]
-        seats = Seats(
-            row_of=lambda number: number + 1,
-            slot_of=lambda component, position: position,
-            world_of={run: i for i, run in enumerate((p, w) for p in group.pairs for w in self.plan.worlds)},
-            length=group.length,
-        )
-        writes = columns(jobs, self.architecture, seats)
-        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(rows))
-        rows += [rows[0]] * count
-        logit_edits = tuple(
-            self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
-        )
-        ids = [self.encoded.world(base)[pair] for pair, base in rows]
-        elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, (), elsewhere, shadows)
-        _, scores = self._forward(
-            group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
-        )
-        values = scores[: 1 + len(jobs)].double().numpy()
-        drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
+        """One traced run: the base of the first job as an unpatched witness in front, then a row a job."""
+        base, pair = jobs[0].base, jobs[0].pair
+        standing = {(job.base, job.pair): job for world in group.edited for job in world}
+        witness = standing.get((base, pair), _unpatched(pair, base))
+        _, scores = self._patched(group, (witness, *jobs), known, self.plan.metrics)
+        values = scores.double().numpy()
+        drift = np.abs(values[0] - self.baselines[base][pair])
         self.noise = np.fmax(self.noise, drift)
         bad = [j for j, v in zip(jobs, values[1:], strict=True) if not np.isfinite(v).all()]
         if bad:
@@ -205,6 +191,39 @@ class _Run:
             )
         for job, value in zip(jobs, values[1:], strict=True):
             self.values[job.row, job.pair] = value
+
+    def _patched(
+        self,
+        group: Group,
+        jobs: Sequence[Job],
+        known: dict[Any, torch.Tensor],
+        metrics: Iterable[Metric],
+        keep: Sequence[tuple[str, int]] = (),
+        keep_logits: bool = False,
+    ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+        """One traced run with a row a job: what is kept, and the metrics ``[job, column]``."""
+        seats = Seats(
+            row_of=lambda number: number,
+            slot_of=lambda component, position: position,
+            world_of={run: i for i, run in enumerate(self._order(group))},
+            length=group.length,
+        )
+        writes = columns(jobs, self.architecture, seats)
+        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs))
+        logit_edits = tuple(
+            self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
+        )
+        elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
+        visited = stops(self.architecture, keep, elsewhere, shadows)
+        rows = [*jobs, *[jobs[0]] * count]
+        measures = self._measures(metrics, group, rows, known)
+        kept, scores = self._forward(group, rows, visited, known, logit_edits, measures, keep_logits)
+        return {key: value[: len(jobs)] for key, value in kept.items()}, scores[: len(jobs)]
+
+    def _order(self, group: Group) -> list[tuple[int, WorldName]]:
+        """The runs whose values are kept, as they stand in what is known."""
+        pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
+        return pristine + [(job.pair, job.base) for world in group.edited for job in world]
 
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -223,7 +242,7 @@ class _Run:
     def _forward(
         self,
         group: Group,
-        ids: list[tuple[int, ...]],
+        rows: Sequence[Job],
         visited: tuple[Any, ...],
         known: dict[Any, torch.Tensor],
         logit_edits: tuple[Any, ...],
@@ -232,6 +251,7 @@ class _Run:
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
+        ids = [self.encoded.world(self.roots.get(row.base, row.base))[row.pair] for row in rows]
         tokens = torch.tensor(ids, device=self.device)
         return trace.forward(
             self.model,
@@ -247,7 +267,7 @@ class _Run:
         )
 
     def _measures(
-        self, metrics: Iterable[Metric], group: Group, rows: list[tuple[int, WorldName]], known: dict[Any, torch.Tensor]
+        self, metrics: Iterable[Metric], group: Group, rows: Sequence[Job], known: dict[Any, torch.Tensor]
     ) -> tuple[Any, ...]:
         """For each metric: its function, which of the reads it takes, and what it needs of the pairs."""
         place = {p: i for i, p in enumerate(group.reads)}
@@ -265,22 +285,22 @@ class _Run:
         positions: tuple[int, ...],
         at: torch.Tensor,
         group: Group,
-        rows: list[tuple[int, WorldName]],
+        rows: Sequence[Job],
         known: dict[Any, torch.Tensor],
     ) -> torch.Tensor:
         if need in NEEDS_ANSWER:
-            ids = [getattr(self.encoded, need)[pair] for pair, _ in rows]
+            ids = [getattr(self.encoded, need)[row.pair] for row in rows]
             widest = max(len(i) for i in ids)
             return torch.tensor([[*i, *[-1] * (widest - len(i))] for i in ids])
         if need == "next":
             follow = []
-            for pair, _ in rows:
-                ids_after = (*self.encoded.clean[pair][1:], *(self.encoded.answer[pair][:1] or (0,)))
+            for row in rows:
+                ids_after = (*self.encoded.clean[row.pair][1:], *(self.encoded.answer[row.pair][:1] or (0,)))
                 follow.append([ids_after[p] for p in positions])
             return torch.tensor(follow)
-        order = {run: i for i, run in enumerate((p, w) for p in group.pairs for w in self.plan.worlds)}
+        order = {run: i for i, run in enumerate(self._order(group))}
         reference = known["reference", 0]
-        index = torch.tensor([order[pair, need] for pair, _ in rows], device=reference.device)  # type: ignore[index]  # a world's name
+        index = torch.tensor([order[row.pair, need] for row in rows], device=reference.device)
         return reference[index][:, at.to(reference.device)]
 
     def _fill(self) -> None:
@@ -295,6 +315,10 @@ class _Run:
 
     def _describe(self, values: NDArray[np.float64]) -> str:
         return ", ".join(f"{m}{'.' + p if p else ''} = {v}" for (m, p), v in zip(self.columns, values, strict=True))
+
+
+def _unpatched(pair: int, world: WorldName) -> Job:
+    return Job(-1, pair, world, (), 0, 0)
 
 
 def _references(metric: Metric) -> bool:

@@ -16,8 +16,8 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.plan import EAGER, SPLIT_READERS, Job, Term, Write, streams
-from tracepatch.sites import STAGES, component
+from tracepatch.plan import EAGER, Job, Term, Write, streams
+from tracepatch.sites import SPLIT_READERS, STAGES, component
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""

@@ -13,16 +13,18 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
-from tracepatch.plan import SPLIT_READERS, Proof, Term, Write
-from tracepatch.rows import Edit, Row
-from tracepatch.sites import STAGES, Site, component
-from tracepatch.sources import Function, Value, WorldName
+from tracepatch.plan import Proof, Term, Write
+from tracepatch.rows import Edit, EditedWorld, Row
+from tracepatch.sites import SPLIT_READERS, STAGES, Site, component, shape_of
+from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
 # What attention of the same layer carries to other positions.
 CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "k", "v"})
@@ -38,11 +40,13 @@ class Profile:
         length: Tokens of each prompt.
         differing: Positions at which the two prompts differ.
         reads: Positions that the metrics read.
+        pair: Number of the pair, where something is drawn anew for each.
     """
 
     length: int
     differing: tuple[int, ...]
     reads: tuple[int, ...]
+    pair: int = -1
 
     @property
     def first(self) -> int:
@@ -54,15 +58,35 @@ class Lowering:
     """Rows → writes, for pairs of one profile."""
 
     def __init__(
-        self, architecture: Architecture, profile: Profile, prune: bool, worlds: tuple[WorldName, ...]
+        self,
+        architecture: Architecture,
+        profile: Profile,
+        prune: bool,
+        worlds: tuple[WorldName, ...],
+        edited: Mapping[WorldName, EditedWorld] | None = None,
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
+        self.edited = edited or {}
+
+    def world(self, name: WorldName) -> tuple[Write, ...]:
+        """The writes of an edited world, those of the worlds below it first.
+
+        Raises:
+            SiteError: The prompt has no such position.
+        """
+        edits = sorted(self._standing(name), key=self._moment)
+        return tuple(_drop_overwritten([self._write(edit, standing=True) for edit in edits]))
+
+    def _standing(self, name: WorldName) -> list[Edit]:
+        world = self.edited.get(name)
+        return [] if world is None else [*self._standing(world.of), *world.edits]
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
+        edits = [(edit, True) for edit in self._standing(row.base)] + [(edit, False) for edit in row.edits]
         try:
-            writes = [self._write(edit) for edit in sorted(row.edits, key=self._moment)]
+            writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
         except SiteError:
             return (), Proof.ABSENT
         if len(writes) > 1:
@@ -71,6 +95,9 @@ class Lowering:
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
         for write in writes:
+            if write.standing:
+                kept.append(write)
+                continue
             reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p)]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
@@ -85,6 +112,8 @@ class Lowering:
             if len(alive) < len(write.positions):
                 write = _narrow(write, alive)
             kept.append(write)
+        if all(write.standing for write in kept):
+            kept = []
         proof = (
             Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
         )
@@ -95,7 +124,7 @@ class Lowering:
         site = edit.site
         return self.depth if site.component in LAST else site.layer, STAGES[site.component]
 
-    def _write(self, edit: Edit) -> Write:
+    def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)
         positions, units, srcs = self._indices(site)
         constant = None
@@ -104,7 +133,7 @@ class Lowering:
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
-            values, constant = list(source.terms().values), source.terms().constant
+            values, constant = list(source.terms().values), self._constant(site, source.terms())
         places = [(positions, units, srcs) if v.site == site else self._indices(v.site) for _, v in values]
         by_unit = kind.attends or site.component in SPLIT_READERS
         if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _ in places)):
@@ -134,7 +163,22 @@ class Lowering:
             function=source if isinstance(source, Function) else None,
             srcs=srcs,
             renormalize=edit.renormalize,
+            standing=standing,
         )
+
+    def _constant(self, site: Site, source: Sum) -> Constant | None:
+        """The constant summand, with the noise drawn."""
+        if not source.noise:
+            return source.constant
+        architecture, name, layer = self.architecture, site.component, site.layer
+        dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
+        if dims is None:
+            raise SiteError(str(site))
+        shape = [size for _, size in dims]
+        total = torch.zeros(shape) if source.constant is None else source.constant.tensor
+        for factor, noise in source.noise:
+            total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
+        return Constant.of(total)
 
     def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
         positions = site.pos.resolve(self.profile.length)
@@ -161,20 +205,35 @@ class Lowering:
             term = write.terms[0]
             if term.factor == 1 and (term.component, term.layer, term.units, term.srcs) == here:
                 same_place = term.positions[min(i, len(term.positions) - 1)] == position
-                return same_place and (term.world == base or self._agrees(term.component, term.layer, position))
+                return same_place and self._agrees(term.world, base, term.component, term.layer, position)
         left: dict[tuple[Any, ...], float] = defaultdict(float)
         for term in write.terms:
             p = term.positions[min(i, len(term.positions) - 1)]
-            world = base if self._agrees(term.component, term.layer, p) else term.world
+            world = base if self._agrees(term.world, base, term.component, term.layer, p) else term.world
             left[world, p, term.component, term.layer, term.units, term.srcs] += term.factor
         if not write.add:
             left[base, position, *here] -= 1.0
         return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
 
-    def _agrees(self, component: str, layer: int, position: int) -> bool:
-        """Whether the clean and the corrupted world have the same value there."""
-        local = self.architecture.local_embedding and layer == 0 and component in LOCAL
+    def _agrees(self, one: WorldName, other: WorldName, name: str, layer: int, position: int) -> bool:
+        """Whether two worlds have the same value there."""
+        if one == other:
+            return True
+        if position >= min(self._first_edit(one), self._first_edit(other)):
+            return False
+        if self._root(one) == self._root(other):
+            return True
+        pristine = one not in self.edited and other not in self.edited
+        local = pristine and self.architecture.local_embedding and layer == 0 and name in LOCAL
         return position not in self.profile.differing if local else position < self.profile.first
+
+    def _root(self, name: WorldName) -> WorldName:
+        return self.edited[name].root if name in self.edited else name
+
+    def _first_edit(self, name: WorldName) -> int:
+        """The first position that a world's standing edits touch."""
+        places = (edit.site.pos.resolve(self.profile.length) or (0,) for edit in self._standing(name))
+        return min((min(p) for p in places), default=self.profile.length)
 
 
 def _canonical(site: Site, depth: int) -> tuple[str, int]:
@@ -200,6 +259,8 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
                     and not before.renormalize
                 )
                 overlap = set(before.positions) & set(write.positions)
+                if before.standing is not write.standing:  # the row's edit may yet be pruned
+                    continue
                 if before.function is not None and len(overlap) < len(before.positions):
                     continue
                 if covered and overlap:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from tracepatch.errors import plural
 from tracepatch.metrics import Metric
-from tracepatch.rows import Row
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sites import SPLIT_READERS
 from tracepatch.sources import Constant, Function, WorldName
 
 
@@ -48,8 +50,6 @@ PROOFS = {
 }
 
 
-SPLIT_READERS = {"q_in": "q", "k_in": "k", "v_in": "v"}
-"""What single heads read of the stream, and what they make of it. Pristine, it is ``attn_in``, the same for all."""
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
 
@@ -85,6 +85,7 @@ class Write:
         scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
         function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
         renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
+        standing: Whether it belongs to the base, an edited world, and not to the row.
     """
 
     component: str
@@ -100,6 +101,7 @@ class Write:
     function: Function | None = None
     srcs: tuple[int, ...] | None = None
     renormalize: bool = False
+    standing: bool = False
 
     @property
     def same_for_units(self) -> bool:
@@ -130,7 +132,7 @@ class Job:
     """A row on a pair that must be measured.
 
     Attributes:
-        row: Number of the recorded row.
+        row: Number of the recorded row; -1 for a run of an edited world.
         pair: Number of the pair.
         base: The world that is edited.
         writes: Its edits in forward order.
@@ -170,6 +172,7 @@ class Group:
         pairs: Their numbers.
         reads: The positions whose logits are computed.
         needed: The (component, layer) of worlds' values that some edit writes.
+        edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
     """
 
@@ -178,6 +181,13 @@ class Group:
     reads: tuple[int, ...]
     needed: frozenset[tuple[str, int]]
     batches: tuple[Batch, ...]
+    edited: tuple[tuple[Job, ...], ...] = ()
+
+    @property
+    def writes(self) -> Iterator[Write]:
+        """All that is written."""
+        jobs = itertools.chain(*self.edited, *(b.jobs for b in self.batches))
+        return (w for job in jobs for w in job.writes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +199,8 @@ class Plan:
         layers: Its depth.
         rows: The rows as recorded.
         pairs: How many pairs each is run on.
-        worlds: The worlds that are run for each pair.
+        worlds: The pristine worlds that are run for each pair.
+        edited: The edited worlds that are run for each pair, in the order in which they were made.
         metrics: What is read.
         groups: What will be traced.
         proofs: Per recorded row and pair, why it needs no forward (``Proof``).
@@ -214,13 +225,14 @@ class Plan:
     budget: int
     notes: tuple[str, ...] = ()
     remote: str = ""
+    edited: tuple[EditedWorld, ...] = ()
     measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def eager(self) -> bool:
         """Whether attention must be computed step by step."""
         read = (name for g in self.groups for name, _ in g.needed)
-        written = (w.component for g in self.groups for b in g.batches for j in b.jobs for w in j.writes)
+        written = (w.component for g in self.groups for w in g.writes)
         return any(name in EAGER for name in (*read, *written))
 
     @property
@@ -239,8 +251,8 @@ class Plan:
         After the plan has run, it says how long that took.
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
-        worlds = len(self.worlds) * self.pairs
-        captures = len(self.groups)
+        worlds = (len(self.worlds) + len(self.edited)) * self.pairs
+        captures = len(self.groups) * (1 + len(self.edited))
         forwards = self.jobs + worlds + self.batches
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
@@ -259,7 +271,7 @@ class Plan:
         shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
-            f"  traced runs  {captures + self.batches:,}: {captures:,} for the {worlds:,} unpatched worlds, "
+            f"  traced runs  {captures + self.batches:,}: {captures:,} for {self._worlds()}, "
             f"{self.batches:,} of up to "
             f"{largest:,} rows (one of them an unpatched witness)",
             f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
@@ -269,6 +281,7 @@ class Plan:
             lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
         if self.eager:
             lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
+        lines += [f"  world        {world}" for world in self.edited]
         if self.remote:
             lines.append(f"  runs on      {self.remote}")
         lines += [f"  note         {note}" for note in self.notes]
@@ -279,6 +292,11 @@ class Plan:
                 f"  took         {seconds:.2f} s, {rate:,.0f} rows a second; unpatched witnesses drift by {drift:.1g}"
             )
         return "\n".join(lines)
+
+    def _worlds(self) -> str:
+        pristine, edited = (n * self.pairs for n in (len(self.worlds), len(self.edited)))
+        more = f" and {edited:,} edited ones" if edited else ""
+        return f"the {pristine:,} unpatched worlds{more}"
 
     def __str__(self) -> str:
         return self.explain()

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MetricError, RecipeError, listing
+from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
-from tracepatch.plan import Batch, Group, Job, Plan, Proof
-from tracepatch.rows import Row
+from tracepatch.plan import Batch, Group, Job, Plan, Proof, Write
+from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import component
-from tracepatch.sources import WorldName
+from tracepatch.sources import Function, WorldName
 from tracepatch.tokens import EncodedPairs
 
 TOKENS = 4096  # tokens a run beyond which batching gains nothing on the devices tried
@@ -36,6 +37,7 @@ def make_plan(
     batch_size: int | None = None,
     memory: int | None = None,
     remote: str = "",
+    edited: Sequence[EditedWorld] = (),
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -49,6 +51,7 @@ def make_plan(
         batch_size: Rows a run; without it, as many as the memory budget allows and as still gain speed.
         memory: Bytes a run may take; 1 GiB otherwise.
         remote: Where the plan will run, if not here.
+        edited: The edited worlds.
 
     Raises:
         RecipeError: There are no rows.
@@ -64,6 +67,9 @@ def make_plan(
         )
     _require_given(metrics, encoded)
     profiles = [_profile(encoded, metrics, pair) for pair in range(len(encoded))]
+    edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
+    if any(_draws(edit) for edit in edits):
+        profiles = [replace(profile, pair=pair) for pair, profile in enumerate(profiles)]
     notes = []
     if prune and not architecture.causal:
         prune = False
@@ -76,7 +82,8 @@ def make_plan(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
-    lowering = {profile: Lowering(architecture, profile, prune, worlds) for profile in dict.fromkeys(profiles)}
+    named = {world.name: world for world in edited}
+    lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     proofs = np.zeros((len(rows), len(encoded)), np.int8)
     twins = np.full((len(rows), len(encoded)), -1, np.int64)
@@ -93,8 +100,8 @@ def make_plan(
                 proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, seen[key] * len(encoded) + pair
                 continue
             seen[key] = number
-            start = min(p for w in writes for p in w.positions)
-            jobs[pair].append(Job(number, pair, rows[number].base, writes, start, min(w.layer for w in writes)))
+            jobs[pair].append(_job(number, pair, rows[number].base, writes))
+    standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     row_bytes = max(_row_bytes(architecture, profile) for profile in lowering)
     budget = memory or MEMORY
     plan = Plan(
@@ -104,13 +111,14 @@ def make_plan(
         pairs=len(encoded),
         worlds=worlds,
         metrics=metrics,
-        groups=tuple(_pack(architecture, encoded, profiles, jobs, row_bytes, budget, batch_size)),
+        groups=tuple(_pack(architecture, encoded, profiles, jobs, standing, row_bytes, budget, batch_size)),
         proofs=proofs,
         twins=twins,
         row_bytes=row_bytes,
         budget=budget,
         notes=tuple(notes),
         remote=remote,
+        edited=tuple(edited),
     )
     check(plan)
     return plan
@@ -121,6 +129,25 @@ def check(plan: Plan) -> None:
     jobs = [(job.row, job.pair) for group in plan.groups for batch in group.batches for job in batch.jobs]
     counted = int((plan.proofs == Proof.NONE).sum())
     assert len(jobs) == len(set(jobs)) == counted, f"{len(jobs)} jobs for {counted} rows that need one"
+
+
+def _draws(edit: Edit) -> bool:
+    return not isinstance(edit.source, Function) and bool(edit.source.terms().noise)
+
+
+def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...]) -> Job:
+    start = min((p for w in writes for p in w.positions), default=0)
+    return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0))
+
+
+def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
+    try:
+        return _job(-1, pair, world.name, lowering.world(world.name))
+    except SiteError as error:
+        raise RecipeError(
+            f"The world {world.name!r} does not exist in pair {pair}, which has no {error}. Leave such pairs out, or "
+            "edit positions that every prompt has."
+        ) from error
 
 
 def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
@@ -186,6 +213,7 @@ def _pack(
     encoded: EncodedPairs,
     profiles: list[Profile],
     jobs: dict[int, list[Job]],
+    standing: list[list[Job]],
     row_bytes: int,
     budget: int,
     batch_size: int | None,
@@ -193,9 +221,14 @@ def _pack(
     by_length: dict[int, list[int]] = defaultdict(list)
     for pair, profile in enumerate(profiles):
         by_length[profile.length].append(pair)
-    worlds = 1 if encoded.corrupted is None else 2
+    worlds = (1 if encoded.corrupted is None else 2) + len(standing)
+    every = {pair: [*found, *(world[pair] for world in standing)] for pair, found in jobs.items()}
+
+    def worlds_of(chunk: list[int]) -> tuple[tuple[Job, ...], ...]:
+        return tuple(tuple(world[pair] for pair in chunk) for world in standing)
+
     for length, pairs in sorted(by_length.items()):
-        needed = {(t.component, t.layer) for p in pairs for job in jobs[p] for w in job.writes for t in w.terms}
+        needed = {(t.component, t.layer) for p in pairs for job in every[p] for w in job.writes for t in w.terms}
         kept = sum(_kept_bytes(architecture, name, layer, length) for name, layer in needed)
         together = max(1, min(len(pairs), int(budget / 2 // max(1, worlds * (kept + row_bytes)))))
         for i in range(0, len(pairs), together):
@@ -204,20 +237,29 @@ def _pack(
             reads |= {
                 q
                 for pair in chunk
-                for job in jobs[pair]
+                for job in every[pair]
                 for w in job.writes
                 for t in w.terms
                 if t.component == "logits"
                 for q in t.positions
             }
             ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
-            used = {(t.component, t.layer) for job in ready for w in job.writes for t in w.terms}
+            used = {
+                (t.component, t.layer) for pair in chunk for job in every[pair] for w in job.writes for t in w.terms
+            }
             most = (
                 max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // length)))
                 if batch_size is None
                 else batch_size
             )
-            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), tuple(_batches(ready, most)))
+            yield Group(
+                length,
+                tuple(chunk),
+                tuple(sorted(reads)),
+                frozenset(used),
+                tuple(_batches(ready, most)),
+                worlds_of(chunk),
+            )
 
 
 def _batches(ready: list[Job], most: int) -> Iterable[Batch]:

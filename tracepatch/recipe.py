@@ -79,6 +79,7 @@ class Patching(Recorder):
             self.metrics,
             model=name_of(self.model),
             remote=_where(self.model),
+            edited=tuple(self.edited.values()),
             **self._limits,
         )
 

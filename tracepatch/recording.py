@@ -7,7 +7,6 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import product
 from types import TracebackType
 from typing import Any, overload
@@ -17,20 +16,22 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
-from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_label
+from tracepatch.rows import RESERVED, Edit, EditedWorld, Label, Row, counted_from_0, require_label
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
+    SPLIT_READERS,
     Component,
     Site,
     component,
     layers_of,
     positions_of,
     select,
+    shape_of,
     split_index,
     units_of,
 )
-from tracepatch.sources import Function, Increment, Sum, Value, WorldName, as_source
+from tracepatch.sources import Function, Increment, Noise, Sum, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
 
 
@@ -51,6 +52,7 @@ class Recorder:
         self.rows: list[Row] = []
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
+        self.edited: dict[WorldName, EditedWorld] = {}
         self._open: Row | None = None
         self._ended = False
         self._tried: set[tuple[Any, ...]] = set()
@@ -62,6 +64,47 @@ class Recorder:
         """The world of the corrupted prompts."""
         self.encoded.world("corrupted")
         return self._corrupted
+
+    def world(self, name: WorldName, of: World) -> World:
+        """A run with standing edits, as a world of its own: its own baseline, a base for rows and a source of values.
+
+        Edits of it outside rows are its standing edits; they are recorded before it is used, and stand in every row
+        that edits it further.
+
+        Args:
+            name: What to call it, a word of your own.
+            of: The world that is edited: clean, corrupted, or another edited one.
+
+        Raises:
+            RecipeError: The name is taken or no word, or ``of`` is no world of this recording.
+        """
+        if self._ended:
+            raise RecipeError("The recording has ended with its block: make worlds inside it.")
+        known = ("clean", "corrupted", *self.edited)
+        if not isinstance(name, str) or not name.isidentifier() or name in (*RESERVED, *known, *COMPONENTS):
+            raise RecipeError(
+                f"A world cannot be called {name!r}: choose a word that names no other world ({', '.join(known)}), no "
+                "component and no variable of a result."
+            )
+        if not isinstance(of, World) or of._recorder is not self:
+            raise RecipeError(f"of= is a world of this recording, such as p.clean, not {of!r}.")
+        below = self.edited.get(of._name)
+        if below is not None:
+            below.used = True
+        self.edited[name] = EditedWorld(name, of._name, below.root if below else of._name)
+        return World(self, name)
+
+    @staticmethod
+    def gaussian(scale: float, seed: int = 0) -> Noise:
+        """Gaussian noise of a standard deviation, in the activation's unit: a source, as in ``site += p.gaussian(3)``.
+
+        Every site and pair draws its own; the same seed gives the same noise again.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise RecipeError(f"gaussian takes a standard deviation, 0 or more, not {scale!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise RecipeError(f"The seed of gaussian is an integer, not {seed!r}.")
+        return Noise(float(scale), seed)
 
     def row(self, *, renormalize: bool = False, **labels: Label) -> _RowBlock:
         """A block whose edits are one patched forward.
@@ -143,11 +186,16 @@ class Recorder:
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
-        row = self._open
-        if row is None:
+        row, standing = self._open, self.edited.get(world)
+        if row is None and (standing is None or self._ended):
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
-                "for each patched forward."
+                "for each patched forward. (Standing edits are those of an edited world: p.world(name, of=…).)"
+            )
+        if row is None and standing is not None and standing.used:
+            raise RecipeError(
+                f"{world} has been used already, so {world}.{site} cannot be edited any more: its standing edits come "
+                "before the first row or world that uses it."
             )
         add = isinstance(given, Increment)
         if isinstance(given, Increment):
@@ -156,7 +204,7 @@ class Recorder:
             source = given.source
         else:
             source = as_source(given)
-        if row.edits and row.base != world:
+        if row is not None and row.edits and row.base != world:
             raise RecipeError(
                 f"One row edits one world: this one edits {row.base}.{row.edits[0].site}, so {world}.{site} "
                 "cannot be edited in it. "
@@ -166,8 +214,33 @@ class Recorder:
             self._require_result(site, source)
         elif not (isinstance(source, Value) and source.site == site):
             self._require_shape(site, source.terms())
+        taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
+        for other in (self.edited[name] for name in taken if name in self.edited):
+            if row is None and other is standing:
+                raise RecipeError(f"{world}.{site}: a standing edit of {world} cannot take {world}'s own values.")
+            other.used = True
+        if not isinstance(source, Function):
+            self._require_plain(source.terms())
+        if row is None:
+            assert standing is not None
+            standing.edits.append(Edit(site, source, add))
+            return
+        if standing is not None:
+            standing.used = True
         row.base = world
         row.edits.append(Edit(site, source, add, row.renormalize and site.component == "pattern"))
+
+    def _require_plain(self, source: Sum) -> None:
+        """What single heads read is the stream of all; where a world edits it for some, it has no one value."""
+        for _, value in source.values:
+            place, edited = (value.site.component, value.site.layer), self.edited.get(value.world)
+            while edited is not None:
+                if place[0] in SPLIT_READERS and any((e.site.component, e.site.layer) == place for e in edited.edits):
+                    raise RecipeError(
+                        f"{value} cannot be a source: {edited.name} edits {place[0]} of layer {place[1]} itself. "
+                        "Write the source that it was edited with."
+                    )
+                edited = self.edited.get(edited.of)
 
     def _require_result(self, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""
@@ -229,7 +302,7 @@ class Recorder:
 
     def _shape(self, site: Site, length: int) -> tuple[tuple[str, int], ...] | None:
         """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions."""
-        return _shape(
+        return shape_of(
             site,
             length,
             self.architecture.units(site.component, site.layer),
@@ -374,18 +447,6 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
         return np.broadcast_shapes(shape, target) == target
     except ValueError:
         return False
-
-
-@lru_cache(maxsize=1 << 14)
-def _shape(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, int], ...] | None:
-    kind = component(site.component)
-    sizes = {kind.place: len(site.pos.resolve(length) or ()), kind.unit: len(site.unit.resolve(units) or ())}
-    if kind.attends:
-        sizes["src"] = len(site.src.resolve(length) or ())
-    if not sizes[kind.place] or sizes.get("src") == 0:
-        return None
-    dims = [(dim, sizes[dim]) for dim in kind.index if dim != "layer" and not site.picked(dim).scalar]
-    return tuple(dims) if kind.dims[-1] in kind.index else (*dims, (kind.dims[-1], width))
 
 
 def _hashable(index: Any) -> Any:

@@ -35,9 +35,10 @@ def to_result(
     * ``value``: the metric of the patched run, in its unit.
     * ``effect``: value − value of the unpatched base.
     * ``normalized``: effect / (clean − corrupted): 0 nothing happened, ±1 the whole difference. NaN for a pair whose
-      clean and corrupted runs are too close to divide by.
+      clean and corrupted runs are too close to divide by. Where the pairs have no corrupted prompts and rows edit an
+      edited world, such as the clean run with noise, that world stands in for the corrupted one.
     * ``effect_…``: the effect on one part of a metric, such as the answer's logit.
-    * ``base``, ``clean``, ``corrupted``: the unpatched values.
+    * ``base``, ``clean``, ``corrupted``, and the name of each edited world: the values without the row's edits.
     * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero.
     """
     sets: dict[tuple[str, ...], list[int]] = {}
@@ -112,7 +113,7 @@ def _dataset(
     for part in dict.fromkeys(p for m in plan.metrics for p in m.parts):
         data[f"effect_{part}"] = ((*lead, *dims), variable(values - base, part))
     data["base"] = (lead, baseline(next(iter(bases)))) if len(bases) == 1 else ((*lead, *dims), variable(base))
-    for world in plan.worlds:
+    for world in (*plan.worlds, *(world.name for world in plan.edited)):
         data[world] = (lead, baseline(world))
     proofs = plan.proofs[numbers]
     status = np.where(
@@ -126,7 +127,9 @@ def _dataset(
     if dense:
         dataset = _site_coords(dataset, architecture, encoded)
     if len(plan.worlds) == 2:
-        dataset = _normalize(dataset, measured)
+        dataset = _normalize(dataset, measured, "corrupted")
+    elif plan.edited:
+        dataset = _normalize(dataset, measured, "base")
     dataset.attrs["base"] = " and ".join(sorted(bases))
     sources = (e.source for row in rows for e in row.edits)
     written = {_described(s) for s in sources}
@@ -139,6 +142,7 @@ def _dataset(
         "base",
         "clean",
         "corrupted",
+        *(world.name for world in plan.edited),
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
     ):
         if name in dataset:
@@ -153,6 +157,7 @@ def _dataset(
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
         "base",
         *plan.worlds,
+        *(world.name for world in plan.edited),
         "status",
     ]
     return dataset[[name for name in order if name in dataset]]
@@ -218,21 +223,21 @@ def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encod
     return dataset
 
 
-def _normalize(dataset: xr.Dataset, measured: Measured) -> xr.Dataset:
+def _normalize(dataset: xr.Dataset, measured: Measured, other: str) -> xr.Dataset:
     """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by."""
-    gap = dataset["clean"] - dataset["corrupted"]
+    gap = dataset["clean"] - dataset[other]
     noise = xr.DataArray(
         [n for n, (_, part) in zip(measured.noise, measured.columns, strict=True) if not part], dims="metric"
     )
     drift = noise if "metric" in gap.dims else noise[0]
-    usable = abs(gap) > 1e-5 * np.maximum(abs(dataset["clean"]), abs(dataset["corrupted"])) + 10 * drift
+    usable = abs(gap) > 1e-5 * np.maximum(abs(dataset["clean"]), abs(dataset[other])) + 10 * drift
     normalized = dataset["effect"] / gap.where(usable)
     normalized = normalized.transpose(*dataset["effect"].dims)
     close = sorted(
         {int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]}
     )
     dataset = dataset.assign(normalized=normalized)
-    dataset["normalized"].attrs["units"] = "fraction of the clean − corrupted difference"
+    dataset["normalized"].attrs.update(units=f"fraction of the clean − {other} difference", over=other)
     dataset.attrs["pairs_too_close"] = json.dumps(close)
     return dataset
 
@@ -276,8 +281,9 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean("pair", keep_attrs=True)
-    if {"clean", "corrupted"} <= set(effects.data_vars):
-        gap = (effects["clean"] - effects["corrupted"]).where(present).mean("pair")
+    if "normalized" in effects:
+        gap = (effects["clean"] - effects[effects["normalized"].attrs.get("over", "corrupted")]).where(present)
+        gap = gap.mean("pair")
         mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
         mean["normalized"].attrs = dict(effects["normalized"].attrs)
     status = effects["status"]

@@ -36,6 +36,28 @@ class Edit:
 
 
 @dataclass(slots=True)
+class EditedWorld:
+    """A clean or corrupted run with standing edits, which is a world of its own: a base and a source of values.
+
+    Attributes:
+        name: What it is called.
+        of: The world that it edits.
+        root: The pristine world below all edited ones: its prompts.
+        edits: What always happens in it, in the order of recording.
+        used: Whether a row or another world has used it, after which it cannot change.
+    """
+
+    name: WorldName
+    of: WorldName
+    root: WorldName
+    edits: list[Edit] = field(default_factory=list)
+    used: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))
+
+
+@dataclass(slots=True)
 class Row:
     """One patched forward for every pair: a base world, its edits, and the labels that place it in the result."""
 

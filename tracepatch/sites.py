@@ -85,6 +85,8 @@ _ALL = (
 COMPONENTS: Final[dict[str, Component]] = {c.name: c for c in _ALL}
 STAGES: Final[dict[str, int]] = {c.name: stage for stage, c in enumerate(_ALL)}
 """Where in a block a component acts; edits of one row act in this order within a layer."""
+SPLIT_READERS: Final = {"q_in": "q", "k_in": "k", "v_in": "v"}
+"""What single heads read of the stream, and what they make of it. Pristine, it is ``attn_in``, the same for all."""
 
 
 def component(name: str) -> Component:
@@ -300,3 +302,23 @@ def _along(site: Site, picked: Select, lengths: tuple[int, ...]) -> tuple[tuple[
         offenders = listing([f"pair {i}: {n} tokens, 0 to {n - 1} (or -{n} to -1)" for i, n in enumerate(lengths)])
         raise SiteError(f"{site}: {what} is in no prompt; the prompts have {tokens}.\n{offenders}")
     return found
+
+
+@lru_cache(maxsize=1 << 14)
+def shape_of(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, int], ...] | None:
+    """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions.
+
+    Args:
+        site: The place.
+        length: Tokens of the prompt.
+        units: Heads or neurons of that layer.
+        width: Size of the component's last dim.
+    """
+    kind = component(site.component)
+    sizes = {kind.place: len(site.pos.resolve(length) or ()), kind.unit: len(site.unit.resolve(units) or ())}
+    if kind.attends:
+        sizes["src"] = len(site.src.resolve(length) or ())
+    if not sizes[kind.place] or sizes.get("src") == 0:
+        return None
+    dims = [(dim, sizes[dim]) for dim in kind.index if dim != "layer" and not site.picked(dim).scalar]
+    return tuple(dims) if kind.dims[-1] in kind.index else (*dims, (kind.dims[-1], width))

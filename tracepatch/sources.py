@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from tracepatch.errors import RecipeError
 from tracepatch.sites import Site
 
-WorldName: TypeAlias = Literal["clean", "corrupted"]
+WorldName: TypeAlias = str  # "clean", "corrupted", or the name of an edited world
 OTHER: dict[str, WorldName] = {"clean": "corrupted", "corrupted": "clean"}
 
 
@@ -111,18 +111,45 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise(Source):
+    """Gaussian noise: drawn anew for each pair and site, and the same each time for the same seed.
+
+    Attributes:
+        scale: Its standard deviation, in the activation's own unit.
+        seed: Which draw.
+    """
+
+    scale: float
+    seed: int
+
+    def terms(self) -> Sum:
+        """The noise alone."""
+        return Sum((), None, ((1.0, self),))
+
+    def draw(self, place: str, shape: Sequence[int]) -> torch.Tensor:
+        """The noise of a shape at a place (any text), in float32."""
+        digest = hashlib.blake2b(f"{self.seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        return self.scale * torch.randn(tuple(shape), generator=generator)
+
+    def __str__(self) -> str:
+        return f"gaussian({self.scale:g}, seed={self.seed})"
+
+
+@dataclass(frozen=True, slots=True)
 class Sum(Source):
-    """Multiples of worlds' values, plus a constant."""
+    """Multiples of worlds' values, plus a constant, plus multiples of noise."""
 
     values: tuple[tuple[float, Value], ...]
     constant: Constant | None
+    noise: tuple[tuple[float, Noise], ...] = ()
 
     def terms(self) -> Sum:
         """Itself."""
         return self
 
     def __str__(self) -> str:
-        parts = [f"{value}" if factor == 1 else f"{factor:g}·{value}" for factor, value in self.values]
+        parts = [f"{one}" if factor == 1 else f"{factor:g}·{one}" for factor, one in (*self.values, *self.noise)]
         return " + ".join(parts + ([str(self.constant)] if self.constant or not parts else [])).replace("+ -1·", "- ")
 
 
@@ -208,16 +235,19 @@ def _number(factor: Any) -> float:
 
 
 def _plus(a: Sum, b: Sum) -> Sum:
+    values, noise = a.values + b.values, a.noise + b.noise
     if a.constant is None or b.constant is None:
-        return Sum(a.values + b.values, a.constant or b.constant)
+        return Sum(values, a.constant or b.constant, noise)
     try:
         total = a.constant.tensor + b.constant.tensor
     except RuntimeError as error:
         shapes = [list(c.tensor.shape) for c in (a.constant, b.constant)]
         raise RecipeError(f"Tensors of the shapes {shapes[0]} and {shapes[1]} cannot be added.") from error
-    return Sum(a.values + b.values, Constant.of(total))
+    return Sum(values, Constant.of(total), noise)
 
 
 def _times(a: Sum, factor: float) -> Sum:
     constant = None if a.constant is None else Constant.of(a.constant.tensor * factor)
-    return Sum(tuple((factor * f, value) for f, value in a.values), constant)
+    return Sum(
+        tuple((factor * f, value) for f, value in a.values), constant, tuple((factor * f, n) for f, n in a.noise)
+    )

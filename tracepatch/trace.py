@@ -347,6 +347,8 @@ def head_out(
         if not add:
             value = value - live
         changed.index_put_(cells, value[again], accumulate=True)
+        if keep:
+            kept[name].index_put_((rows, slots, units), value, accumulate=True)
         after.index_put_((rows, slots), value / scale, accumulate=True)
     return after
 
