@@ -87,6 +87,10 @@ class Slow:
         """The oracle's edits for a row."""
         return [*self.standing[row.base, pair], *self.translated(row.edits, row.base, pair)]
 
+    def edits_but(self, row: Row, pair: int, left_out: Iterable[str]) -> list[Edit]:
+        """The oracle's edits for a row, without those of some components."""
+        return self.translated([e for e in row.edits if e.site.component not in left_out], row.base, pair)
+
     def translated(self, edits: Iterable[Any], base: str, pair: int) -> list[Edit]:
         """Recorded edits as the oracle's."""
         found = []

@@ -17,8 +17,8 @@ from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
-from tracepatch.sites import COMPONENTS, component
-from tracepatch.trace import read
+from tracepatch.sites import COMPONENTS, SCALES, component
+from tracepatch.trace import norm_parts, read
 
 ROWS = 3  # prompts of the probe
 # The call that takes q, k and v, with the place of q among its arguments. nnsight counts assignments of a name too, so
@@ -28,6 +28,7 @@ SOFTMAX = ("nn_functional_softmax_0", "F_softmax_0", "F_softmax_1", "torch_cat_0
 WEIGHTED = ("nn_functional_dropout_0", "self_attn_dropout_0", "self_attention_dropout_0", "F_softmax_0", "F_softmax_1")
 INSIDE = ("q", "k", "v", "scores", "pattern")
 EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
+END = 10**9  # after all that passes by in the stack
 READERS = ("attn_in", "q_in", "k_in", "v_in", "mlp_in")
 
 
@@ -160,6 +161,8 @@ class Architecture:
         after = (c for c in calls if c.start > last.end and is_norm(c, self.d_model))
         self.final_norm = next((c.name for c in after if _equal(c.entering, last.leaving)), "")
         self._embed_width = embedding.leaving.shape[-1]
+        norms = {n for layer in self.layers for s in layer.sublayers for n in (s.pre_norm, s.post_norm) if n}
+        self._scalings = {n for n in (*norms, self.final_norm) if n and _is_division(blocks.by_name[n])}
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
 
     def _head_projection(self, module: Any, blocks: Blocks, layer: Layer) -> HeadProjection | str:
@@ -301,6 +304,8 @@ class Architecture:
                 )
             found = self._head_out[layer]
             return found if isinstance(found, str) else ""
+        if name in SCALES:
+            return self._why_no_scale(name, layer)
         if name in ("q_in", "k_in", "v_in"):
             return self.why_not(name[0], layer) or self.why_not("attn_in", layer)
         if name in INSIDE:
@@ -331,6 +336,23 @@ class Architecture:
         if mlp.kind == "moe":
             return "routed experts have no neurons of their own at a position"
         return "" if mlp.inner else "its MLP has no last projection"
+
+    def _why_no_scale(self, name: str, layer: int) -> str:
+        """As ``why_not``, of what a norm divides by."""
+        if name == "logits_in_scale":
+            norm, branch = self.final_norm, None
+        else:
+            branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
+            if branch is None:
+                return "it has no " + ("MLP" if name.startswith("mlp") else "attention")
+            if name.endswith("in_scale") and not branch.reads:
+                return self.why_not(name.removesuffix("_scale"), layer)
+            norm = branch.pre_norm if name.endswith("in_scale") else branch.post_norm
+        if not norm:
+            return "there is no norm"
+        if branch is not None and name.endswith("out_scale") and branch.out and branch.out.scale != 1:
+            return "what the norm gives is multiplied before it is added to the stream"
+        return "" if norm in self._scalings else "its norm is no division by one number a position"
 
     def offers(self, name: str, layer: int) -> bool:
         """Whether a component is proved at a layer."""
@@ -380,6 +402,17 @@ class Architecture:
         assert found is not None, f"{name} is not offered at layer {layer}"
         return found
 
+    def scaled(self, name: str, layer: int) -> tuple[Place, str, Place]:
+        """Of a norm whose scale is a component: what it takes, its path, and where what it gives is written."""
+        if name == "logits_in_scale":
+            norm = self.final_norm
+            return Place(norm, "input", order=END), norm, Place(norm, "output", order=END + 1)
+        if name in ("attn_in_scale", "mlp_in_scale"):
+            return self.reader(name.removesuffix("_scale"), layer)
+        branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
+        assert branch is not None and branch.out is not None  # noqa: PT018  # for mypy
+        return Place(branch.post_norm, "input", order=branch.out.order - 0.5), branch.post_norm, branch.out
+
     def reader(self, name: str, layer: int) -> tuple[Place, str, Place]:
         """Of a branch that reads the stream: where the stream passes by, its norm, and where it takes what it reads."""
         branch = self.mlp(layer) if name == "mlp_in" else self.attention(layer)
@@ -409,6 +442,7 @@ class Architecture:
             "neuron": self.layers[layer].width,
             "d_head": self._head_width(name, attention),
             "src": 0,  # as many as the prompt has tokens
+            "scale": 1,
         }
         return sizes[component(name).dims[-1]]
 
@@ -574,6 +608,17 @@ def _is_scaling(norm: Call) -> bool:
         weighted = x * norm.module(torch.ones_like(x))
     factor = (y * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
     return _close(factor * weighted, y, 4 * resolution(x.dtype))
+
+
+def _is_division(norm: Call) -> bool:
+    """Whether a norm is (its input, centred or not) × weight ÷ (one number a position) + bias."""
+    x, y = norm.entering, norm.leaving
+    assert x is not None and y is not None  # noqa: PT018  # for mypy
+    with torch.no_grad():
+        weight, bias, centred = norm_parts(norm.module, "", x.float())
+        spread = (x.float() - x.float().mean(-1, keepdim=True) if centred else x.float()) * weight
+        factor = ((y.float() - bias) * spread).sum(-1, keepdim=True) / (spread * spread).sum(-1, keepdim=True)
+    return _close(factor * spread + bias, y.float(), 4 * resolution(x.dtype))
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor) -> bool:

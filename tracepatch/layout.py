@@ -17,7 +17,7 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
 from tracepatch.plan import EAGER, Job, Term, Write, streams
-from tracepatch.sites import SPLIT_READERS, STAGES, component
+from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""
@@ -65,10 +65,14 @@ def stops(
             stream, norm, place = architecture.reader(name, layer)
             tasks[stream].append((FIRST, ("aside", (name, layer))))
             tasks[place].append((stage, ("reader", (name, layer), *task, (name, layer), norm)))
+        elif name in SCALES:
+            stream, norm, place = architecture.scaled(name, layer)
+            aside = (name.removesuffix("_scale"), layer)
+            tasks[stream].append((FIRST, ("aside", aside)))
+            tasks[place].append((stage, ("scale", (name, layer), *task, aside, norm, *_owners(name, layer, shadows))))
         elif name in SPLIT_READERS:
             stream, norm, place = architecture.reader(name, layer)
-            if ("attn_in", layer) not in keep | set(writes):
-                tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
+            tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
             edited, seats, taken = shadows[name, layer]
             tasks[place].append(
                 (stage, ("shadows", ("attn_in", layer), norm, architecture.units(name, layer), *edited, *seats))
@@ -126,6 +130,18 @@ def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[An
             ),
         )
     )
+
+
+def _owners(name: str, layer: int, shadows: dict[Key, Shadows]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shadow rows that read through a norm, and the rows that they belong to."""
+    seats: list[int] = []
+    owners: list[int] = []
+    for split in SPLIT_READERS if name == "attn_in_scale" else ():
+        if (split, layer) in shadows:
+            (rows, _), (reading, members, _), _ = shadows[split, layer]
+            seats += reading.tolist()
+            owners += rows[members].tolist()
+    return tuple(seats), tuple(owners)
 
 
 def columns(

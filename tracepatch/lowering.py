@@ -27,9 +27,10 @@ from tracepatch.sites import SPLIT_READERS, STAGES, Site, component, shape_of
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
 # What attention of the same layer carries to other positions.
-CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "k", "v"})
-LOCAL = frozenset({"embed", "resid_pre", "attn_in"})  # in layer 0 of its own token alone, where the probe proved it
-LAST = frozenset({"logits_in", "logits"})  # after the last layer
+CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_scale", "k", "v"})
+# What in layer 0 depends on its own token alone, where the probe proved it.
+LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
+LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ def _canonical(site: Site, depth: int) -> tuple[str, int]:
         return "resid_pre", site.layer + 1
     if site.component == "logits_in":
         return "resid_pre", depth
+    if site.component == "logits_in_scale":
+        return site.component, depth
     return site.component, site.layer
 
 

@@ -6,6 +6,7 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from itertools import product
 from types import TracebackType
@@ -20,8 +21,10 @@ from tracepatch.rows import RESERVED, Edit, EditedWorld, Label, Row, counted_fro
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
+    SCALES,
     SPLIT_READERS,
     Component,
+    Select,
     Site,
     component,
     layers_of,
@@ -309,6 +312,17 @@ class Recorder:
             self.architecture.width(site.component, site.layer),
         )
 
+    @staticmethod
+    def _require_separate(row: Row) -> None:
+        """What a head writes is taken with the live scale of the norm after it, so that cannot be edited beside it."""
+        names = {(e.site.component, e.site.layer) for e in row.edits}
+        both = [layer for name, layer in names if name == "head_out" and ("attn_out_scale", layer) in names]
+        if both:
+            raise RecipeError(
+                f"row({row.described}): head_out and attn_out_scale of layer {both[0]} cannot be edited in one row, as "
+                "what a head writes depends on that scale. Edit z instead of head_out."
+            )
+
     def finish(self, row: Row) -> None:
         """Checks a finished row and keeps it."""
         if row.renormalize and not any(e.renormalize for e in row.edits):
@@ -320,6 +334,7 @@ class Recorder:
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base."
             )
+        self._require_separate(row)
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self.lengths)
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
@@ -358,8 +373,34 @@ class World:
         index = ", ".join(component(name).index)
         raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
 
+    def freeze(self, *names: str, at: World | None = None, layers: Any = ALL) -> None:
+        """Holds components at a world's values: in a row, or as standing edits of an edited world.
+
+        Args:
+            names: Components, such as ``"pattern"``; ``"norms"`` for what every norm of the model divides by.
+            at: The world whose values are held; without it, those of the world that is edited.
+            layers: Which layers, as an index; all that have the component by default.
+
+        Raises:
+            ComponentError: No layer has it.
+        """
+        recorder, standing = self._recorder, self._recorder.edited.get(self._name)
+        if at is None:
+            at = World(recorder, standing.of) if standing and recorder._open is None else self
+        architecture = recorder.architecture
+        for name in itertools.chain.from_iterable(SCALES if name == "norms" else (name,) for name in names):
+            kind = component(name)
+            picked = layers if isinstance(layers, Select) else select(layers, "layer")
+            chosen = layers_of(kind, picked, len(architecture))
+            offered = [layer for layer in chosen if architecture.offers(name, layer)]
+            if not offered and "norms" not in names:
+                architecture.require(name, chosen[0])
+            for layer in offered:
+                index = (layer, *[slice(None)] * (len(kind.index) - 1)) if kind.layered else slice(None)
+                getattr(self, name)[index] = getattr(at, name)[index]
+
     def __dir__(self) -> list[str]:
-        return list(COMPONENTS)
+        return ["freeze", *COMPONENTS]
 
 
 class _Activations:

@@ -66,22 +66,28 @@ _ALL = (
     Component("q_in", _HEAD, ("pos", "head", "d_model"), "what a head's query alone reads of the stream"),
     Component("k_in", _KV_HEAD, ("pos", "kv_head", "d_model"), "what a head's key alone reads of the stream"),
     Component("v_in", _KV_HEAD, ("pos", "kv_head", "d_model"), "what a head's value alone reads of the stream"),
+    Component("attn_in_scale", _POS, ("pos", "scale"), "what the norm that attention reads through divides by"),
     Component("q", _HEAD, ("pos", "head", "d_head"), "queries as attention takes them: after norms and rotation"),
     Component("k", _KV_HEAD, ("pos", "kv_head", "d_head"), "keys as attention takes them: after norms and rotation"),
     Component("v", _KV_HEAD, ("pos", "kv_head", "d_head"), "values as attention takes them"),
     Component("scores", _WEIGHT, _WEIGHT[1:], "attention scores as the softmax takes them; masked ones stay"),
     Component("pattern", _WEIGHT, _WEIGHT[1:], "attention weights, after the softmax"),
     Component("z", _HEAD, ("pos", "head", "d_head"), "pattern-weighted values of a head, before W_O"),
+    Component("attn_out_scale", _POS, ("pos", "scale"), "what the norm that attention writes through divides by"),
     Component("head_out", _HEAD, ("pos", "head", "d_model"), "what one head writes to the stream, z · W_O"),
     Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
     Component("mlp_in", _POS, ("pos", "d_model"), "what the MLP alone reads of the stream, before its norm"),
+    Component("mlp_in_scale", _POS, ("pos", "scale"), "what the norm that the MLP reads through divides by"),
     Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
+    Component("mlp_out_scale", _POS, ("pos", "scale"), "what the norm that the MLP writes through divides by"),
     Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
     Component("resid_post", _POS, ("pos", "d_model"), "residual stream leaving a block"),
     Component("logits_in", ("pos",), ("pos", "d_model"), "what the final norm and the unembedding read"),
+    Component("logits_in_scale", ("pos",), ("pos", "scale"), "what the final norm divides by"),
     Component("logits", ("pos",), ("pos", "vocab"), "the model's output"),
 )
+SCALES: Final = tuple(c.name for c in _ALL if c.dims[-1] == "scale")
 COMPONENTS: Final[dict[str, Component]] = {c.name: c for c in _ALL}
 STAGES: Final[dict[str, int]] = {c.name: stage for stage, c in enumerate(_ALL)}
 """Where in a block a component acts; edits of one row act in this order within a layer."""

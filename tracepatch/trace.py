@@ -92,7 +92,7 @@ def read(model: Any, places: list[Any], ids: torch.Tensor) -> list[torch.Tensor]
 
 def module_at(model: Any, path: str) -> Any:
     """The envoy of a module."""
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         model = model[int(part)] if part.isdigit() else getattr(model, part)
     return model
 
@@ -152,6 +152,8 @@ def perform(
         return weights(task, x, known, kept)
     if task[0] == "reader":
         return reader(model, task, x, known, kept)
+    if task[0] == "scale":
+        return scaled(model, task, x, known, kept)
     if task[0] == "shadows":
         return shadows(model, task, x, known, kept)
     if task[0] == "from_shadows":
@@ -246,9 +248,53 @@ def shadows(
     rows, seats, members, units = on(x.device, (rows, seats, members, units))
     live = kept["aside", stream][rows]
     after = edited(live[:, :, None].expand(-1, -1, count, -1).contiguous(), writes, known)
-    x = x.clone()
-    x[seats] = normed(model, norm, after[members, :, units])
+    x, whole = x.clone(), kept["aside", stream].clone()
+    whole[seats] = after[members, :, units]
+    kept["aside", stream] = whole
+    x[seats] = normed(model, norm, whole[seats])
     return x
+
+
+def scaled(
+    model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> torch.Tensor:
+    """Keeps, or edits, what a norm divides by; x is the stream behind that norm, or what its reader takes of it."""
+    _, name, writes, keep, stream, norm, seats, owners = task
+    entering = kept["aside", stream].float()
+    weight, bias, centred = norm_parts(model, norm, entering)
+    spread = (entering - entering.mean(-1, keepdim=True) if centred else entering) * weight
+    squared = (spread * spread).sum(-1, keepdim=True)
+    # Shadow rows divide by what the rows do that they belong to, so x is not asked what was divided by.
+    plain = normed(model, norm, kept["aside", stream]).float()
+    before = squared / ((plain - bias) * spread).sum(-1, keepdim=True)
+    before = torch.where(squared == 0, torch.ones_like(before), before)
+    after = edited(before, writes, known)
+    if keep:
+        kept[name] = after.clone()
+    if after is before:
+        return x
+    x = x.clone()
+    for write in writes:
+        rows, slots = on(x.device, write[1][:2])
+        x[rows, slots] = (spread[rows, slots] / after[rows, slots] + bias).to(x.dtype)
+        for seat, owner in zip(seats, owners):  # noqa: B905  # of equal length
+            own = slots[rows == owner]
+            x[seat, own] = (spread[seat, own] / after[owner, own] + bias).to(x.dtype)
+    return x
+
+
+def norm_parts(model: Any, norm: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A norm's weight and bias ``[d_model]``, and whether it subtracts the mean, as three of its outputs show."""
+    envoy, width, dtype = module_at(model, norm), like.shape[-1], next(module_at(model, norm).parameters(), like).dtype
+    sign = torch.ones(width, device=like.device)
+    sign[1::2] = -1
+    if width % 2:  # the sum must be 0, and no entry
+        sign[0], sign[-1] = 2.0, -1.0
+        sign[2:-1:2] = 1.0
+    size = sign.square().mean().sqrt()
+    given = torch.stack([torch.zeros_like(sign), 100 * sign, 100 * torch.ones_like(sign)])[None].to(dtype)
+    bias, signed, same = envoy(given).float()[0]
+    return (signed - bias) / sign * size, bias, bool((same - bias).abs().max() < 0.01 * (signed - bias).abs().max())
 
 
 def on(device: Any, indices: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
