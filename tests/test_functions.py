@@ -114,3 +114,17 @@ def test_functions_are_not_added_to(gpt2: Any, pairs: tp.Pairs) -> None:
     p = tp.patching(gpt2, pairs)
     with pytest.raises(errors.RecipeError, match="do the arithmetic inside the function"), p.row():
         p.corrupted.z[1, :, 2] = p.clean.z[1, :, 2] + (lambda live: live)
+
+
+def test_a_function_takes_the_live_value_after_the_rows_earlier_edits_of_the_same_site(
+    gpt2: Any, pairs: tp.Pairs
+) -> None:
+    """Setting what a function then reads is not overridden by it: the function needs it."""
+    with tp.patching(gpt2, pairs) as p:
+        with p.row(name="both"):
+            p.corrupted.z[1, :, 2] = p.clean.z[1, :, 2]
+            p.corrupted.z[1, :, 2] = lambda live: 2 * live
+        with p.row(name="at once"):
+            p.corrupted.z[1, :, 2] = 2 * p.clean.z[1, :, 2]
+    value = p.run()["value"]
+    np.testing.assert_allclose(value.sel(name="both"), value.sel(name="at once"), atol=1e-5)

@@ -252,7 +252,7 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
     """A later `=` overrides what the row wrote there before."""
     kept: list[Write] = []
     for write in writes:
-        if not write.add:
+        if not (write.add or write.function is not None or write.renormalize):  # those depend on what was there
             for i, before in enumerate(kept):
                 if (before.component, before.layer) != (write.component, write.layer):
                     continue
