@@ -50,7 +50,7 @@ class Row:
     labels: dict[str, Label]
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
-    _script: Callable[[Row, int, str | None], str] | None = field(default=None, repr=False, compare=False)
+    _script: Callable[[Row, int, str | None], str] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def described(self) -> str:
@@ -59,21 +59,21 @@ class Row:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The fixed tensors of its edits."""
+        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
         return [e.tensor for e in self.edits if e.tensor is not None]
 
     @property
     def functions(self) -> list[Callable[..., torch.Tensor]]:
-        """The functions of its edits."""
+        """The functions of its edits, in the order of the edits."""
         return [e.source.function for e in self.edits if isinstance(e.source, Function)]
 
     def as_nnsight(self, pair: int = 0, metric: str | None = None) -> str:
         """The row on one pair as a short script of plain nnsight, to check us by, to learn from and to start from.
 
         The text is a Python module that needs torch and nnsight only. Its ``patched(model)`` takes the nnsight model
-        and returns the metric's value, which is the plan's, and the logits ``[pos, vocab]``. What cannot be written
-        down is passed: ``tensors=row.tensors`` (those of more than a few numbers), ``functions=row.functions``, and
-        ``metric=p.metrics[0]`` where it is a function of yours; the text says so.
+        and returns the metric's value, the plan's up to rounding, and the logits ``[pos, vocab]``. What cannot be
+        written down is passed: ``tensors=row.tensors`` (those of more than a few numbers),
+        ``functions=row.functions``, and ``metric=p.metrics[0]`` where it is a function of yours; the text says so.
 
         Write it to a file and import that: nnsight reads the source of a trace from its file, so ``exec`` does not do,
         and it reads a file once in a session, so that every script needs a name of its own.
