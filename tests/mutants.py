@@ -65,6 +65,11 @@ MUTANTS = (
     Mutant("the metric reads one position too early", "metrics", "LAST = Select((-1,), scalar=True)", "LAST = Select((-2,), scalar=True)", ("test_metrics.py", "test_oracle.py")),
     Mutant("padding counts as an answer", "metrics", "    return picked * (ids >= 0)[:, None]", "    return picked", ("test_metrics.py",)),
     Mutant("the BOS token stands there twice", "tokens", "return ids if policy.prefix and ids[: len(policy.prefix)] == policy.prefix else policy.prefix + ids", "return policy.prefix + ids", ("test_prompts.py",)),
+    Mutant("a script counts the bias for every head", "spelling", " - project(torch.zeros_like(alone).flatten(-2))", "", ("test_scripts.py",)),
+    Mutant("a script forgets multipliers when it writes", "spelling", "    value += _over(scale or place.scale)\n", "", ("test_scripts.py",)),
+    Mutant("a script sets where a row adds", "scripts", "{'+=' if edit.add else '='}", "=", ("test_scripts.py",)),
+    Mutant("a script visits places in the order of the edits", "scripts", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
+    Mutant("heads and positions of a source fall together in a script", "scripts", " and len(positions) > 1", " and False", ("test_scripts.py",)),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
 from tracepatch.results import Result, to_result
+from tracepatch.scripts import script
 from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
 
@@ -69,6 +71,16 @@ class Patching(Recorder):
         if error is None:
             self._plan = self.make_plan()
             self._ended = True
+            # Without the model: rows may outlive it.
+            write = partial(
+                script,
+                architecture=self.architecture,
+                encoded=self.encoded,
+                metrics=self.metrics,
+                model=name_of(self.model),
+            )
+            for row in self.rows:
+                row._script = write
 
     def make_plan(self) -> Plan:
         """The plan of the rows recorded so far."""

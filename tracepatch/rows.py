@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
 from tracepatch.sites import UNITS, Select, Site, component
-from tracepatch.sources import Source, WorldName
+from tracepatch.sources import Function, Source, WorldName
 
 Label: TypeAlias = int | float | str
 # Names that results use themselves.
@@ -33,6 +36,12 @@ class Edit:
     def __str__(self) -> str:
         after = ", renormalized" if self.renormalize else ""
         return f"{self.site} {'+=' if self.add else '='} {self.source}{after}"
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The fixed tensor that it writes, alone or in a sum; ``None`` if there is none, or it is one number."""
+        constant = None if isinstance(self.source, Function) else self.source.terms().constant
+        return None if constant is None or not constant.tensor.shape else constant.tensor
 
 
 @dataclass(slots=True)
@@ -66,11 +75,48 @@ class Row:
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
     renormalize: bool = False
+    _script: Callable[[Row, int, str | None], str] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def described(self) -> str:
         """The labels as they were written."""
         return ", ".join(f"{k}={v!r}" for k, v in self.labels.items())
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
+        return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def functions(self) -> list[Callable[..., torch.Tensor]]:
+        """The functions of its edits, in the order of the edits."""
+        return [e.source.function for e in self.edits if isinstance(e.source, Function)]
+
+    def as_nnsight(self, pair: int = 0, metric: str | None = None) -> str:
+        """The row on one pair as a short script of plain nnsight, to check us by, to learn from and to start from.
+
+        The text is a Python module that needs torch and nnsight only. Its ``patched(model)`` takes the nnsight model
+        and returns the metric's value, the plan's up to rounding, and the logits ``[pos, vocab]``. What cannot be
+        written down is passed: ``tensors=row.tensors`` (those of more than a few numbers),
+        ``functions=row.functions``, and ``metric=p.metrics[0]`` where it is a function of yours; the text says so.
+
+        Write it to a file and import that: nnsight reads the source of a trace from its file, so ``exec`` does not do,
+        and it reads a file once in a session, so that every script needs a name of its own.
+
+        Args:
+            pair: Number of the pair; positions and tokens are those of its prompts.
+            metric: Name of the metric to compute; the first one otherwise.
+
+        Raises:
+            RecipeError: The recording has not ended, there is no such pair or metric, the pair lacks the row's
+                positions, or the row holds what no script is written for.
+        """
+        if self._script is None:
+            raise RecipeError(
+                f"row({self.described}) has no script yet: the recording has not ended. "
+                "Ask for it after the `with tp.patching(...)` block."
+            )
+        return self._script(self, pair, metric)
 
     def __str__(self) -> str:
         return f"row({self.described}): " + "; ".join(f"{self.base}.{e}" for e in self.edits)

@@ -1,0 +1,406 @@
+"""Rows as plain nnsight scripts: each is written to a file, imported and run, and must give the plan's number."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ioi_pairs, toy
+from slow import made_up_pairs
+from tiny_models import ALL, ENCODER_DECODER, build, tokenizer
+
+import tracepatch as tp
+from tracepatch import errors, scripts, spelling
+from tracepatch.calls import Place
+from tracepatch.sources import OTHER
+
+NINE = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "granite", "opt", "bloom", "mixtral")
+
+
+def run(text: str, file: Path, model: Any, **given: Any) -> tuple[float, torch.Tensor]:
+    """What a script's ``patched`` returns. Each file has a name of its own, as the script's header asks for."""
+    assert not file.exists()
+    file.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    value, logits = module.patched(model, **given)
+    return value, logits
+
+
+def values(p: tp.Patching, pair: int, metric: str | None = None) -> np.ndarray:
+    """The plan's numbers, one a row; the rows are labelled ``number``."""
+    found = p.run()["value"]
+    return (found if metric is None else found.sel(metric=metric)).sel(pair=pair).values
+
+
+def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metric: str | None = None) -> float:
+    """Runs every row's script; the largest difference between two rows' numbers says that there was something to see."""
+    wanted = values(p, pair, metric)
+    scale = 1 + np.abs(wanted).max()
+    for row, number in zip(p.rows, wanted, strict=True):
+        text = row.as_nnsight(pair, metric)
+        assert "tracepatch" not in text.split("import torch\n")[1], "the code needs nothing of ours"
+        assert {line for line in text.splitlines() if "import " in line and line[0] != "#"} == {
+            "import nnsight",
+            "import torch",
+        }
+        if shortest:
+            assert text.count("\n") < 60, text
+        file = folder / f"row_{row.number}_pair_{pair}_{row.base}_{metric}.py"
+        given = {n: v for n, v in (("functions", row.functions), ("tensors", row.tensors)) if f"{n}=" in text}
+        if "metric=" in text:
+            given["metric"] = p.metrics[[m.name for m in p.metrics].index(metric) if metric else 0]
+        found, logits = run(text, file, p.model, **given)
+        assert logits.shape == (p.encoded.lengths[pair], p.architecture.vocab)
+        assert abs(found - number) < 1e-5 * scale, f"{row}: {found} instead of {number}\n{text}"
+    return float(np.ptp(wanted))
+
+
+def record(p: tp.Patching, name: str, base: str) -> None:
+    """Rows that set, add and zero a component: all positions in its first layer, single and several ones in its last."""
+    kind, live, other = tp.COMPONENTS[name], getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+    layers = [n for n in range(len(p.architecture)) if p.architecture.offers(name, n)]
+    sites: list[Any] = []
+    for number, (pos, layer) in enumerate(((slice(None), layers[0]), (-1, layers[-1]), ([0, 4], layers[-1]))):
+        units = p.architecture.units(name, layer)
+        unit = (units - 1, [0, units - 1] if units > 1 else 0, slice(None))[number]
+        sites.append((*((layer,) if kind.layered else ()), pos, *((unit,) if kind.unit else ())))
+    for number, site in enumerate(sites):
+        with p.row(number=3 * number):
+            live[site] = other[site]
+        if number == 2:
+            break
+        with p.row(number=3 * number + 1):
+            live[site] += 0.5 * other[site] - 0.5 * live[site]
+        with p.row(number=3 * number + 2):
+            live[site] = 0
+
+
+def every_component(model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path) -> list[str]:
+    """The scripts of all components that are offered, against the plan; returns those that moved the metric."""
+    moved = []
+    for name in tp.COMPONENTS:
+        if not any(tp.Architecture(model).offers(name, n) for n in range(2)):
+            continue
+        with tp.patching(model, pairs) as p:
+            record(p, name, base)
+        (folder / name).mkdir()
+        if agree(p, pair, folder / name, shortest=True) > 1e-3:
+            moved.append(name)
+    return moved
+
+
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+def test_every_component_in_both_directions(base: str, tmp_path: Path) -> None:
+    assert every_component(toy("gpt2"), ioi_pairs(2), base, 1, tmp_path) == list(tp.COMPONENTS)
+
+
+@pytest.mark.parametrize(("name", "base"), [("gpt_neox", "clean"), ("llama", "corrupted"), ("gemma2", "clean")])
+def test_every_component_of_the_other_toys(name: str, base: str, tmp_path: Path) -> None:
+    assert len(every_component(toy(name), ioi_pairs(2), base, 0, tmp_path)) >= 12
+
+
+@pytest.mark.parametrize(("model_type", "base"), [(t, ("corrupted", "clean")[i % 2]) for i, t in enumerate(NINE)])
+def test_every_component_of_nine_architectures(model_type: str, base: str, tmp_path: Path) -> None:
+    """Multipliers, norms behind attention, blocks that return tuples, flat MLPs, grouped heads, experts."""
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    moved = every_component(
+        model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, (0, 2)[base == "clean"], tmp_path
+    )
+    assert len(moved) >= 9, moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize("model_type", [t for t in ALL if t not in ENCODER_DECODER])
+def test_every_component_of_all_decoders(model_type: str, base: str, tmp_path: Path) -> None:
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    assert every_component(model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, 2, tmp_path)
+
+
+def test_every_component_has_words() -> None:
+    assert set(spelling.STOPS) == set(tp.COMPONENTS)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "granite", "mixtral"])
+@pytest.mark.parametrize("base", ["corrupted", "clean"])
+def test_many_edits_in_one_row(model_type: str, base: str, tmp_path: Path) -> None:
+    """Every component at once, written in the wrong order; several edits at one place, of which later ones see earlier."""
+    model = tp.load(build(model_type, layers=3), tokenizer())
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
+        mine, other = getattr(p, base), getattr(p, OTHER[base])
+        found = [n for n in tp.COMPONENTS if p.architecture.offers(n, 1)]
+        with p.row(number=0):
+            for name in reversed(found):
+                site = (1, slice(2, None)) if tp.COMPONENTS[name].layered else (slice(2, None),)
+                getattr(mine, name)[site] += 0.3 * getattr(other, name)[site]
+        with p.row(number=1):
+            mine.resid_pre[2, 4] += 0.5 * other.resid_pre[2, 4]  # the same place as resid_post[1]
+            mine.resid_post[1, 4] = 2 * other.resid_post[1, 4]
+            mine.resid_pre[2, 4:] += 0.25
+        with p.row(number=2):
+            mine.head_out[1, 3:, 2] = other.head_out[1, 3:, 2]
+            mine.head_out[1, -1, [2, 3]] += 0.5
+            mine.z[1, :, 2] = 0
+            mine.attn_out[1, -1] += other.head_out[1, -1, 0]
+        with p.row(number=3):
+            mine.resid_mid[1, -1] = other.resid_mid[1, -1]
+            mine.resid_pre[1, 5] = 0
+            mine.head_out[1, -1] = 0
+        with p.row(number=4):
+            mine.v[1, 1:3, 0] = other.v[2, 1:3, 1]
+            mine.k[1, 1:3, 0] = other.k[2, 1:3, 1]
+            mine.q[1, 1:, 0] = 2 * other.q[2, 1:, 1]
+            mine.logits[-1] = 3 * mine.logits[-1] - other.logits[0]
+    assert agree(p, 2, tmp_path) > 1e-3
+
+
+def test_dims_line_up_as_in_a_recipe(gpt2: Any, tmp_path: Path) -> None:
+    """Single positions and heads broadcast to several, whichever way they were written."""
+    with tp.patching(gpt2, ioi_pairs(2)) as p:
+        mine, clean = p.corrupted, p.clean
+        sums = [
+            (mine.z, (1, slice(3, None), [1, 2]), clean.z[1, -1, 0]),
+            (mine.z, (1, slice(3, None), [1, 2]), clean.z[1, 3:, 0]),
+            (mine.z, (1, slice(3, None), [1, 2]), clean.z[1, [9], [0, 3]]),
+            (mine.z, (1, [3, 9], [1, 3]), clean.z[1, [9, 3], [3, 1]]),
+            (mine.z, (1, -1), clean.z[1, [9], [0]]),
+            (mine.z, (1, [9], slice(None)), clean.z[1, 8]),
+            (mine.z, (1, slice(None, None, 3), 2), clean.z[1, [0, 4, 2, 7, 1], [0]]),
+            (mine.head_out, (1, slice(3, None)), clean.resid_pre[1, 3:] - mine.resid_pre[1, -1]),
+            (mine.head_out, (1, slice(3, None), [0, 2]), clean.attn_out[1, [9]]),
+            (mine.head_out, (1, -1, [0, 2]), clean.attn_out[1, -1] + 0.5 * clean.head_out[1, -1, [1, 3]]),
+            (mine.resid_mid, (1, slice(8, None)), clean.head_out[1, 8:, 2] - clean.head_out[0, 9, [1]]),
+            (mine.mlp_act, (1, slice(3, None)), clean.mlp_act[1, 3:, 7]),
+            (mine.mlp_act, (1, slice(3, None), [1, 2]), clean.mlp_act[1, -1, 4] - clean.mlp_act[1, 3:, [1, 5]]),
+            (mine.mlp_act, (1, -1, slice(4, 40, 4)), 0.1 - clean.mlp_act[1, -1, 5:14]),
+            (mine.embed, (slice(3, None),), clean.resid_post[1, 3:]),
+            (mine.logits, (-1,), -clean.logits[0]),
+        ]  # fmt: skip
+        for number, (live, site, source) in enumerate(sums):
+            with p.row(number=2 * number):
+                live[site] = source
+            with p.row(number=2 * number + 1):
+                live[site] += source
+    assert agree(p, 0, tmp_path) > 1
+
+
+def test_tensors_are_written_out_or_passed(gpt2: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ones = [torch.randn(*shape, generator=generator) for shape in ((64,), (14, 64), (4, 16), (2, 1, 16), (1, 4, 64))]
+    with tp.patching(gpt2, ioi_pairs(2)) as p:
+        with p.row(number=0):
+            p.corrupted.mlp_act[1, -1, [3, 5]] = torch.tensor([0.1, 20.0])
+            p.corrupted.resid_pre[1, 9] = ones[0]
+            p.corrupted.resid_pre[2, :] += ones[1]
+        with p.row(number=1):
+            p.corrupted.mlp_act[1, 8:, 3:5] = p.clean.mlp_act[1, 8:, 3:5] + np.array([[1.0, 2.0]] * 6)
+        with p.row(number=2):
+            p.corrupted.z[1, -1] = ones[2] - 2 * p.clean.z[1, -1]
+        with p.row(number=3):
+            p.corrupted.z[1, [3, 9], [0, 3]] = ones[3]
+        with p.row(number=4):
+            p.corrupted.head_out[1, [9], :] += ones[4] + 1
+    assert agree(p, 1, tmp_path) > 0.1
+    first, second = p.rows[0].as_nnsight(), p.rows[1].as_nnsight()
+    assert "mlp_act.new_tensor([0.10000000149011612, 20])" in first
+    assert "= tensors[1].to(resid_pre)" in first
+    assert "+= tensors[2].to(resid_pre)" in first
+    assert "patched(model, tensors=p.rows[0].tensors)" in first
+    assert [t.shape for t in p.rows[0].tensors] == [(2,), (64,), (14, 64)]
+    assert "tensors" in second, "twelve numbers are too many to be read"
+
+
+def test_functions_are_passed(gpt2: Any, tmp_path: Path) -> None:
+    with tp.patching(gpt2, ioi_pairs(2)) as p:
+        with p.row(number=0):
+            p.corrupted.z[1, :, 3] = lambda live: live - live.mean(1, keepdim=True)
+        with p.row(number=1):
+            p.corrupted.attn_out[0, 4:] = torch.zeros_like
+            p.corrupted.head_out[1, -1, [0, 2]] += lambda live, clean, corrupted: clean - corrupted + 0.1 * live
+            p.corrupted.mlp_out[1, [3, -1]] = lambda live, clean, corrupted: live.flip(1) + clean
+        with p.row(number=2):
+            p.corrupted.z[1, [3, -1], [1, 2]] = lambda live, clean, corrupted: clean.flip(1, 2)
+    assert agree(p, 0, tmp_path) > 0.1
+    assert "functions[1](head_out[:, 13, [0, 2]], clean_head_out_1[:, 13, [0, 2]]" in p.rows[1].as_nnsight()
+    alone = tp.Pairs("When John and Mary went to the store, John gave the bag to", answer=" Mary", wrong=" John")
+    with tp.patching(gpt2, alone) as p, p.row(number=0):
+        p.clean.z[1, :, 0] = lambda live, clean, corrupted: clean * (0 if corrupted is None else 1)
+    (tmp_path / "alone").mkdir()
+    agree(p, 0, tmp_path / "alone")
+
+
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.max(-1).values
+
+
+def further(logits: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    following = logits.log_softmax(-1).gather(-1, given["next"][..., None])[..., 0]
+    return (following - given["corrupted"].max(-1).values).sum(1) + logits[:, 0].gather(-1, given["wrong"]).sum(-1)
+
+
+@pytest.mark.parametrize("at", [None, 3, -2, [2, 5], slice(None)])
+@pytest.mark.parametrize("answers", [1, 2])
+def test_every_metric(answers: int, at: Any, tmp_path: Path) -> None:
+    model = tp.load(build("gpt2", layers=2), tokenizer())
+    words = made_up_pairs([f"w{i}" for i in range(30, 60)])
+    right, wrong = ([[a, f"w{7 + i}"][:answers] for i, (a,) in enumerate(side)] for side in (words.answer, words.wrong))
+    pairs = tp.Pairs(words.clean, words.corrupted, right, wrong)
+    built_in: list[tp.Metric] = [tp.logit_diff, tp.logit, tp.prob, tp.log_prob, tp.rank, tp.kl]
+    built_in += [tp.cross_entropy] if answers == 1 else []  # after the last token stands the answer
+    mine: list[tp.Metric] = [
+        tp.metric(largest),
+        tp.metric(further, positions=[0, 3], needs=("next", "corrupted", "wrong")),
+    ]
+    metrics = [m if at is None else m.at(at) for m in built_in] + [
+        m if at is None or i else m.at(at) for i, m in enumerate(mine)
+    ]
+    with tp.patching(model, pairs, metrics) as p, p.row(number=0):
+        p.clean.resid_pre[0, :] = p.corrupted.resid_pre[1, :]
+    for metric in metrics:
+        agree(p, 2, tmp_path, metric=metric.name)
+    assert f"metric=p.metrics[{len(built_in)}]" in p.rows[0].as_nnsight(metric="largest")
+    with pytest.raises(errors.RecipeError, match="no metric 'loss' here; there is logit_diff, logit"):
+        p.rows[0].as_nnsight(metric="loss")
+
+
+def test_one_script_word_for_word(gpt2: Any) -> None:
+    pairs = tp.Pairs(
+        "When John and Mary went to the store, John gave the bag to",
+        "When John and Mary went to the store, Mary gave the bag to",
+        " Mary",
+        " John",
+    )
+    with tp.patching(gpt2, pairs) as p, p.row(layer=1, head=3):
+        p.corrupted.z[-2, -1, 3] = p.clean.z[1, -1, 3]
+    assert p.rows[0].as_nnsight() == GOLDEN
+
+
+GOLDEN = '''\
+# Row 0 (layer=1, head=3) on pair 0 in plain nnsight. The model: toy-gpt2, layers 0 to 2.
+#   corrupted.z[1, -1, 3] = clean.z[1, -1, 3]
+# Save it as row_0_pair_0.py: nnsight reads a trace from its file, and a file once in a session. Then run
+#   from row_0_pair_0 import patched
+#   value, logits = patched(model)  # what tracepatch measures
+
+import nnsight
+import torch
+
+# 'When John and Mary went to the store , John gave the bag to'
+clean_tokens = torch.tensor([[4, 33, 5, 34, 6, 7, 8, 97, 9, 33, 10, 8, 105, 7]])
+# 'When John and Mary went to the store , Mary gave the bag to'
+corrupted_tokens = torch.tensor([[4, 33, 5, 34, 6, 7, 8, 97, 9, 34, 10, 8, 105, 7]])
+
+
+def patched(model):
+    """The logit_diff of the patched run, and its logits [pos, vocab]."""
+    # The unpatched clean run. Values are cloned: a model may change in place what has passed by.
+    with torch.no_grad(), model.trace(input_ids=clean_tokens, use_cache=False):
+        clean_z_1 = nnsight.save(model.transformer.h[1].attn.c_proj.input.clone().unflatten(-1, (4, 16)))
+
+    # The corrupted run, edited: each activation where it passes by, in the order of the forward.
+    with torch.no_grad(), model.trace(input_ids=corrupted_tokens, use_cache=False):
+        z = model.transformer.h[1].attn.c_proj.input.clone().unflatten(-1, (4, 16))  # [batch, pos, head, d_head]
+        # z[1, -1, 3] = clean.z[1, -1, 3]: position 13 is 'to'
+        z[0, 13, 3] = clean_z_1[0, 13, 3]
+        model.transformer.h[1].attn.c_proj.input = z.flatten(-2)
+        logits = nnsight.save(model.output.logits[0].clone())
+
+    last = logits[-1].float()  # [vocab]
+    value = last[34] - last[33]  # 34 is 'Mary', 33 is 'John'
+    return value.item(), logits
+'''
+
+
+def test_before_the_recording_has_ended(gpt2: Any, pairs: tp.Pairs) -> None:
+    with tp.patching(gpt2, pairs) as p:
+        with p.row(name="x") as row:
+            p.clean.resid_pre[0, 0] = 0
+        with pytest.raises(errors.RecipeError, match="name='x'.* has no script yet: the recording has not ended"):
+            row.as_nnsight()
+    assert "def patched(model):" in row.as_nnsight()
+
+
+def test_rows_that_a_pair_lacks(tmp_path: Path) -> None:
+    model = tp.load(build("gpt2", layers=2), tokenizer())
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
+        with p.row(number=0):
+            p.clean.resid_pre[1, 7] = p.corrupted.resid_pre[1, 7]
+        with p.row(number=1):
+            p.clean.resid_pre[1, -1] = p.corrupted.resid_pre[1, -1]
+    with pytest.raises(errors.RecipeError, match=r"7 tokens, which are too few for resid_pre\[1, 7\].*positions: 2\."):
+        p.rows[0].as_nnsight()
+    run(p.rows[0].as_nnsight(2), tmp_path / "seven.py", model)
+    assert "resid_pre[0, 6] = corrupted_resid_pre_1[0, 6]" in p.rows[1].as_nnsight(0)
+    assert "resid_pre[0, 7] = corrupted_resid_pre_1[0, 7]" in p.rows[1].as_nnsight(2)
+    for pair in (3, -1, "0", True):
+        with pytest.raises(errors.RecipeError, match="pairs are numbered 0 to 2"):
+            p.rows[0].as_nnsight(pair)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_components_without_words(gpt2: Any, pairs: tp.Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tp.patching(gpt2, pairs) as p, p.row():
+        p.clean.embed[0] = p.clean.resid_mid[1, 0]
+    monkeypatch.delitem(scripts.STOPS, "resid_mid")
+    with pytest.raises(
+        errors.RecipeError,
+        match=r"1 edit of this row cannot be written as a plain script.\n  embed\[0\] = clean.resid_mid",
+    ):
+        p.rows[0].as_nnsight()
+
+
+@pytest.mark.parametrize(
+    ("place", "read", "put"),
+    [
+        (Place("h.1", "output", 1), "model.h[1].output[1].clone()", ["model.h[1].output = (*model.h[1].output[:1], x, *model.h[1].output[2:])"]),
+        (Place("h.1", "output", "y"), "model.h[1].output['y'].clone()", ["model.h[1].output = {**model.h[1].output, 'y': x}"]),
+        (Place("h.1", "input", 1), "model.h[1].inputs[0][1].clone()", ["given, options = model.h[1].inputs", "model.h[1].inputs = ((*given[:1], x, *given[2:]), options)"]),
+        (Place("h.1", "input", "y"), "model.h[1].inputs[1]['y'].clone()", ["given, options = model.h[1].inputs", "model.h[1].inputs = (given, {**options, 'y': x})"]),
+        (Place("h.1", "output", scale=0.5, flat=True), "(model.h[1].output[None] * 0.5)", ["model.h[1].output = (x / 0.5)[0]"]),
+    ],
+)  # fmt: skip
+def test_places_that_few_models_have(place: Place, read: str, put: list[str]) -> None:
+    assert spelling._read(place) == read
+    assert list(spelling._put(place, "x")) == put
+
+
+@pytest.mark.parametrize(
+    ("indices", "scalar", "text"),
+    [
+        ((3,), True, "3"), ((3,), False, "3:4"), ((9,), False, "9:"), (tuple(range(10)), False, ":"), ((0, 1, 2), False, ":3"), ((7, 8, 9), False, "7:"),
+        ((1, 3, 5), False, "1:6:2"), ((1, 5, 9), False, "1::4"), ((2, 5), False, "[2, 5]"), ((4, 3, 2), False, "[4, 3, 2]"), ((1, 2, 4), False, "[1, 2, 4]"),
+    ],
+)  # fmt: skip
+def test_indices_as_one_would_write_them(indices: tuple[int, ...], scalar: bool, text: str) -> None:
+    found = spelling.along(indices, scalar, 10)
+    assert found == text
+    if not scalar:
+        assert tuple(eval(f"torch.arange(10)[{found}]").tolist()) == indices
+
+
+def test_text_of_users_stays_a_comment(
+    gpt2: Any, pairs: tp.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names may hold quotes, line breaks and backslashes."""
+
+    class Odd:
+        __name__ = 'two\nlines """ \\'
+
+        def __call__(self, live: torch.Tensor) -> torch.Tensor:
+            return 0 * live
+
+    metric: Callable[..., Any] = lambda logits: logits[..., 0]  # noqa: E731
+    with tp.patching(gpt2, pairs, {'a """ \\': metric}) as p, p.row(name='""" \\ # é', number=0):
+        p.clean.mlp_out[1, -1] = Odd()
+    value, _ = run(
+        p.rows[0].as_nnsight(), tmp_path / "odd.py", gpt2, functions=p.rows[0].functions, metric=p.metrics[0]
+    )
+    assert abs(value - float(p.run()["value"].sel(pair=0).values.item())) < 1e-4
