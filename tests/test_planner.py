@@ -10,6 +10,7 @@ import pytest
 from conftest import ioi_pairs, toy
 
 import tracepatch as tp
+from tracepatch.architecture import architecture_of
 from tracepatch.plan import Proof
 
 EXPLAINED = """\
@@ -109,10 +110,10 @@ def test_whatever_is_pruned_measures_zero(name: str) -> None:
     model = toy(name)
     pairs = ioi_pairs(1, 2)
     for component in tp.COMPONENTS:
-        if not tp.Architecture(model).offers(component, 0):
+        if not architecture_of(model).offers(component, 0):
             continue
         kind = tp.COMPONENTS[component]
-        by = ("layer", "pos") if kind.layered else ("pos",)
+        by = ("layer", kind.place) if kind.layered else (kind.place,)
         for direction in ("denoising", "noising"):
             pruned = tp.patch(model, pairs, component, by=by, direction=direction)
             measured = tp.patch(model, pairs, component, by=by, direction=direction, prune=False)
