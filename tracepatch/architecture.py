@@ -57,6 +57,7 @@ class Architecture:
         keeps_logits: Whether the forward takes ``logits_to_keep``.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
+        logit_scale: The largest logit of the probe.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Architecture:
     keeps_logits: bool
     dtype: torch.dtype
     eager_error: float
+    logit_scale: float
 
     def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
         """Probes a model with a few tiny forwards.
@@ -198,7 +200,7 @@ class Architecture:
         )
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
-        self.eager_error = (logits - plain).abs().max().item()
+        self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.vocab
         first = changed.clone()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MeasurementError, listing
+from tracepatch.errors import MeasurementError, TracepatchError, listing
+from tracepatch.firing import each_once, failure, named, require_fired
 from tracepatch.layout import Seats, columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, remote_of
@@ -34,6 +35,8 @@ class Measured:
         baselines: World → ``[pair, column]``.
         noise: Largest drift of the unpatched witnesses from their baseline, per column.
         seconds: Wall time.
+        still: ``[row, pair]``: whether a measured row has, to the last bit, the value of its unpatched base.
+        fired: Edits that were seen to fire.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -41,6 +44,8 @@ class Measured:
     baselines: dict[WorldName, NDArray[np.float64]]
     noise: NDArray[np.float64]
     seconds: float
+    still: NDArray[np.bool_]
+    fired: int
 
 
 def run(
@@ -49,6 +54,9 @@ def run(
     encoded: EncodedPairs,
     plan: Plan,
     advance: Callable[[int], None] | None = None,
+    *,
+    checks: bool = True,
+    witness: bool = True,
 ) -> Measured:
     """Executes a plan in this process, or trace by trace on the server the model was loaded for.
 
@@ -58,11 +66,13 @@ def run(
         encoded: The pairs the plan was made for.
         plan: What to trace.
         advance: Called with the number of rows done after each traced run.
+        checks: Whether every edit must be seen to fire.
+        witness: Whether each traced run has an unpatched row in front.
 
     Raises:
-        MeasurementError: A number came out NaN or inf; the rows are named.
+        MeasurementError: A number came out NaN or inf, an edit never fired, or a forward failed; the rows are named.
     """
-    return _Run(model, architecture, encoded, plan, advance or (lambda done: None)).whole()
+    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, witness).whole()
 
 
 class _Run:
@@ -75,6 +85,8 @@ class _Run:
         encoded: EncodedPairs,
         plan: Plan,
         advance: Callable[[int], None],
+        checks: bool,
+        witness: bool,
     ) -> None:
         self.model, self.architecture, self.encoded, self.plan, self.advance = (
             model,
@@ -83,12 +95,15 @@ class _Run:
             plan,
             advance,
         )
+        self.checks, self.ahead = checks, int(witness)
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
         self.baselines: dict[WorldName, NDArray[np.float64]] = {
             world: np.full((plan.pairs, len(self.columns)), np.nan) for world in plan.worlds
         }
         self.noise = np.zeros(len(self.columns))
+        self.still = np.zeros((len(plan.rows), plan.pairs), bool)
+        self.fired = 0
         self.device = module_of(model).get_input_embeddings().weight.device
 
     def whole(self) -> Measured:
@@ -100,7 +115,8 @@ class _Run:
                 self._batch(group, batch.jobs, known)
                 self.advance(len(batch.jobs))
         self._fill()
-        return Measured(self.columns, self.values, self.baselines, self.noise, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Measured(self.columns, self.values, self.baselines, self.noise, seconds, self.still, self.fired)
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
         """Runs the unpatched worlds of a group; their baselines, and the values that edits will write."""
@@ -171,10 +187,10 @@ class _Run:
 
     def _batch(self, group: Group, jobs: tuple[Job, ...], known: dict[Any, torch.Tensor]) -> None:
         """One traced run: the unpatched witness in front, then a row a job."""
-        witness = jobs[0]
-        rows: list[tuple[int, WorldName]] = [(witness.pair, witness.base), *((j.pair, j.base) for j in jobs)]
+        own: list[tuple[int, WorldName]] = [(job.pair, job.base) for job in jobs]
+        rows = own[: self.ahead] + own
         seats = Seats(
-            row_of=lambda number: number + 1,
+            row_of=lambda number: number + self.ahead,
             slot_of=lambda component, position: position,
             world_of={run: i for i, run in enumerate((p, w) for p in group.pairs for w in self.plan.worlds)},
         )
@@ -184,21 +200,26 @@ class _Run:
         )
         ids = [self.encoded.world(base)[pair] for pair, base in rows]
         visited = stops(self.architecture, (), {key: found for key, found in writes.items() if key[0] != "logits"})
-        _, scores = self._forward(
-            group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
-        )
-        values = scores.double().numpy()
-        drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
-        self.noise = np.fmax(self.noise, drift)
-        bad = [j for j, v in zip(jobs, values[1:], strict=True) if not np.isfinite(v).all()]
+        measures = self._measures(self.plan.metrics, group, rows, known)
+        kept, scores = self._forward(group, ids, visited, known, logit_edits, measures, False, jobs)
+        if self.checks:
+            self.fired += require_fired(self.plan.rows, group, jobs, kept, len(rows))
+        found = scores.double().numpy()
+        values, unpatched = found[self.ahead :], dict(zip(rows[: self.ahead], found, strict=False))
+        for (pair, base), value in unpatched.items():
+            self.noise = np.fmax(self.noise, np.abs(value - self.baselines[base][pair]))
+        bad = [j for j, v in zip(jobs, values, strict=True) if not np.isfinite(v).all()]
         if bad:
             lines = [f"pair {j.pair}, {self.plan.rows[j.row]}" for j in bad]
             raise MeasurementError(
                 f"{len(bad)} patched rows gave NaN or inf.\n{listing(lines)}\nThe unpatched runs were finite: "
                 "look at what is written there."
             )
-        for job, value in zip(jobs, values[1:], strict=True):
+        for job, value in zip(jobs, values, strict=True):
             self.values[job.row, job.pair] = value
+            # Kernels round in ways that depend on the batch, so the row's own batch is asked too.
+            same = (self.baselines[job.base][job.pair], unpatched.get((job.pair, job.base)))
+            self.still[job.row, job.pair] = any(s is not None and np.array_equal(value, s) for s in same)
 
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -223,22 +244,31 @@ class _Run:
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
         keep_logits: bool,
+        jobs: tuple[Job, ...] = (),
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
         tokens = torch.tensor(ids, device=self.device)
-        return trace.forward(
-            self.model,
-            tokens,
-            visited,
-            known,
-            reads,
-            options,
-            logit_edits,
-            measures,
-            keep_logits,
-            remote_of(self.model),
-        )
+        remote = remote_of(self.model)
+        places = [path for (path, *_), _ in visited]
+        try:
+            with each_once(module_of(self.model), self._once(visited) if self.checks and not remote else ()):
+                return trace.forward(
+                    self.model, tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote
+                )
+        except TracepatchError:
+            raise
+        except Exception as error:
+            of = named(self.plan.rows, jobs) or "  the unpatched runs"
+            raise MeasurementError(failure(error, places, of, len(ids))) from error
+
+    def _once(self, visited: tuple[Any, ...]) -> set[str]:
+        """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
+        paths = {path for (path, *_), _ in visited}
+        for layer in {name[1] for _, tasks in visited for kind, name, *_ in tasks if kind == "head_out"}:
+            how = self.architecture.head_projection(layer)
+            paths = (paths - {how.projection, how.post_norm}) | {self.architecture.layers[layer].path}
+        return paths
 
     def _measures(
         self, metrics: Iterable[Metric], group: Group, rows: list[tuple[int, WorldName]], known: dict[Any, torch.Tensor]

@@ -70,6 +70,8 @@ def inside(
     if not only_reads:
         logits = logits[:, reads.to(logits.device)]
     logits = edited(logits, logit_edits, known)
+    if logit_edits:
+        kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
     if keep_logits:
         kept["logits", 0] = logits.clone()
     scores = []
@@ -117,6 +119,7 @@ def visit(
         x = perform(model, task, x, known, kept)
     if x is before:
         return
+    rows = len(x)
     x = x.reshape(shape)
     if side == "output":
         envoy.output = x if key is None else replaced(whole, key, x)
@@ -125,6 +128,14 @@ def visit(
     else:
         args, kwargs = whole
         envoy.inputs = (args, {**kwargs, key: x}) if isinstance(key, str) else (replaced(args, key, x), kwargs)
+    for task in tasks:
+        if task[0] != "aside" and task[2]:
+            kept["fired", task[1]] = fired(task[2], rows)
+
+
+def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:
+    """What the caller compares with its plan: how many cells were written, and of how many rows the value was."""
+    return torch.tensor([sum(len(write[1]) for write in writes), rows])
 
 
 def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:
