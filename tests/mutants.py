@@ -30,8 +30,8 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("rows are shifted by one", "executors", "row_of=lambda number: number + 1", "row_of=lambda number: number"),
-    Mutant("values belong to the row before", "executors", "zip(jobs, values[1:], strict=True):\n            self", "zip(jobs, values[:-1], strict=True):\n            self"),
+    Mutant("rows are shifted by one", "executors", "row_of=lambda number: number + self.ahead", "row_of=lambda number: number"),
+    Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self", "zip(jobs, found[:-1], strict=True):\n            self"),
     Mutant("one position is pruned too many", "lowering", "position < self.profile.first", "position <= self.profile.first"),
     Mutant("the first differing position is forgotten", "lowering", "return min(self.differing, default=self.length)", "return max(self.differing, default=self.length)"),
     Mutant("the stream entering the last layer is pruned", "lowering", 'CARRIED = frozenset({"embed", "resid_pre", "k", "v"})', 'CARRIED = frozenset({"embed", "k", "v"})'),
@@ -71,6 +71,21 @@ MUTANTS = (
     Mutant("a script visits places in the order of the edits", "scripts", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
     Mutant("heads and positions of a source fall together in a script", "scripts", " and len(positions) > 1", " and False", ("test_scripts.py",)),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
+    Mutant("a patch is a zero ablation", "recipe", "[site] if source is None else source", "[site] * 0 if source is None else source", ("test_faults.py",)),
+    Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),
+    Mutant("a head is a slice after the output projection", "architecture", 'found = None if branch is None else branch.out if name in ("attn_out", "mlp_out")', 'found = None if branch is None else branch.out if name in ("attn_out", "mlp_out", "z")', ("test_faults.py",)),
+    Mutant("layers are read by one digit", "trace", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
+    Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
+    Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
+    Mutant("only the first row of a batch is written", "trace", "cells = tuple(i.to(x.device) for i in (rows, slots, units) if i is not None)", "cells = tuple(i.to(x.device) for i in (rows * 0, slots, units) if i is not None)", ("test_faults.py",)),
+    Mutant("attention's module counts, with the residual that it adds", "probe", 'out = replace(self.chosen.place("output", rows), scale=self.scale)', 'out = replace(self.module.place("output", rows), scale=self.scale)', ("test_faults.py",)),
+    Mutant("keys and values are swept over all heads", "architecture", 'heads = (attention.heads if unit == "head" else attention.kv_heads) if attention else 0', "heads = attention.heads if attention else 0", ("test_faults.py",)),
+    Mutant("an edit of resid_mid misses the skip branch", "trace", "return torch.where(after == middle, x, needed / scale)", "return torch.where(after == middle, x, (x + needed / scale) / 2)", ("test_faults.py",)),
+    Mutant("a row alone is compared with itself", "checks", "gap, proved = abs(value - known)", "gap, proved = abs(value - value)", ("test_checks.py",)),
+    Mutant("drifting witnesses are overlooked", "checks", "if found > limit and", "if False and", ("test_checks.py",)),
+    Mutant("a lost edit is overlooked", "firing", "        if written != count:", "        if False:", ("test_checks.py",)),
+    Mutant("patches that change nothing are overlooked", "checks", "        if not count or count < total or", "        if True or", ("test_checks.py",)),
+    Mutant("a module that runs twice is overlooked", "firing", "if count > 1]", "if count > 9]", ("test_checks.py",)),
 )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     summary = (folder / "summary.txt").read_text()
     assert "57 of 57 names are one token here" in summary
     assert "opposite outputs" in summary
+    for text in (summary, said):
+        assert text.count("    checks: eager attention differs by ") == 4 * len(tp.toys.NAMES)
     top = re.search(
         r"  heads\n    largest normalized effects \(clean into the corrupted run\):\n    \+(\S+)  layer 0, head 1\n",
         summary,
@@ -127,7 +129,10 @@ def test_models_of_one_folder_name_keep_their_results(tmp_path: Path) -> None:
     for parent in ("one", "two"):
         shutil.copytree(tp.toys.folder("gpt2"), tmp_path / parent / "model")
     models = ("--model", "one/model", "--model", "two/model", "--model", "mine=toy:gpt2")
-    call("run", "ioi", "--count", "2", "--metric", "kl", "--metric", "prob", *models, cwd=tmp_path)
+    said, _ = call(
+        "run", "ioi", "--count", "2", "--metric", "kl", "--metric", "prob", "--no-checks", *models, cwd=tmp_path
+    )
+    assert said.count("    checks: off\n") == 3 * 4
     found = {f.name for f in (tmp_path / "out" / "ioi").glob("*heads*")}
     labels = ("one-model", "two-model", "mine")
     assert found == {*(f"{label}.heads.nc" for label in labels), "heads.kl.png", "heads.prob.png"}

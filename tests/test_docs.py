@@ -41,6 +41,7 @@ def offline(code: str) -> str:
 
 def shape(text: str) -> str:
     text = re.sub(r"\d+(\.\d+)? s\b", "# s", text)
+    text = re.sub(r"\b(by|to) (0|\de-\d+)(?= logits|;)", r"\1 #", text)  # what rounding left
     text = re.sub(r"e-\d\d", "e-##", re.sub(r"(\d\.\d)\d*", r"\1", text))
     return re.sub(r"\s+", " ", text).strip()
 

@@ -238,6 +238,9 @@ def recipes(draw: st.DrawFn, architecture: tp.Architecture, length: int, offered
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.filterwarnings(
+    "ignore:The patches change nothing"
+)  # such as a query of position 0, in a recipe of one row
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_recipes_equal_the_oracle(name: str, data: st.DataObject) -> None:

@@ -71,7 +71,14 @@ def test_explain_a_sweep(gpt2: Any) -> None:
     p.run()
     told = p.plan.explain()
     assert told.startswith(EXPLAINED + "\n  took         ")
-    assert re.search(r"[\d,]+ rows a second; unpatched witnesses drift by \S+$", told)
+    number = r"\d(\.\d+|e-\d+)?"
+    assert re.search(
+        rf"[\d,]+ rows a second\n  checks       eager attention differs by {number}; witnesses drift by {number} logits; "
+        rf"row \d+ \(layer=\d, pos=\d+\) of pair \d alone gives the same to {number} logits; "
+        rf"row \d+ \(layer=\d, pos=\d+\) of pair \d, proved zero, is its base to {number} logits; "
+        r"all 22 edits fired; 0 rows exactly unchanged$",
+        told,
+    )
 
 
 def test_explain_everything_else(gpt2: Any) -> None:

@@ -175,7 +175,7 @@ def test_attention_is_switched_and_put_back(gpt2: Any, pairs: tp.Pairs) -> None:
 
 def test_a_model_whose_step_by_step_attention_differs_offers_no_pattern() -> None:
     found = tp.Architecture(tp.toys.load("gpt2"))
-    found.eager_gap = 0.1
+    found.eager_error = 10.0
     assert "gives other logits than the model's own" in found.why_not("pattern", 0)
     assert not found.offers("scores", 1)
     assert found.offers("z", 0)

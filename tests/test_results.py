@@ -89,7 +89,8 @@ def test_the_mean_leaves_out_pairs_without_the_position(gpt2: Any) -> None:
 
 def test_a_pair_too_close_to_divide_by(gpt2: Any, pairs: tp.Pairs) -> None:
     """A metric that does not see the difference: NaN, and listed, never a quotient of noise."""
-    result = tp.patch(gpt2, pairs, "resid_pre", tp.metric(lambda logits: logits[:, 0] * 0 + 3.0, name="constant"))
+    with pytest.warns(tp.errors.MeasurementWarning, match="to the last bit of constant"):
+        result = tp.patch(gpt2, pairs, "resid_pre", tp.metric(lambda logits: logits[:, 0] * 0 + 3.0, name="constant"))
     assert np.isnan(result["normalized"]).all()
     assert json.loads(result.attrs["pairs_too_close"]) == [0, 1, 2]
     assert (result["effect"] == 0).all()

@@ -16,7 +16,8 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
 ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``probe``, ``architecture``, ``rows``,
-``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``executors``, ``spelling``, ``scripts``, ``results``,
+``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``spelling``,
+``scripts``, ``results``,
 ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 

@@ -59,6 +59,7 @@ def run(
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Device = None,
+    checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Whether a run checks itself.")] = True,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
     module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
@@ -75,19 +76,20 @@ def run(
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
         for name, chosen in _recipes(module).items():
             try:
-                result = chosen(loaded, pairs, metrics)
+                result = chosen(loaded, pairs, metrics, checks=checks)
             except tp.errors.ComponentError as error:
                 say(f"  {name}: left out. {error}", markup=False)
                 lines.append(f"  {name}: left out. {error}")
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
-            best = ""
+            best, told = "", f"    checks: {result.attrs['checks']}"
             if isinstance(result, xr.Dataset):
                 found.setdefault(name, []).append(result)
                 top = _top(result)
-                lines += [f"  {name}", *top]
+                lines += [f"  {name}", *top, told]
                 best = top[1].strip() if len(top) > 1 else "nothing of note"
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
+            say(told, markup=False)
         lines.append("")
     for name, results in found.items():
         joined = results[0] if len(results) == 1 else tp.concat(results)

@@ -65,7 +65,7 @@ class Architecture:
         keeps_logits: Whether the forward takes ``logits_to_keep``.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
-        eager_gap: That difference as a fraction of the logits' scale.
+        logit_scale: The largest logit of the probe.
     """
 
     model_type: str
@@ -81,7 +81,7 @@ class Architecture:
     keeps_logits: bool
     dtype: torch.dtype
     eager_error: float
-    eager_gap: float
+    logit_scale: float
 
     def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
         """Probes a model with a few tiny forwards.
@@ -241,8 +241,7 @@ class Architecture:
             return [None] * len(spots)
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
-        self.eager_error = (logits - plain).abs().max().item()
-        self.eager_gap = self.eager_error / (1 + plain.abs().max().item())
+        self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.vocab
         first = changed.clone()
@@ -313,7 +312,8 @@ class Architecture:
                 return "it has no softmax attention"
             if not self._traced:
                 return "they are seen in traces only: pass the model through tp.load"
-            if name in ("scores", "pattern") and self.eager_gap > EAGER * resolution(self.dtype):
+            allowed = EAGER * resolution(self.dtype) * (1 + self.logit_scale)
+            if name in ("scores", "pattern") and self.eager_error > allowed:
                 return (
                     "attention computed step by step, where they can be seen, gives other logits than the model's own "
                     f"(off by {self.eager_error:.2g})"

@@ -13,6 +13,8 @@ the call that was wrong::
     ├── MetricError         a metric of the wrong shape, or without what it needs
     ├── MeasurementError    a forward gave NaN or inf, or an edit never fired
     └── ResultError         a file that is not a result, results that do not fit together
+
+``MeasurementWarning`` is for numbers that may be right but should be looked at: patches that change nothing at all.
 """
 
 from __future__ import annotations
@@ -56,6 +58,10 @@ class MetricError(TracepatchError):
 
 class MeasurementError(TracepatchError):
     """A measurement that must not be trusted: NaN, inf, or an edit that never fired."""
+
+
+class MeasurementWarning(UserWarning):
+    """Numbers that should be looked at before they are believed."""
 
 
 class ResultError(TracepatchError):

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MeasurementError, listing
+from tracepatch.errors import MeasurementError, TracepatchError, listing
+from tracepatch.firing import each_once, failure, named, require_fired
 from tracepatch.layout import Seats, columns, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
@@ -35,6 +36,8 @@ class Measured:
         baselines: World → ``[pair, column]``.
         noise: Largest drift of the unpatched witnesses from their baseline, per column.
         seconds: Wall time.
+        still: ``[row, pair]``: whether a measured row has, to the last bit, the value of its unpatched base.
+        fired: Edits that were seen to fire.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -42,6 +45,8 @@ class Measured:
     baselines: dict[WorldName, NDArray[np.float64]]
     noise: NDArray[np.float64]
     seconds: float
+    still: NDArray[np.bool_]
+    fired: int
 
 
 def run(
@@ -50,6 +55,9 @@ def run(
     encoded: EncodedPairs,
     plan: Plan,
     advance: Callable[[int], None] | None = None,
+    *,
+    checks: bool = True,
+    witness: bool = True,
 ) -> Measured:
     """Executes a plan in this process, or trace by trace on the server the model was loaded for.
 
@@ -59,11 +67,13 @@ def run(
         encoded: The pairs the plan was made for.
         plan: What to trace.
         advance: Called with the number of rows done after each traced run.
+        checks: Whether every edit must be seen to fire.
+        witness: Whether each traced run has an unpatched row in front.
 
     Raises:
-        MeasurementError: A number came out NaN or inf; the rows are named.
+        MeasurementError: A number came out NaN or inf, an edit never fired, or a forward failed; the rows are named.
     """
-    return _Run(model, architecture, encoded, plan, advance or (lambda done: None)).whole()
+    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, witness).whole()
 
 
 class _Run:
@@ -76,6 +86,8 @@ class _Run:
         encoded: EncodedPairs,
         plan: Plan,
         advance: Callable[[int], None],
+        checks: bool,
+        witness: bool,
     ) -> None:
         self.model, self.architecture, self.encoded, self.plan, self.advance = (
             model,
@@ -84,6 +96,7 @@ class _Run:
             plan,
             advance,
         )
+        self.checks, self.witness = checks, witness
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
         self.baselines: dict[WorldName, NDArray[np.float64]] = {
@@ -92,6 +105,8 @@ class _Run:
         }
         self.roots = {world.name: world.root for world in plan.edited}
         self.noise = np.zeros(len(self.columns))
+        self.still = np.zeros((len(plan.rows), plan.pairs), bool)
+        self.fired = 0
         self.device = module_of(model).get_input_embeddings().weight.device
 
     def whole(self) -> Measured:
@@ -104,7 +119,8 @@ class _Run:
                     self._batch(group, batch.jobs, known)
                     self.advance(len(batch.jobs))
         self._fill()
-        return Measured(self.columns, self.values, self.baselines, self.noise, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Measured(self.columns, self.values, self.baselines, self.noise, seconds, self.still, self.fired)
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
         """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
@@ -124,7 +140,7 @@ class _Run:
                 kept, found = self._patched(group, jobs[i : i + at_once], known, direct, needed, want_logits)
                 scores.append(found)
                 pieces.append(kept)
-            gained = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
+            gained = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0]}
             logits = gained.get(("logits", 0))
             if logits is not None:
                 gained["reference", 0] = logits.float().log_softmax(-1)
@@ -177,20 +193,24 @@ class _Run:
         """One traced run: the base of the first job as an unpatched witness in front, then a row a job."""
         base, pair = jobs[0].base, jobs[0].pair
         standing = {(job.base, job.pair): job for world in group.edited for job in world}
-        witness = standing.get((base, pair), _unpatched(pair, base))
-        _, scores = self._patched(group, (witness, *jobs), known, self.plan.metrics)
-        values = scores.double().numpy()
-        drift = np.abs(values[0] - self.baselines[base][pair])
-        self.noise = np.fmax(self.noise, drift)
-        bad = [j for j, v in zip(jobs, values[1:], strict=True) if not np.isfinite(v).all()]
+        lead = (standing.get((base, pair), _unpatched(pair, base)),) if self.witness else ()
+        _, scores = self._patched(group, (*lead, *jobs), known, self.plan.metrics)
+        found = scores.double().numpy()
+        values, unpatched = found[len(lead) :], found[0]
+        if lead:
+            self.noise = np.fmax(self.noise, np.abs(unpatched - self.baselines[base][pair]))
+        bad = [j for j, v in zip(jobs, values, strict=True) if not np.isfinite(v).all()]
         if bad:
             lines = [f"pair {j.pair}, {self.plan.rows[j.row]}" for j in bad]
             raise MeasurementError(
                 f"{len(bad)} patched rows gave NaN or inf.\n{listing(lines)}\nThe unpatched runs were finite: "
                 "look at what is written there."
             )
-        for job, value in zip(jobs, values[1:], strict=True):
+        for job, value in zip(jobs, values, strict=True):
             self.values[job.row, job.pair] = value
+            # Kernels round in ways that depend on the batch, so the row's own batch is asked too.
+            witnessed = bool(lead) and (job.pair, job.base) == (pair, base) and np.array_equal(value, unpatched)
+            self.still[job.row, job.pair] = witnessed or np.array_equal(value, self.baselines[job.base][job.pair])
 
     def _patched(
         self,
@@ -218,7 +238,12 @@ class _Run:
         rows = [*jobs, *[jobs[0]] * count]
         measures = self._measures(metrics, group, rows, known)
         kept, scores = self._forward(group, rows, visited, known, logit_edits, measures, keep_logits)
-        return {key: value[: len(jobs)] for key, value in kept.items()}, scores[: len(jobs)]
+        if self.checks:
+            patched = [job for job in jobs if job.row >= 0]
+            fired = require_fired(self.plan.rows, group, jobs, kept, len(rows))
+            self.fired += fired if patched else 0
+        own = {key: value[: len(jobs)] for key, value in kept.items() if key[0] not in ("aside", "fired")}
+        return own, scores[: len(jobs)]
 
     def _order(self, group: Group) -> list[tuple[int, WorldName]]:
         """The runs whose values are kept, as they stand in what is known."""
@@ -248,23 +273,34 @@ class _Run:
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
         keep_logits: bool,
+        jobs: tuple[Job, ...] = (),
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
         ids = [self.encoded.world(self.roots.get(row.base, row.base))[row.pair] for row in rows]
         tokens = torch.tensor(ids, device=self.device)
-        return trace.forward(
-            self.model,
-            tokens,
-            visited,
-            known,
-            reads,
-            options,
-            logit_edits,
-            measures,
-            keep_logits,
-            remote_of(self.model),
-        )
+        remote = remote_of(self.model)
+        places = [path for (path, *_), _ in visited]
+        try:
+            with each_once(module_of(self.model), self._once(visited) if self.checks and not remote else ()):
+                return trace.forward(
+                    self.model, tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote
+                )
+        except TracepatchError:
+            raise
+        except Exception as error:
+            of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
+            raise MeasurementError(failure(error, places, of, len(ids))) from error
+
+    def _once(self, visited: tuple[Any, ...]) -> set[str]:
+        """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
+        paths = {path for (path, *_), _ in visited}
+        for layer in {name[1] for _, tasks in visited for kind, name, *_ in tasks if kind == "head_out"}:
+            how = self.architecture.head_projection(layer)
+            paths = (paths - {how.projection, how.post_norm}) | {self.architecture.layers[layer].path}
+        for task in (task for _, tasks in visited for task in tasks if task[0] in ("reader", "shadows", "scale")):
+            paths -= {task[4 if task[0] == "shadows" else 5]}
+        return paths
 
     def _measures(
         self, metrics: Iterable[Metric], group: Group, rows: Sequence[Job], known: dict[Any, torch.Tensor]

@@ -74,9 +74,10 @@ def stops(
             stream, norm, place = architecture.reader(name, layer)
             tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
             edited, seats, taken = shadows[name, layer]
-            tasks[place].append(
-                (stage, ("shadows", ("attn_in", layer), norm, architecture.units(name, layer), *edited, *seats))
-            )
+            rows, changed = edited
+            count = architecture.units(name, layer)
+            place_of = ("attn_in", layer), norm, count, rows
+            tasks[place].append((stage, ("shadows", (name, layer), changed, *place_of, *seats)))
             made = SPLIT_READERS[name]
             tasks[architecture.place(made, layer)].append((FIRST, ("from_shadows", *taken)))
         elif name in EAGER:

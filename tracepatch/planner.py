@@ -38,6 +38,7 @@ def make_plan(
     memory: int | None = None,
     remote: str = "",
     edited: Sequence[EditedWorld] = (),
+    numbers: Sequence[int] | None = None,
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -52,6 +53,7 @@ def make_plan(
         memory: Bytes a run may take; 1 GiB otherwise.
         remote: Where the plan will run, if not here.
         edited: The edited worlds.
+        numbers: Of the pairs, which noise is drawn for; where they stand among the pairs otherwise.
 
     Raises:
         RecipeError: There are no rows.
@@ -69,7 +71,9 @@ def make_plan(
     profiles = [_profile(encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
     if any(_draws(edit) for edit in edits):
-        profiles = [replace(profile, pair=pair) for pair, profile in enumerate(profiles)]
+        profiles = [
+            replace(profile, pair=n) for n, profile in zip(numbers or range(len(encoded)), profiles, strict=True)
+        ]
     notes = []
     if prune and not architecture.causal:
         prune = False

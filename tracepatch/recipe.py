@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tracepatch.architecture import architecture_of
+from tracepatch.checks import verify
 from tracepatch.errors import RecipeError
 from tracepatch.executors import run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
@@ -43,6 +44,7 @@ class Patching(Recorder):
         prune: bool = True,
         batch_size: int | None = None,
         memory: int | None = None,
+        checks: bool = True,
     ) -> None:
         require_ready(model)
         self.model = model
@@ -53,6 +55,7 @@ class Patching(Recorder):
             found = chosen.positions.resolve(self.lengths[0])
             require_sound(chosen, self.architecture.vocab, len(found or (0,)))
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
+        self._checks = checks
         self._plan: Plan | None = None
 
     @property
@@ -103,13 +106,14 @@ class Patching(Recorder):
 
         Raises:
             RecipeError: The block has not ended.
-            MeasurementError: A number came out NaN or inf.
+            MeasurementError: A number came out NaN or inf, or a check failed.
         """
         plan = self.plan
         require_ready(self.model)
         with _bar(plan.jobs, name_of(self.model), progress) as advance:
-            measured = run(self.model, self.architecture, self.encoded, plan, advance)
-        plan.measured.update(seconds=measured.seconds, drift=float(measured.noise[0]))
+            measured = run(self.model, self.architecture, self.encoded, plan, advance, checks=self._checks)
+        told = verify(self.model, self.architecture, self.encoded, plan, measured) if self._checks else "off"
+        plan.measured.update(seconds=measured.seconds, checks=told)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
 
@@ -120,7 +124,8 @@ def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options
         model: From ``tp.load``.
         pairs: The prompts.
         metric: What is read from the logits: one metric or function, several, or a mapping of names.
-        options: ``prune=False`` measures every row; ``batch_size`` rows and ``memory`` bytes bound a traced run.
+        options: ``prune=False`` measures every row; ``batch_size`` rows and ``memory`` bytes bound a traced run;
+            ``checks=False`` leaves out the self-checks, about four forwards of one row.
 
     Raises:
         ModelError: The model is in training mode or is no traced model.
@@ -166,7 +171,7 @@ class Recipe:
         return self._record(model, pairs, metric, options).plan
 
     def _record(self, model: Model, pairs: Pairs | None, metric: Metrics, options: dict[str, Any]) -> Patching:
-        limits = {k: options.pop(k) for k in ("prune", "batch_size", "memory") if k in options}
+        limits = {k: options.pop(k) for k in ("prune", "batch_size", "memory", "checks") if k in options}
         with Patching(model, _require_pairs(pairs), metric, **limits) as p:
             self.function(p, **options)
         return p

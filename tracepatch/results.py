@@ -253,6 +253,7 @@ def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measu
         "seed": "none" if encoded.seed is None else encoded.seed,
         "versions": json.dumps(versions()),
         "plan": plan.explain(),
+        "checks": plan.measured["checks"],
         "metrics": json.dumps({m.name: m.note for m in plan.metrics}),
         "noise_floor": json.dumps(
             {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}

@@ -70,6 +70,8 @@ def inside(
     if not only_reads:
         logits = logits[:, reads.to(logits.device)]
     logits = edited(logits, logit_edits, known)
+    if logit_edits:
+        kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
     if keep_logits:
         kept["logits", 0] = logits.clone()
     scores = []
@@ -119,6 +121,7 @@ def visit(
         x = perform(model, task, x, known, kept)
     if x is before:
         return
+    rows = len(x)
     x = x.reshape(shape)
     if isinstance(found, (tuple, list)):
         x = type(found)([x, *found[1:]])
@@ -129,6 +132,14 @@ def visit(
     else:
         args, kwargs = whole
         envoy.inputs = (args, {**kwargs, key: x}) if isinstance(key, str) else (replaced(args, key, x), kwargs)
+    for task in tasks:
+        if task[0] not in ("aside", "allowed", "from_shadows") and task[2]:
+            kept["fired", task[1]] = fired(task[2], rows)
+
+
+def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:
+    """What the caller compares with its plan: how many cells were written, and of how many rows the value was."""
+    return torch.tensor([sum(len(write[1][0]) for write in writes), rows])
 
 
 def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:
@@ -244,7 +255,7 @@ def shadows(
 
     So norms, fused projections and rotations are the model's own, and the row itself stays untouched.
     """
-    _, stream, norm, count, rows, writes, seats, members, units = task
+    _, _, writes, stream, norm, count, rows, seats, members, units = task
     rows, seats, members, units = on(x.device, (rows, seats, members, units))
     live = kept["aside", stream][rows]
     after = edited(live[:, :, None].expand(-1, -1, count, -1).contiguous(), writes, known)
