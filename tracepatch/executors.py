@@ -89,7 +89,8 @@ class _Run:
             world: np.full((plan.pairs, len(self.columns)), np.nan) for world in plan.worlds
         }
         self.noise = np.zeros(len(self.columns))
-        self.device = module_of(model).get_input_embeddings().weight.device
+        device = module_of(model).get_input_embeddings().weight.device
+        self.device = torch.device("cpu") if device.type == "meta" else device  # a server moves what it is sent
 
     def whole(self) -> Measured:
         """Everything the plan asks for."""
