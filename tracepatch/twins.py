@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from tracepatch.calls import POSITIONS as PROBE
 from tracepatch.errors import ArchitectureError, ModelError, listing
 from tracepatch.models import Model, load, module_of
 from tracepatch.probe import Layer, Sublayer
@@ -238,7 +239,9 @@ def _shrink(config: PretrainedConfig, prefix: str = "") -> dict[str, tuple[int, 
     heads = getattr(config, "num_attention_heads", 0)
     head_width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     smaller = {**_heads(numbers, heads), **_head_widths(numbers)}
-    _shorten_rotations(config, head_width, smaller.get("head_dim", min(head_width, HEAD)))
+    if head_width:
+        small_width = smaller.get("head_dim", min(head_width, HEAD))
+        _shorten_rotations(getattr(config, "rope_parameters", None), small_width / head_width)
     smaller |= _widths(config, numbers, smaller, heads * head_width) | _experts(numbers)
     for name, value in numbers.items():
         if "vocab_size" in name:
@@ -311,12 +314,13 @@ def _name(config: Any, name: str) -> str:
     return str(config.attribute_map.get(name, name))
 
 
-def _shorten_rotations(config: Any, head_width: int, small: int) -> None:
+def _shorten_rotations(rotations: Any, share: float) -> None:
     """Cuts lists of factors, one for each rotated pair of dims of a head, to the pairs that are left."""
-    rotations = getattr(config, "rope_parameters", None) or {}
-    for key, value in rotations.items():
-        if isinstance(value, list) and key.endswith("_factor") and head_width:
-            rotations[key] = value[: max(1, len(value) * small // head_width)]
+    for key, value in (rotations or {}).items():
+        if isinstance(value, dict):  # one entry a kind of layer
+            _shorten_rotations(value, share)
+        elif isinstance(value, list) and key.endswith("_factor"):
+            rotations[key] = value[: max(1, int(len(value) * share))]
 
 
 def _built(kind: Any, config: Any, real: Any) -> nn.Module:
@@ -335,6 +339,8 @@ def _built(kind: Any, config: Any, real: Any) -> nn.Module:
             shown = ", ".join(f"{name} {tuple(p.shape)}" for name, p in largest)
             raise ValueError(f"it would have {count:,} parameters; the largest are {shown}")
         _randomise(module)
+        with torch.no_grad():  # whether sizes fit together shows in a forward only
+            module(torch.zeros(1, PROBE, dtype=torch.long), use_cache=False)
     return module
 
 
