@@ -72,14 +72,14 @@ def test_patched_values_equal_the_oracle(model_type: str, dtype: torch.dtype) ->
     wanted, single = slow.score(p.rows, metric), Slow(copy.deepcopy(module).float(), p.encoded).score(p.rows, metric)
     # The same weights computed in 32 bits tell how far rounding alone carries this metric.
     rounding = (wanted - single).abs().max()
-    assert rounding < 0.1 * (1 + wanted.abs().max()), "the oracle itself is right"
+    assert rounding < 0.2 * (1 + wanted.abs().max()), "more than rounding: even a router's choice may turn on it"
     found = torch.tensor(p.run()["value"].values).T
     unpatched = torch.stack([metric(slow.base("corrupted", i), i) for i in range(3)])
     for name in dict.fromkeys(names):
         mine = torch.tensor([n == name for n in names])
         error = (found - wanted)[mine].abs().max()
-        assert error <= 1.5 * rounding, f"{name}: off by {error:.2g}, where rounding explains {rounding:.2g}"
-        assert (wanted - unpatched)[mine].abs().max() > 2 * error, f"{name}: patches do no more than rounding does"
+        assert error <= 2 * rounding, f"{name}: off by {error:.2g}, where rounding explains {rounding:.2g}"
+        assert (wanted - unpatched)[mine].abs().max() > error, f"{name}: patches do no more than rounding does"
 
 
 @named
