@@ -359,6 +359,8 @@ def _different_heads(values: torch.Tensor) -> int:
 
 def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[str, float]:
     """Chooses each branch's contribution such that the residual sum closes; the block's form and the largest error."""
+    if any(branch.reads.numel() != x.numel() for branch in branches):
+        return "unproved", float("inf")  # it reads something else than the stream
     current, group, error, forms = x, [], 0.0, []
     for i, branch in enumerate(branches):
         group.append(branch)

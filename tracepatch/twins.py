@@ -339,8 +339,9 @@ def _built(kind: Any, config: Any, real: Any) -> nn.Module:
             shown = ", ".join(f"{name} {tuple(p.shape)}" for name, p in largest)
             raise ValueError(f"it would have {count:,} parameters; the largest are {shown}")
         _randomise(module)
-        with torch.no_grad():  # whether sizes fit together shows in a forward only
-            module(torch.zeros(1, PROBE, dtype=torch.long), use_cache=False)
+        if not config.is_encoder_decoder:  # that takes more than ids
+            with torch.no_grad():  # whether sizes fit together shows in a forward only
+                module(torch.zeros(1, PROBE, dtype=torch.long), use_cache=False)
     return module
 
 
