@@ -11,6 +11,7 @@ from reference import Reference
 from slow import untouched
 from tiny_models import EIGHT, build, tokenizer
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel
 
 import tracepatch as tp
 from tracepatch import errors, trace
@@ -222,6 +223,23 @@ def test_a_layer_that_cannot_be_proved(pairs: tp.Pairs) -> None:
         assert part in str(error.value), str(error.value)
     result = tp.patch(model, pairs, "resid_pre")
     assert float(result["normalized"].max()) > 0.9, "what is proved stays usable"
+
+
+def test_parts_that_read_no_stream_prove_nothing() -> None:
+    """BERT's output projection stands in a module of its own and reads neurons, where a branch would read the stream."""
+    configuration = BertConfig(
+        vocab_size=60,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        is_decoder=True,
+        use_cache=False,
+    )
+    architecture = tp.Architecture(BertLMHeadModel(configuration).eval())
+    assert {layer.form for layer in architecture.layers} == {"unproved"}
+    assert architecture.offers("resid_post", 1)
+    assert not architecture.offers("mlp_out", 1)
 
 
 def test_overrides_go_through_the_same_proof() -> None:

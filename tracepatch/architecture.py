@@ -15,10 +15,11 @@ from torch import nn
 
 from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
-from tracepatch.models import Model, eager_attention, module_of
+from tracepatch.models import Model, eager_attention, module_of, weightless
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
 from tracepatch.trace import norm_parts, read
+from tracepatch.twins import Twin
 
 ROWS = 3  # prompts of the probe
 # The call that takes q, k and v, with the place of q among its arguments. nnsight counts assignments of a name too, so
@@ -50,6 +51,8 @@ class HeadProjection:
 class Architecture:
     """What a probe found out about a model, and proved.
 
+    A model without weights here is proved on its shrunken twin: a small model of its class, with its config's choices.
+
     Printing it shows the kinds of layers, where each component lives, the block form, heads, norms, how exactly the
     residual sum closes, and whether attention is causal.
 
@@ -66,6 +69,7 @@ class Architecture:
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
         logit_scale: The largest logit of the probe.
+        twin: The sizes that differ in the twin on which everything was proved; empty if the model itself was measured.
     """
 
     model_type: str
@@ -82,6 +86,7 @@ class Architecture:
     dtype: torch.dtype
     eager_error: float
     logit_scale: float
+    twin: str
 
     def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
         """Probes a model with a few tiny forwards.
@@ -92,11 +97,16 @@ class Architecture:
                 and ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer). They go through the same proof.
 
         Raises:
-            ArchitectureError: There is no stack of blocks, or an override is not understood.
+            ArchitectureError: There is no stack of blocks, an override is not understood, or a model without weights
+                here has no twin that proves anything about it.
             ModelError: A plain forward gives NaN or inf.
         """
         module = model if isinstance(model, nn.Module) else module_of(model)
         self._traced = not isinstance(model, nn.Module)
+        twin = Twin(model) if weightless(module) else None
+        if twin is not None:
+            model = twin.model
+            module = model if isinstance(model, nn.Module) else module_of(model)
         self._model = model  # while probing only: kept, it would keep itself alive
         known = {"stack", "attn_out", "mlp_out"}
         unknown = sorted(set(overrides or {}) - known)
@@ -104,13 +114,13 @@ class Architecture:
             raise ArchitectureError(f"Overrides are {', '.join(sorted(known))}; not {', '.join(unknown)}.")
         given = dict(overrides or {})
         self._probe(module, Overrides(given.pop("stack", ""), given))
+        self.twin = "" if twin is None else twin.summary
+        if twin is not None:
+            found = twin.sizes(self.layers, self.d_model, self.vocab)
+            self.layers, self.d_model, self.vocab = found.layers, found.d_model, found.vocab
+            self._embed_width, self.dtype = found.embed, found.dtype
 
     def _probe(self, module: Any, overrides: Overrides) -> None:
-        if any(p.device.type == "meta" for p in module.parameters()):
-            raise ArchitectureError(
-                f"{type(module).__name__} has no weights here, so nothing can be measured on it. Load it with "
-                "its weights."
-            )
         training = module.training
         module.eval()
         try:
@@ -464,6 +474,8 @@ class Architecture:
             f"{str(self.dtype).removeprefix('torch.')}",
             f"  embed      {self.embed}",
         ]
+        if self.twin:
+            lines.insert(1, f"  proved on a twin with random weights in float32, shrunken: {self.twin}")
         for _, group in groupby(self.layers, self._signature):
             members = list(group)
             lines += self._describe(members)

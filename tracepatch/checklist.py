@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from tracepatch.errors import PromptError, listing, plural
-from tracepatch.models import Model, last_logits, limits, require_ready
+from tracepatch.models import Model, last_logits, limits, require_ready, require_weights
 from tracepatch.tokens import EncodedPairs, shown
 
 Verdict: TypeAlias = Literal["ok", "note", "FAIL"]
@@ -53,6 +53,7 @@ def check_pairs(model: Model, encoded: EncodedPairs | None, offenders: list[str]
         offenders: Those answers.
     """
     require_ready(model)
+    require_weights(model)
     if encoded is None:
         return Checklist((Check("FAIL", f"{plural(len(offenders), 'answer')} not one token", tuple(offenders)),))
     try:

@@ -107,7 +107,8 @@ class _Run:
         self.noise = np.zeros(len(self.columns))
         self.still = np.zeros((len(plan.rows), plan.pairs), bool)
         self.fired = 0
-        self.device = module_of(model).get_input_embeddings().weight.device
+        device = module_of(model).get_input_embeddings().weight.device
+        self.device = torch.device("cpu") if device.type == "meta" else device  # a server moves what it is sent
 
     def whole(self) -> Measured:
         """Everything the plan asks for."""

@@ -202,7 +202,9 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         if not name:
             raise ModelError(f"A {type(module).__name__} module comes without a tokenizer: pass tokenizer=.")
         tokenizer = name
-    return TransformersModel(module, task="text-generation", tokenizer=_tokenizer(tokenizer, {}))
+    # Without weights it would be moved off the meta device, which fails.
+    device = {"device": "meta"} if weightless(module) else {}
+    return TransformersModel(module, task="text-generation", tokenizer=_tokenizer(tokenizer, {}), **device)
 
 
 def _first_line(error: BaseException) -> str:
@@ -212,6 +214,11 @@ def _first_line(error: BaseException) -> str:
 def module_of(model: Model) -> PreTrainedModel:
     """The Hugging Face module inside an nnsight model."""
     return model._module
+
+
+def weightless(module: torch.nn.Module) -> bool:
+    """Whether some parameters of a module are shapes only, on the meta device."""
+    return any(p.device.type == "meta" for p in module.parameters())
 
 
 def remote_of(model: Model) -> bool | str:
@@ -236,6 +243,19 @@ def require_ready(model: Model) -> None:
             f"{len(training)} modules are in training mode (the first: {training[0]}), so dropout and the "
             "like may make "
             "every forward different. Call model.eval()."
+        )
+
+
+def require_weights(model: Model) -> None:
+    """Refuses to run a model that has no weights here and is on no server.
+
+    Raises:
+        ModelError: So it is.
+    """
+    if weightless(module_of(model)) and not remote_of(model):
+        raise ModelError(
+            f"{type(module_of(model)).__name__} has no weights here: it can be planned on, not run. Load it with its "
+            "weights, or run it on a server with tp.load(…, remote=True)."
         )
 
 

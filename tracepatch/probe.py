@@ -369,6 +369,8 @@ def _different_heads(values: torch.Tensor) -> int:
 
 def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[str, float]:
     """Chooses each branch's contribution such that the residual sum closes; the block's form and the largest error."""
+    if any(branch.reads.numel() != x.numel() for branch in branches):
+        return "unproved", float("inf")  # it reads something else than the stream
     current, group, error, forms = x, [], 0.0, []
     for i, branch in enumerate(branches):
         group.append(branch)
@@ -395,10 +397,23 @@ def _close_group(start: torch.Tensor, end: torch.Tensor, group: list[_Branch]) -
             return 0.0
     for combination in combinations:  # the contribution may be scaled by a constant
         parts = [c.leaving.reshape(start.shape) for c in combination if c.leaving is not None]
-        scales, gap = _fit(end.double() - start.double(), parts)
-        if gap <= resolution(start.dtype) * end.abs().max().item():
+        fitted = _fit(end.double() - start.double(), parts)
+        # A multiplier in a config has few digits; with the true one the sum closes to the last bit.
+        for digits in range(1, 7):
+            scales = [float(f"{s:.{digits}g}") for s in fitted]
+            if any(
+                torch.equal(total, end) for total in _sums(start, [p * s for p, s in zip(parts, scales, strict=True)])
+            ):
+                _choose(group, combination, scales)
+                return 0.0
+        gap = (
+            (end.double() - start.double() - sum(p.double() * s for p, s in zip(parts, scales, strict=True)))
+            .abs()
+            .max()
+        )
+        if gap <= resolution(start.dtype) * end.abs().max():
             _choose(group, combination, scales)
-            return gap
+            return gap.item()
         for branch, call in zip(group, combination, strict=True):
             branch.tried.append(f"{call.name}.output leaves the sum open by {gap:.2g}")
     return None
@@ -419,13 +434,10 @@ def _choose(group: list[_Branch], combination: tuple[Call, ...], scales: list[fl
         branch.chosen, branch.scale = call, scale
 
 
-def _fit(target: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
+def _fit(target: torch.Tensor, parts: list[torch.Tensor]) -> list[float]:
+    """The multiples of the parts whose sum is nearest to a target."""
     matrix = torch.stack([p.reshape(-1).double() for p in parts], 1)
     wanted = target.reshape(-1)
     if not (matrix.isfinite().all() and wanted.isfinite().all()):
-        return [1.0] * len(parts), float("inf")
-    solution = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
-    # A multiplier in a config has few digits; the rounded one is the true one.
-    scales = [float(f"{s:.6g}") for s in solution.tolist()]
-    gap = (matrix @ torch.tensor(scales, dtype=torch.float64) - wanted).abs().max().item()
-    return scales, gap
+        return [1.0] * len(parts)
+    return [float(s) for s in torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]]

@@ -18,7 +18,7 @@ from tracepatch.checks import verify
 from tracepatch.errors import RecipeError
 from tracepatch.executors import run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
-from tracepatch.models import Model, limits, name_of, remote_of, require_ready
+from tracepatch.models import Model, limits, name_of, remote_of, require_ready, require_weights
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
@@ -106,10 +106,12 @@ class Patching(Recorder):
 
         Raises:
             RecipeError: The block has not ended.
+            ModelError: The model is in training mode, or has no weights here and is on no server.
             MeasurementError: A number came out NaN or inf, or a check failed.
         """
         plan = self.plan
         require_ready(self.model)
+        require_weights(self.model)
         with _bar(plan.jobs, name_of(self.model), progress) as advance:
             measured = run(self.model, self.architecture, self.encoded, plan, advance, checks=self._checks)
         told = verify(self.model, self.architecture, self.encoded, plan, measured) if self._checks else "off"
