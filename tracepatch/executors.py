@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tracepatch import trace
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
-from tracepatch.layout import Seats, columns, shadow_columns, stops
+from tracepatch.layout import Seats, columns, read_columns, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
 from tracepatch.plan import Group, Job, Plan, Proof
@@ -35,6 +35,7 @@ class Measured:
         baselines: World → ``[pair, column]``.
         noise: Largest drift of the unpatched witnesses from their baseline, per column.
         seconds: Wall time.
+        saved: (row, its save's number, pair) → the live value ``[…]`` in float32.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -42,6 +43,7 @@ class Measured:
     baselines: dict[WorldName, NDArray[np.float64]]
     noise: NDArray[np.float64]
     seconds: float
+    saved: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 def run(
@@ -90,6 +92,7 @@ class _Run:
             world: np.full((plan.pairs, len(self.columns)), np.nan) for world in plan.worlds
         }
         self.noise = np.zeros(len(self.columns))
+        self.saved: dict[tuple[int, int, int], torch.Tensor] = {}
         self.device = module_of(model).get_input_embeddings().weight.device
 
     def whole(self) -> Measured:
@@ -102,7 +105,8 @@ class _Run:
                     self._batch(group, batch.jobs, known)
                     self.advance(len(batch.jobs))
         self._fill()
-        return Measured(self.columns, self.values, self.baselines, self.noise, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Measured(self.columns, self.values, self.baselines, self.noise, seconds, self.saved)
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
         """Runs the unpatched worlds of a group; their baselines, and the values that edits will write."""
@@ -121,7 +125,7 @@ class _Run:
             # A divergence needs the clean logits first, so it is scored below.
             direct = [m for m in self.plan.metrics if not _references(m)]
             kept, found = self._forward(
-                group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits
+                group, ids, visited, {}, (), self._measures(direct, group, part, {}), (want_logits, ())
             )
             scores.append(found)
             pieces.append(kept)
@@ -182,17 +186,23 @@ class _Run:
             length=group.length,
         )
         writes = columns(jobs, self.architecture, seats)
-        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(rows))
+        reads, saving = read_columns(jobs, seats)
+        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(rows), reads=reads)
         rows += [rows[0]] * count
         logit_edits = tuple(
             self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
         )
         ids = [self.encoded.world(base)[pair] for pair, base in rows]
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, (), elsewhere, shadows)
-        _, scores = self._forward(
-            group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
+        visited = stops(self.architecture, (), elsewhere, shadows, reads)
+        measures = self._measures(self.plan.metrics, group, rows, known)
+        saved_logits = tuple(
+            self._saved_at_reads(group, r) for key, found in reads.items() if key[0] == "logits" for r in found
         )
+        kept, scores = self._forward(group, ids, visited, known, logit_edits, measures, (False, saved_logits))
+        for number, whose in enumerate(saving):
+            for (job_number, save), live in zip(whose, kept["save", number], strict=True):
+                self.saved[jobs[job_number].row, save, jobs[job_number].pair] = live
         values = scores[: 1 + len(jobs)].double().numpy()
         drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
         self.noise = np.fmax(self.noise, drift)
@@ -220,6 +230,12 @@ class _Run:
             raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
         return add, (rows[inside], kept, None, None), chosen, constant, function, False
 
+    @staticmethod
+    def _saved_at_reads(group: Group, read: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A read of logits, counted among the positions whose logits are computed."""
+        number, (rows, slots, *rest), *how = read
+        return number, (rows, torch.searchsorted(torch.tensor(group.reads), slots), *rest), *how
+
     def _forward(
         self,
         group: Group,
@@ -228,7 +244,7 @@ class _Run:
         known: dict[Any, torch.Tensor],
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
-        keep_logits: bool,
+        keep_logits: tuple[Any, ...],
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -109,6 +109,33 @@ class Write:
         return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A live value that a row saves, with every index resolved as in ``Write``.
+
+    Attributes:
+        number: Which of the row's saves it is.
+        component: What is read.
+        layer: Where.
+        positions: The positions.
+        units: Heads or neurons; ``None`` for all, or where there are none.
+        srcs: The positions attended to; ``None`` for all, or where there are none.
+        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
+        reduce: What is made of the value ``[row, …]`` before it is kept.
+        size: How many numbers it is before that, in one row.
+    """
+
+    number: int
+    component: str
+    layer: int
+    positions: tuple[int, ...]
+    units: tuple[int, ...] | None
+    srcs: tuple[int, ...] | None
+    scalar: tuple[bool, bool, bool]
+    reduce: Callable[..., Any] | None
+    size: int
+
+
 def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
     """The edited streams that single heads read in one row: (component, layer) → units that read the same one."""
     split: dict[tuple[str, int], list[Write]] = defaultdict(list)
@@ -136,6 +163,7 @@ class Job:
         writes: Its edits in forward order.
         start: The first position that differs from the base; what stands before it need not be computed.
         birth: The first layer that differs from the base.
+        reads: The live values that it saves.
     """
 
     row: int
@@ -144,6 +172,7 @@ class Job:
     writes: tuple[Write, ...]
     start: int
     birth: int
+    reads: tuple[Read, ...] = ()
 
     @property
     def seats(self) -> int:
@@ -220,8 +249,10 @@ class Plan:
     def eager(self) -> bool:
         """Whether attention must be computed step by step."""
         read = (name for g in self.groups for name, _ in g.needed)
-        written = (w.component for g in self.groups for b in g.batches for j in b.jobs for w in j.writes)
-        return any(name in EAGER for name in (*read, *written))
+        jobs = [j for g in self.groups for b in g.batches for j in b.jobs]
+        written = (w.component for j in jobs for w in j.writes)
+        saved = (r.component for j in jobs for r in j.reads)
+        return any(name in EAGER for name in (*read, *written, *saved))
 
     @property
     def batches(self) -> int:
@@ -267,6 +298,11 @@ class Plan:
         ]
         if shadows:
             lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
+        reads = [read for g in self.groups for b in g.batches for j in b.jobs for read in j.reads]
+        if reads:
+            size = _size(4 * sum(read.size for read in reads))
+            less = ", less where they are reduced" if any(read.reduce for read in reads) else ""
+            lines.append(f"  saves        {plural(len(reads), 'live value')}, {size}{less}")
         if self.eager:
             lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
         if self.remote:

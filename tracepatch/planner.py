@@ -78,6 +78,9 @@ def make_plan(
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     lowering = {profile: Lowering(architecture, profile, prune, worlds) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
+    saving = {
+        profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
+    }
     proofs = np.zeros((len(rows), len(encoded)), np.int8)
     twins = np.full((len(rows), len(encoded)), -1, np.int64)
     jobs: dict[int, list[Job]] = {}
@@ -86,16 +89,20 @@ def make_plan(
         jobs[pair] = []
         for number, (writes, proof) in enumerate(lowered[profile]):
             proofs[number, pair] = proof
-            if not writes:
+            if proof != Proof.NONE:
                 continue
+            reads = saving[profile].get(number, ())
             key = (rows[number].base, writes)
-            if prune and key in seen:
+            if prune and key in seen and not reads:
                 proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, seen[key] * len(encoded) + pair
                 continue
             seen[key] = number
-            start = min(p for w in writes for p in w.positions)
-            jobs[pair].append(Job(number, pair, rows[number].base, writes, start, min(w.layer for w in writes)))
+            start = min((p for w in writes for p in w.positions), default=profile.length)
+            birth = min((w.layer for w in writes), default=len(architecture))
+            jobs[pair].append(Job(number, pair, rows[number].base, writes, start, birth, reads))
     row_bytes = max(_row_bytes(architecture, profile) for profile in lowering)
+    saved = [_read_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
+    row_bytes += max(saved, default=0)
     budget = memory or MEMORY
     plan = Plan(
         model=model,
@@ -181,6 +188,14 @@ def _row_bytes(architecture: Architecture, profile: Profile) -> int:
     )
 
 
+def _read_bytes(architecture: Architecture, job: Job, length: int) -> int:
+    """What a row saves, while it is computed: in the model's dtype and in float32."""
+    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in job.reads)
+    # Of head_out every head is made at every position, twice where it is edited.
+    layers = [read.layer for read in job.reads if read.component == "head_out"]
+    return found + 2 * sum(_kept_bytes(architecture, "head_out", layer, length) for layer in layers)
+
+
 def _pack(
     architecture: Architecture,
     encoded: EncodedPairs,
@@ -209,6 +224,14 @@ def _pack(
                 for t in w.terms
                 if t.component == "logits"
                 for q in t.positions
+            }
+            reads |= {
+                q
+                for pair in chunk
+                for job in jobs[pair]
+                for read in job.reads
+                if read.component == "logits"
+                for q in read.positions
             }
             ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
             used = {(t.component, t.layer) for job in ready for w in job.writes for t in w.terms}
