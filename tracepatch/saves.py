@@ -20,6 +20,8 @@ from tracepatch.tokens import EncodedPairs
 
 Pieces: TypeAlias = dict[int, torch.Tensor]
 """Pair → a live value ``[…]``; a pair that lacks the positions is not in it."""
+Words: TypeAlias = dict[str, list[list[str]]]
+"""``token`` and ``corrupted_token`` → each pair's tokens."""
 ALONG = ("pos", "dest", "src")
 
 
@@ -30,27 +32,28 @@ def hand_out(
     encoded: EncodedPairs,
 ) -> None:
     """Gives every handle its values; ``saved`` is that of ``executors.Measured``."""
+    words = _words(encoded)
     for (number, order), pieces in _by_save(rows, saved).items():
         row = rows[number]
-        row.saves[order].labelled = partial(labelled, row, row.saves[order], pieces, architecture, encoded)
+        row.saves[order].labelled = partial(labelled, row, row.saves[order], pieces, architecture, words)
 
 
-def labelled(row: Row, save: Save, pieces: Pieces, architecture: Architecture, encoded: EncodedPairs) -> xr.DataArray:
+def labelled(row: Row, save: Save, pieces: Pieces, architecture: Architecture, words: Words) -> xr.DataArray:
     """What one row saved: ``[pair, …]`` in float32, with the dims of the indexed site, or of what it was reduced to.
 
     Positions and units carry their numbers: counted from 0 where all pairs agree in them, else from the end of each
     prompt. Positions carry tokens as those of a result do: ``token`` and ``corrupted_token``, by pair where they
     differ; for ``dest`` and ``src`` with these in front. What a pair does not have is NaN.
     """
-    axes = {dim: _axis(dim, save.site, architecture, encoded) for dim in save.dims}
+    axes = {dim: _axis(dim, save.site, architecture, words) for dim in save.dims}
     shape = [_size(i, dim, axes[dim], pieces) for i, dim in enumerate(save.dims)]
-    values = np.full((len(encoded), *shape), np.nan, np.float32)
+    values = np.full((len(words["token"]), *shape), np.nan, np.float32)
     for pair, piece in pieces.items():
         _put(values[(pair, ...)], piece, [None] * piece.ndim, [None] * piece.ndim)
-    coords: dict[str, Any] = {"pair": np.arange(len(encoded))}
+    coords: dict[str, Any] = {"pair": np.arange(len(values))}
     for dim, axis in axes.items():
         if axis is not None:
-            coords |= {dim: axis} | _tokens(dim, dim, axis, encoded)
+            coords |= {dim: axis} | _tokens(dim, dim, axis, words)
     attrs = {"site": str(save.site), "row": row.described, "base": save.world}
     return xr.DataArray(values, dims=("pair", *save.dims), coords=coords, name=save.name, attrs=attrs)
 
@@ -103,24 +106,25 @@ def _dataset(
     for place, number in enumerate(numbers):
         for order, save in enumerate(rows[number].saves):
             members.setdefault(save.name, []).append((place, save, pieces[number, order]))
+    words, labels = _words(encoded), frozenset(coords)
     used: dict[str, list[int] | int] = {}
     data: dict[str, Any] = {}
     for name, several in members.items():
         sites = list(dict.fromkeys(save.site for _, save, _ in several))
         own = several[0][1].dims  # the recorder saw to it that they are the same in all rows
-        axes = {site: [_axis(dim, site, architecture, encoded) for dim in own] for site in sites}
+        axes = {site: [_axis(dim, site, architecture, words) for dim in own] for site in sites}
         named, sizes, whole = [], [], []
         for i, dim in enumerate(own):
             union = _union([axes[site][i] for site in sites])
             size = max(_size(i, dim, union, found) for _, _, found in several)
             entry = size if union is None else union
-            plain = dim not in dims and dim not in coords and not dim.startswith("reduced_")
+            plain = dim not in labels and not dim.startswith("reduced_")
             label = dim if plain and used.setdefault(dim, entry) == entry else f"{name}_{dim}"
             named.append(label)
             sizes.append(size)
             whole.append(union)
             if union is not None:
-                coords |= {label: union} | _tokens(dim, label, union, encoded) if label not in coords else {}
+                coords |= {label: union} | _tokens(dim, label, union, words) if label not in coords else {}
         values = np.full((len(encoded), *shape, *sizes), np.nan, np.float32)
         for place, save, found in several:
             for pair, piece in found.items():
@@ -140,11 +144,11 @@ def _by_save(rows: Sequence[Row], saved: dict[tuple[int, int, int], torch.Tensor
     return found
 
 
-def _axis(dim: str, site: Site, architecture: Architecture, encoded: EncodedPairs) -> list[int] | None:
+def _axis(dim: str, site: Site, architecture: Architecture, words: Words) -> list[int] | None:
     """The numbers along a dim: positions or units; ``None`` where it has none that all pairs share."""
     if dim in UNITS:
         return list(site.unit.resolve(architecture.units(site.component, site.layer)) or ())
-    return _positions(site.picked(dim), encoded.lengths) if dim in ALONG else None
+    return _positions(site.picked(dim), [len(w) for w in words["token"]]) if dim in ALONG else None
 
 
 def _positions(picked: Select, lengths: Sequence[int]) -> list[int] | None:
@@ -184,17 +188,19 @@ def _put(
         target[...] = piece.numpy()
 
 
-def _tokens(dim: str, label: str, axis: list[int], encoded: EncodedPairs) -> dict[str, Any]:
+def _words(encoded: EncodedPairs) -> Words:
+    sides = {"token": encoded.clean} | ({} if encoded.corrupted is None else {"corrupted_token": encoded.corrupted})
+    return {name: [encoded.words(ids) for ids in side] for name, side in sides.items()}
+
+
+def _tokens(dim: str, label: str, axis: list[int], words: Words) -> dict[str, Any]:
     """Tokens along a dim of positions."""
     if dim not in ALONG:
         return {}
     front = "" if label == "pos" else f"{label}_"
     found: dict[str, Any] = {}
-    for name, side in (("token", encoded.clean), ("corrupted_token", encoded.corrupted)):
-        if side is None:
-            continue
-        words = [encoded.words(ids) for ids in side]
-        picked = [[w[p] if -len(w) <= p < len(w) else "" for p in axis] for w in words]
+    for name, side in words.items():
+        picked = [[w[p] if -len(w) <= p < len(w) else "" for p in axis] for w in side]
         shared = all(p == picked[0] for p in picked)
         found[front + name] = (label, picked[0]) if shared else (("pair", label), picked)
     return found
