@@ -43,10 +43,10 @@ def edits(p: tp.Patching, base: str) -> list[Any]:
     def joint() -> None:
         mine.embed[-2:] += 0.5
         mine.attn_out[0, 1:4] = 2 * other.attn_out[0, 1:4]
-        for name in ("q", "v", "z", "head_out", "resid_mid", "mlp_in", "q_in", "k_in"):
+        for i, name in enumerate(("q", "v", "z", "head_out", "resid_mid", "mlp_in", "q_in", "k_in")):
             if offers(name, 1):
                 site = (1, slice(2, None), [0]) if COMPONENTS[name].unit else (1, slice(2, None))
-                getattr(mine, name)[site] = getattr(other, name)[site]
+                getattr(mine, name)[site] = (1 + i / 4) * getattr(other, name)[site]  # none follows from another
         mine.mlp_out[1, -1] += 0.25 * mine.mlp_out[1, -1]
         mine.logits[-1] += 1
 
