@@ -16,8 +16,9 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
 ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``probe``, ``twins``, ``architecture``,
-``rows``, ``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``,
-``spelling``, ``scripts``, ``results``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``rows``, ``trials``, ``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``firing``, ``executors``,
+``checks``, ``spelling``, ``scripts``, ``results``, ``saves``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``,
+``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -12,13 +12,13 @@ from tracepatch.results import Result, require_dataset
 
 
 def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
-    """Writes a result as netCDF; the file appears whole or not at all.
+    """Writes a result, or ``p.saved``, as netCDF; the file appears whole or not at all.
 
     Returns:
         The path.
     """
     target = Path(path)
-    if not isinstance(result, xr.DataTree):
+    if not isinstance(result, xr.DataTree) and "saves" not in result.attrs:
         require_dataset(result)
     if target.is_dir():
         raise ResultError(f"{target} is a folder; pass the file to write, such as {target / 'result.nc'}.")

@@ -138,7 +138,7 @@ class _Checks:
         still = self.measured.still & took
         numbers = np.flatnonzero(still.any(1))
         if len(numbers):
-            rows = [self.plan.rows[number] for number in numbers]
+            rows = [replace(self.plan.rows[number], saves=[]) for number in numbers]
             # Without pruning, rows are measured that had to be without effect.
             plan = make_plan(self.architecture, self.encoded, rows, self.plan.metrics, edited=self.plan.edited)
             inert = np.isin(plan.proofs, PROVED)

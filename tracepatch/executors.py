@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from tracepatch import trace
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, TracepatchError, listing
 from tracepatch.firing import each_once, failure, named, require_fired
-from tracepatch.layout import Seats, columns, shadow_columns, stops
+from tracepatch.layout import Seats, columns, read_columns, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
 from tracepatch.plan import Group, Job, Plan, Proof
@@ -38,6 +38,7 @@ class Measured:
         seconds: Wall time.
         still: ``[row, pair]``: whether a measured row has, to the last bit, the value of its unpatched base.
         fired: Edits that were seen to fire.
+        saved: (row, its save's number, pair) → the live value ``[…]`` in float32.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -47,6 +48,7 @@ class Measured:
     seconds: float
     still: NDArray[np.bool_]
     fired: int
+    saved: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 def run(
@@ -107,6 +109,7 @@ class _Run:
         self.noise = np.zeros(len(self.columns))
         self.still = np.zeros((len(plan.rows), plan.pairs), bool)
         self.fired = 0
+        self.saved: dict[tuple[int, int, int], torch.Tensor] = {}
         device = module_of(model).get_input_embeddings().weight.device
         self.device = torch.device("cpu") if device.type == "meta" else device  # a server moves what it is sent
 
@@ -121,7 +124,9 @@ class _Run:
                     self.advance(len(batch.jobs))
         self._fill()
         seconds = time.perf_counter() - began
-        return Measured(self.columns, self.values, self.baselines, self.noise, seconds, self.still, self.fired)
+        return Measured(
+            self.columns, self.values, self.baselines, self.noise, seconds, self.still, self.fired, self.saved
+        )
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
         """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
@@ -230,20 +235,27 @@ class _Run:
             length=group.length,
         )
         writes = columns(jobs, self.architecture, seats)
-        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs))
+        reads, saving = read_columns(jobs, seats)
+        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs), reads=reads)
         logit_edits = tuple(
             self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
         )
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, keep, elsewhere, shadows)
+        visited = stops(self.architecture, keep, elsewhere, shadows, reads)
+        saved_logits = tuple(
+            self._saved_at_reads(group, r) for key, found in reads.items() if key[0] == "logits" for r in found
+        )
         rows = [*jobs, *[jobs[0]] * count]
         measures = self._measures(metrics, group, rows, known)
-        kept, scores = self._forward(group, rows, visited, known, logit_edits, measures, keep_logits)
+        kept, scores = self._forward(group, rows, visited, known, logit_edits, measures, (keep_logits, saved_logits))
+        for number, whose in enumerate(saving):
+            for (job_number, save), live in zip(whose, kept["save", number], strict=True):
+                self.saved[jobs[job_number].row, save, jobs[job_number].pair] = live
         if self.checks:
             patched = [job for job in jobs if job.row >= 0]
             fired = require_fired(self.plan.rows, group, jobs, kept, len(rows))
             self.fired += fired if patched else 0
-        own = {key: value[: len(jobs)] for key, value in kept.items() if key[0] not in ("aside", "fired")}
+        own = {key: value[: len(jobs)] for key, value in kept.items() if key[0] not in ("save", "fired")}
         return own, scores[: len(jobs)]
 
     def _order(self, group: Group) -> list[tuple[int, WorldName]]:
@@ -265,6 +277,12 @@ class _Run:
             raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
         return add, (rows[inside], kept, None, None), chosen, constant, function, False
 
+    @staticmethod
+    def _saved_at_reads(group: Group, read: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A read of logits, counted among the positions whose logits are computed."""
+        number, (rows, slots, *rest), *how = read
+        return number, (rows, torch.searchsorted(torch.tensor(group.reads), slots), *rest), *how
+
     def _forward(
         self,
         group: Group,
@@ -273,8 +291,8 @@ class _Run:
         known: dict[Any, torch.Tensor],
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
-        keep_logits: bool,
-        jobs: tuple[Job, ...] = (),
+        keep_logits: tuple[Any, ...],
+        jobs: Sequence[Job] = (),
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}

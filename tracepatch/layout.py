@@ -16,7 +16,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.plan import EAGER, Job, Term, Write, streams
+from tracepatch.plan import EAGER, Job, Read, Term, Write, streams
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 
 Columns: TypeAlias = tuple[Any, ...]
@@ -51,14 +51,16 @@ def stops(
     keep: Iterable[Key],
     writes: dict[Key, tuple[Columns, ...]],
     shadows: dict[Key, Shadows] | None = None,
+    reads: dict[Key, tuple[Columns, ...]] | None = None,
 ) -> tuple[Stop, ...]:
-    """The places to visit, in the order in which they pass by, each with what is kept and written there."""
-    keep, shadows = set(keep), shadows or {}
+    """The places to visit, in the order in which they pass by, each with what is kept, written and saved there."""
+    keep, shadows, reads = set(keep), shadows or {}, reads or {}
     tasks: dict[Place, list[tuple[int, tuple[Any, ...]]]] = defaultdict(list)
-    for name, layer in sorted(keep | set(writes) | set(shadows)):
+    for name, layer in sorted(keep | set(writes) | set(shadows) | set(reads)):
         if name == "logits":
             continue
-        stage, task = STAGES[name], (writes.get((name, layer), ()), (name, layer) in keep)
+        kept = (name, layer) in keep, reads.get((name, layer), ())
+        stage, task = STAGES[name], (writes.get((name, layer), ()), kept)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
         elif name in ("attn_in", "mlp_in"):
@@ -74,12 +76,13 @@ def stops(
             stream, norm, place = architecture.reader(name, layer)
             tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
             edited, seats, taken = shadows[name, layer]
-            rows, changed = edited
+            rows, changed, saves = edited
             count = architecture.units(name, layer)
-            place_of = ("attn_in", layer), norm, count, rows
+            place_of = ("attn_in", layer), norm, count, rows, saves
             tasks[place].append((stage, ("shadows", (name, layer), changed, *place_of, *seats)))
-            made = SPLIT_READERS[name]
-            tasks[architecture.place(made, layer)].append((FIRST, ("from_shadows", *taken)))
+            if taken:
+                made = SPLIT_READERS[name]
+                tasks[architecture.place(made, layer)].append((FIRST, ("from_shadows", *taken)))
         elif name in EAGER:
             allowed = "allowed", layer
             lowest = torch.finfo(architecture.dtype).min / 2
@@ -139,9 +142,9 @@ def _owners(name: str, layer: int, shadows: dict[Key, Shadows]) -> tuple[tuple[i
     owners: list[int] = []
     for split in SPLIT_READERS if name == "attn_in_scale" else ():
         if (split, layer) in shadows:
-            (rows, _), (reading, members, _), _ = shadows[split, layer]
-            seats += reading.tolist()
-            owners += rows[members].tolist()
+            (rows, *_), (reading, members, _), taken = shadows[split, layer]
+            seats += reading.tolist() if taken else []
+            owners += rows[members].tolist() if taken else []
     return tuple(seats), tuple(owners)
 
 
@@ -182,10 +185,46 @@ def columns(
     return {place: tuple(groups) for place, groups in result.items()}
 
 
+def read_columns(
+    jobs: Iterable[Job], seats: Seats
+) -> tuple[dict[Key, tuple[Columns, ...]], list[list[tuple[int, int]]]]:
+    """What the rows of a batch save: one indexed read for all that save the same cells.
+
+    Returns:
+        (component, layer) → ``(number, cells, swap, dropped, reduce)`` as ``trace.retain`` takes them, and for each
+        number the (job's number, its save's number) of its rows.
+    """
+    alike: dict[Read, list[tuple[int, int]]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        for read in job.reads:
+            alike[replace(read, number=0)].append((number, read.number))
+    found: dict[Key, list[Columns]] = defaultdict(list)
+    for order, (read, whose) in enumerate(alike.items()):
+        kind = component(read.component)
+        parts = [
+            [seats.row_of(number) for number, _ in whose],
+            [seats.slot_of(read.component, p) for p in read.positions],
+        ]
+        parts += [list(read.units)] if read.units is not None else []
+        parts += [[seats.slot_of(read.component, p) for p in read.srcs]] if read.srcs is not None else []
+        cells = tuple(torch.tensor(part).view(-1, *[1] * (len(parts) - 1 - i)) for i, part in enumerate(parts))
+        dropped = dict(zip((kind.place, kind.unit, "src"), read.scalar, strict=True))
+        dims = (dim for dim in kind.index if dim != "layer")
+        at = tuple(i for i, dim in enumerate(dims, start=1) if dropped[dim])
+        found[read.component, read.layer].append((order, cells, kind.attends, at, read.reduce))
+    return {key: tuple(several) for key, several in found.items()}, list(alike.values())
+
+
 def shadow_columns(
-    jobs: Iterable[Job], architecture: Architecture, seats: Seats, first: int
+    jobs: Iterable[Job],
+    architecture: Architecture,
+    seats: Seats,
+    first: int,
+    reads: dict[Key, tuple[Columns, ...]] | None = None,
 ) -> tuple[dict[Key, Shadows], int]:
     """The edits of what single heads read, with the shadow rows, from ``first`` on, that read the edited streams.
+
+    Rows that only save what single heads read are among the members, and have no shadows.
 
     Returns:
         (component, layer) → its shadows, and how many shadow rows there are.
@@ -193,7 +232,8 @@ def shadow_columns(
     jobs = list(jobs)
     members: dict[Key, list[int]] = defaultdict(list)  # the jobs that edit there
     for number, job in enumerate(jobs):
-        for place in streams(job.writes):
+        saved = {(read.component, read.layer) for read in job.reads if read.component in SPLIT_READERS}
+        for place in saved | set(streams(job.writes)):
             members[place].append(number)
     found: dict[Key, Shadows] = {}
     taken: dict[int, int] = defaultdict(int)
@@ -203,12 +243,12 @@ def shadow_columns(
             for n in numbers
         ]
         among = replace(seats, row_of=lambda number: number)
-        writes = columns(own, architecture, among, split=True)[name, layer]
+        writes = columns(own, architecture, among, split=True).get((name, layer), ())
         rows, reading, member_of, unit_of = [], [], [], []
         cells: list[tuple[int, int, int, int]] = []
         for member, (number, job) in enumerate(zip(numbers, own, strict=True)):
             rows.append(seats.row_of(number))
-            for units in streams(job.writes)[name, layer]:
+            for units in streams(job.writes).get((name, layer), ()):
                 seat = first + taken[layer]
                 taken[layer] += 1
                 reading.append(seat)
@@ -217,8 +257,12 @@ def shadow_columns(
                 for unit in units:
                     positions = sorted({p for w in job.writes if unit in (w.units or ()) for p in w.positions})
                     cells += [(rows[-1], seats.slot_of(name, p), unit, seat) for p in positions]
+        saves = tuple(
+            (n, (torch.searchsorted(torch.tensor(rows), at[0]), *at[1:]), *how)
+            for n, at, *how in (reads or {}).get((name, layer), ())
+        )
         found[name, layer] = (
-            (_index(rows), writes),
+            (_index(rows), writes, saves),
             (_index(reading), _index(member_of), _index(unit_of)),
             tuple(_index(list(column)) for column in zip(*cells, strict=True)),
         )

@@ -21,7 +21,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
-from tracepatch.plan import Proof, Term, Write
+from tracepatch.plan import Proof, Read, Term, Write
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import SPLIT_READERS, STAGES, Site, component, shape_of
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
@@ -90,9 +90,11 @@ class Lowering:
             writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
         except SiteError:
             return (), Proof.ABSENT
+        if not row.edits and not self.reads(row):
+            return (), Proof.ABSENT
         if len(writes) > 1:
             writes = _drop_overwritten(writes)
-        if not self.prune:
+        if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
         for write in writes:
@@ -119,6 +121,28 @@ class Lowering:
             Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
         )
         return tuple(kept), proof
+
+    def reads(self, row: Row) -> tuple[Read, ...]:
+        """The live values that a row saves, as far as the prompt has them."""
+        found = []
+        for number, save in enumerate(row.saves):
+            site, kind = save.site, component(save.site.component)
+            try:
+                positions, units, srcs = self._indices(site)
+            except SiteError:
+                continue
+            count = self.architecture.units(site.component, site.layer)
+            if srcs is not None and units is None:  # indexed dims stand side by side
+                units = tuple(range(count))
+            size = len(positions) * (len(units) if units is not None else max(1, count))
+            if kind.attends:
+                size *= self.profile.length if srcs is None else len(srcs)
+            elif kind.dims[-1] not in kind.index:
+                size *= self.architecture.width(site.component, site.layer)
+            name, layer = ("logits", self.depth) if site.component == "logits" else _canonical(site, self.depth)
+            scalar = site.pos.scalar, site.unit.scalar, site.src.scalar
+            found.append(Read(number, name, layer, positions, units, srcs, scalar, save.reduce, size))
+        return tuple(found)
 
     def _moment(self, edit: Edit) -> tuple[int, int]:
         """When an edit acts in the forward."""

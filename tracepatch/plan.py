@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -111,6 +111,33 @@ class Write:
         return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A live value that a row saves, with every index resolved as in ``Write``.
+
+    Attributes:
+        number: Which of the row's saves it is.
+        component: What is read.
+        layer: Where.
+        positions: The positions.
+        units: Heads or neurons; ``None`` for all, or where there are none.
+        srcs: The positions attended to; ``None`` for all, or where there are none.
+        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
+        reduce: What is made of the value ``[row, …]`` before it is kept.
+        size: How many numbers it is before that, in one row.
+    """
+
+    number: int
+    component: str
+    layer: int
+    positions: tuple[int, ...]
+    units: tuple[int, ...] | None
+    srcs: tuple[int, ...] | None
+    scalar: tuple[bool, bool, bool]
+    reduce: Callable[..., Any] | None
+    size: int
+
+
 def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
     """The edited streams that single heads read in one row: (component, layer) → units that read the same one."""
     split: dict[tuple[str, int], list[Write]] = defaultdict(list)
@@ -138,6 +165,7 @@ class Job:
         writes: Its edits in forward order.
         start: The first position that differs from the base; what stands before it need not be computed.
         birth: The first layer that differs from the base.
+        reads: The live values that it saves.
     """
 
     row: int
@@ -146,6 +174,7 @@ class Job:
     writes: tuple[Write, ...]
     start: int
     birth: int
+    reads: tuple[Read, ...] = ()
 
     @property
     def seats(self) -> int:
@@ -233,7 +262,8 @@ class Plan:
         """Whether attention must be computed step by step."""
         read = (name for g in self.groups for name, _ in g.needed)
         written = (w.component for g in self.groups for w in g.writes)
-        return any(name in EAGER for name in (*read, *written))
+        saved = (r.component for g in self.groups for b in g.batches for j in b.jobs for r in j.reads)
+        return any(name in EAGER for name in (*read, *written, *saved))
 
     @property
     def batches(self) -> int:
@@ -279,6 +309,11 @@ class Plan:
         ]
         if shadows:
             lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
+        reads = [read for g in self.groups for b in g.batches for j in b.jobs for read in j.reads]
+        if reads:
+            size = _size(4 * sum(read.size for read in reads))
+            less = ", less where they are reduced" if any(read.reduce for read in reads) else ""
+            lines.append(f"  saves        {plural(len(reads), 'live value')}, {size}{less}")
         if self.eager:
             lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
         lines += [f"  world        {world}" for world in self.edited]

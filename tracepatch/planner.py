@@ -16,7 +16,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
-from tracepatch.plan import Batch, Group, Job, Plan, Proof, Write
+from tracepatch.plan import Batch, Group, Job, Plan, Proof, Read, Write
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import component
 from tracepatch.sources import Function, WorldName
@@ -89,6 +89,9 @@ def make_plan(
     named = {world.name: world for world in edited}
     lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
+    saving = {
+        profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
+    }
     proofs = np.zeros((len(rows), len(encoded)), np.int8)
     twins = np.full((len(rows), len(encoded)), -1, np.int64)
     jobs: dict[int, list[Job]] = {}
@@ -97,16 +100,19 @@ def make_plan(
         jobs[pair] = []
         for number, (writes, proof) in enumerate(lowered[profile]):
             proofs[number, pair] = proof
-            if not writes:
+            if proof != Proof.NONE:
                 continue
+            reads = saving[profile].get(number, ())
             key = (rows[number].base, writes)
-            if prune and key in seen:
+            if prune and key in seen and not reads:
                 proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, seen[key] * len(encoded) + pair
                 continue
             seen[key] = number
-            jobs[pair].append(_job(number, pair, rows[number].base, writes))
+            jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     row_bytes = max(_row_bytes(architecture, profile) for profile in lowering)
+    saved = [_read_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
+    row_bytes += max(saved, default=0)
     budget = memory or MEMORY
     plan = Plan(
         model=model,
@@ -139,9 +145,9 @@ def _draws(edit: Edit) -> bool:
     return not isinstance(edit.source, Function) and bool(edit.source.terms().noise)
 
 
-def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...]) -> Job:
+def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
     start = min((p for w in writes for p in w.positions), default=0)
-    return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0))
+    return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0), reads)
 
 
 def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
@@ -212,6 +218,14 @@ def _row_bytes(architecture: Architecture, profile: Profile) -> int:
     )
 
 
+def _read_bytes(architecture: Architecture, job: Job, length: int) -> int:
+    """What a row saves, while it is computed: in the model's dtype and in float32."""
+    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in job.reads)
+    # Of head_out every head is made at every position, twice where it is edited.
+    layers = [read.layer for read in job.reads if read.component == "head_out"]
+    return found + 2 * sum(_kept_bytes(architecture, "head_out", layer, length) for layer in layers)
+
+
 def _pack(
     architecture: Architecture,
     encoded: EncodedPairs,
@@ -246,6 +260,14 @@ def _pack(
                 for t in w.terms
                 if t.component == "logits"
                 for q in t.positions
+            }
+            reads |= {
+                q
+                for pair in chunk
+                for job in jobs[pair]
+                for read in job.reads
+                if read.component == "logits"
+                for q in read.positions
             }
             ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
             used = {

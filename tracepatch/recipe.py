@@ -16,14 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tracepatch.architecture import architecture_of
 from tracepatch.checks import verify
 from tracepatch.errors import RecipeError
-from tracepatch.executors import run
+from tracepatch.executors import Measured, run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
 from tracepatch.models import Model, limits, name_of, remote_of, require_ready, require_weights
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
-from tracepatch.results import Result, to_result
+from tracepatch.results import Result, provenance, to_result
+from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
@@ -57,6 +58,7 @@ class Patching(Recorder):
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
         self._plan: Plan | None = None
+        self._measured: Measured | None = None
 
     @property
     def plan(self) -> Plan:
@@ -116,7 +118,23 @@ class Patching(Recorder):
             measured = run(self.model, self.architecture, self.encoded, plan, advance, checks=self._checks)
         told = verify(self.model, self.architecture, self.encoded, plan, measured) if self._checks else "off"
         plan.measured.update(seconds=measured.seconds, checks=told)
+        self._measured = measured
+        hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
+
+    @property
+    def saved(self) -> Result:
+        """Everything that rows saved, by name: ``tracepatch.saves.together`` describes it.
+
+        Raises:
+            RecipeError: Nothing is saved, or nothing has run yet.
+        """
+        if not any(row.saves for row in self.rows):
+            raise RecipeError("No row saves anything: write `p.save(...)` inside `with p.row(...):`.")
+        if self._measured is None:
+            raise RecipeError("Nothing has run yet: what rows save is there after p.run().")
+        attrs = provenance(self.model, self.encoded, self.plan, self._measured)
+        return together(self.plan.rows, self._measured.saved, self.architecture, self.encoded, attrs)
 
 
 def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:

@@ -7,7 +7,7 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from types import TracebackType
 from typing import Any, overload
@@ -17,7 +17,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
-from tracepatch.rows import RESERVED, Edit, EditedWorld, Label, Row, counted_from_0, require_label
+from tracepatch.rows import RESERVED, Edit, EditedWorld, Label, Row, Save, counted_from_0, require_label
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -27,6 +27,7 @@ from tracepatch.sites import (
     Select,
     Site,
     component,
+    hashable,
     layers_of,
     positions_of,
     select,
@@ -36,6 +37,7 @@ from tracepatch.sites import (
 )
 from tracepatch.sources import Function, Increment, Noise, Sum, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
+from tracepatch.trials import fits, require_result, saved
 
 
 class Recorder:
@@ -60,6 +62,7 @@ class Recorder:
         self._ended = False
         self._tried: set[tuple[Any, ...]] = set()
         self._taken: set[tuple[Any, ...]] = set()
+        self._dims: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.lengths = tuple(sorted(set(encoded.lengths)))
 
     @property
@@ -126,6 +129,30 @@ class Recorder:
                 "The recording has ended with its block: write this row inside `with tp.patching(...) as p:`."
             )
         return _RowBlock(self, labels, renormalize)
+
+    def save(self, value: Value, reduce: Callable[..., torch.Tensor] | None = None, name: str = "") -> Save:
+        """Keeps a live value of the open row: what passes by there after the row's edits.
+
+        Args:
+            value: A site of the world that the row edits, such as ``p.corrupted.pattern[5, 2, -1]``. Before the first
+                edit, or without any, it says which world the row runs on.
+            reduce: What to make of it before it is kept: a function of the live value ``[row, …]`` in float32, with
+                the dims that indexing the site gives, that keeps the row dim. What it returns is all that is kept.
+            name: The variable that it becomes in ``p.saved``; the component's name if left out.
+
+        Returns:
+            A handle, whose ``values`` are there after the run.
+
+        Raises:
+            RecipeError: No row is open, the world is not the row's, or `reduce` fails on made-up values.
+        """
+        if self._open is None:
+            raise RecipeError(f"{value} is saved outside a row. Write p.save(...) inside `with p.row(...):`.")
+        site = value.site if isinstance(value, Value) else None
+        shapes = [dims for n in self.lengths if site and (dims := self._shape(site, n)) is not None]
+        save = saved(self._open, value, reduce, name or (site.component if site else ""), shapes)
+        self._open.saves.append(save)
+        return save
 
     @overload
     def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
@@ -207,9 +234,10 @@ class Recorder:
             source = given.source
         else:
             source = as_source(given)
-        if row is not None and row.edits and row.base != world:
+        if row is not None and (row.edits or row.saves) and row.base != world:
+            what = f"edits {row.base}.{row.edits[0].site}" if row.edits else f"saves {row.base}.{row.saves[0].site}"
             raise RecipeError(
-                f"One row edits one world: this one edits {row.base}.{row.edits[0].site}, so {world}.{site} "
+                f"One row edits one world: this one {what}, so {world}.{site} "
                 "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
@@ -251,24 +279,7 @@ class Recorder:
             dims = self._shape(site, length)
             if dims is None or (source.function, dims) in self._tried:
                 continue
-            shape = tuple(n for _, n in dims)
-            made_up = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-            named = ", ".join(f"{dim} {n}" for dim, n in (("row", 2), *dims))
-            try:
-                found = source.function(*made_up[: source.arguments])
-            except Exception as error:
-                raise RecipeError(f"{source} fails on values [{named}]: {type(error).__name__}: {error}") from error
-            if not isinstance(found, torch.Tensor) or not _fits(tuple(found.shape), (2, *shape)):
-                got = f"a tensor of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
-                raise RecipeError(f"{source} must return a tensor that fits {site}, [{named}]; it returned {got}.")
-            alone = [source.function(*(value[i : i + 1] for value in made_up[: source.arguments])) for i in range(2)]
-            together = found.expand(2, *shape)
-            if not all(
-                torch.allclose(a.expand(1, *shape)[0], b, atol=1e-4) for a, b in zip(alone, together, strict=True)
-            ):
-                raise RecipeError(
-                    f"{source} mixes rows: each row is a run of its own; reduce over the other dims only."
-                )
+            require_result(source, site, dims)
             self._tried.add((source.function, dims))
 
     def _require_shape(self, site: Site, source: Sum) -> None:
@@ -282,7 +293,7 @@ class Recorder:
                 continue
             shape = tuple(source.constant.tensor.shape)
             sizes = tuple(n for _, n in target)
-            if not _fits(shape, sizes):
+            if not fits(shape, sizes):
                 dims = ", ".join(f"{dim} {n}" for dim, n in target)
                 raise RecipeError(
                     f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of "
@@ -329,12 +340,18 @@ class Recorder:
             raise RecipeError(
                 f"row({row.described}) renormalizes patterns and edits none. (Scores need it not: the softmax does it.)"
             )
-        if not row.edits:
+        if not row.edits and not row.saves:
             raise RecipeError(
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
-                "its base."
+                "its base. (It may look at its base with p.save.)"
             )
         self._require_separate(row)
+        for save in row.saves:
+            if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
+                raise RecipeError(
+                    f"row({row.described}) saves {save.name!r} with other dims ({', '.join(save.dims)}) than the rows "
+                    "before it. Give it a name of its own: name='…'."
+                )
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self.lengths)
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
@@ -419,7 +436,7 @@ class _Activations:
         self.recorder.write(self.world, self._site(index), given)
 
     def _site(self, index: Any) -> Site:
-        key = _hashable(index)
+        key = hashable(index)
         found = self.sites.get(key)
         if found is None:
             found = self._resolve(index)
@@ -480,27 +497,3 @@ def _storable(label: Any) -> bool:
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         return abs(int(label)) < 1 << 63
     return isinstance(label, (float, np.floating))
-
-
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a shape broadcasts to another, as arrays do."""
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
-
-
-def _hashable(index: Any) -> Any:
-    if type(index) is int:
-        return index
-    if type(index) is not tuple:
-        index = (index,)
-    key: list[Any] = []
-    for part in index:
-        if type(part) is int:
-            key.append(part)
-        elif type(part) is slice and all(b is None or type(b) is int for b in (part.start, part.stop, part.step)):
-            key.append((part.start, part.stop, part.step))
-        else:
-            return None
-    return tuple(key)

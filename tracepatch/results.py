@@ -16,7 +16,7 @@ from tracepatch.errors import ResultError, listing
 from tracepatch.executors import Measured
 from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
-from tracepatch.rows import Label
+from tracepatch.rows import Label, Row
 from tracepatch.sources import Function, Source, Value
 from tracepatch.tokens import EncodedPairs, Prompt
 
@@ -44,7 +44,7 @@ def to_result(
     sets: dict[tuple[str, ...], list[int]] = {}
     for number, row in enumerate(plan.rows):
         sets.setdefault(tuple(row.labels), []).append(number)
-    attrs = _provenance(model, encoded, plan, measured)
+    attrs = provenance(model, encoded, plan, measured)
     found: dict[str, xr.Dataset] = {}
     for names, numbers in sets.items():
         joined = "_".join(names) or "unlabelled"
@@ -65,16 +65,7 @@ def _dataset(
     attrs: dict[str, Any],
 ) -> xr.Dataset:
     rows = [plan.rows[n] for n in numbers]
-    axes = {name: _axis([row.labels[name] for row in rows]) for name in names}
-    shape = tuple(len(axis) for axis in axes.values())
-    dense = bool(names) and int(np.prod(shape)) <= SPARSE * len(rows)
-    if dense:
-        at = tuple(np.array([axes[name].index(row.labels[name]) for row in rows]) for name in names)
-        coords: dict[str, Any] = {name: list(axis) for name, axis in axes.items()}
-        dims = names
-    else:
-        shape, at, dims = (len(rows),), (np.arange(len(rows)),), ("row",)
-        coords = {"row": np.arange(len(rows))} | {name: ("row", [row.labels[name] for row in rows]) for name in names}
+    dims, shape, at, coords = placed(rows)
 
     def spread(values: NDArray[Any], empty: Any) -> NDArray[Any]:
         """[row, pair] → [pair, *labels]."""
@@ -84,7 +75,7 @@ def _dataset(
         return out
 
     metrics = [m.name for m in plan.metrics]
-    lead, dims = (("metric", "pair") if len(metrics) > 1 else ("pair",)), tuple(dims)
+    lead = ("metric", "pair") if len(metrics) > 1 else ("pair",)
     bases = {row.base for row in rows}
     base = np.stack([measured.baselines[row.base] for row in rows])  # [row, pair, column]
     values = measured.values[numbers]
@@ -122,10 +113,10 @@ def _dataset(
         np.where((proofs == Proof.NONE) | (proofs == Proof.IDENTICAL), Status.MEASURED, Status.PROVED_ZERO),
     )
     data["status"] = (("pair", *dims), spread(status.astype(np.int8), np.int8(Status.ABSENT)))
-    dataset = xr.Dataset(data, coords=coords | _pair_coords(encoded), attrs=attrs)
+    dataset = xr.Dataset(data, coords=coords | pair_coords(encoded), attrs=attrs)
     dataset = dataset.assign_coords(metric=metrics if len(metrics) > 1 else metrics[0])
-    if dense:
-        dataset = _site_coords(dataset, architecture, encoded)
+    if dims == names:
+        dataset = site_coords(dataset, architecture, encoded)
     if len(plan.worlds) == 2:
         dataset = _normalize(dataset, measured, "corrupted")
     elif plan.edited:
@@ -163,6 +154,24 @@ def _dataset(
     return dataset[[name for name in order if name in dataset]]
 
 
+def placed(
+    rows: Sequence[Row],
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[NDArray[np.intp], ...], dict[str, Any]]:
+    """Where rows with the same labels' names stand: in a grid of their labels, or, where that were sparse, in a list.
+
+    Returns:
+        Dims, shape, each dim's index of every row, and coordinates.
+    """
+    names = tuple(rows[0].labels)
+    axes = {name: _axis([row.labels[name] for row in rows]) for name in names}
+    shape = tuple(len(axis) for axis in axes.values())
+    if names and int(np.prod(shape)) <= SPARSE * len(rows):
+        at = tuple(np.array([axes[name].index(row.labels[name]) for row in rows]) for name in names)
+        return names, shape, at, {name: list(axis) for name, axis in axes.items()}
+    listed = {name: ("row", [row.labels[name] for row in rows]) for name in names}
+    return ("row",), (len(rows),), (np.arange(len(rows)),), {"row": np.arange(len(rows))} | listed
+
+
 def _described(source: Source) -> str:
     """What was written, in a word: a world, or a number."""
     if isinstance(source, Value):
@@ -179,7 +188,8 @@ def _axis(labels: Sequence[Label]) -> list[Label]:
     return sorted(unique) if all(isinstance(label, (int, float)) for label in unique) else unique
 
 
-def _pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
+def pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
+    """Numbers, prompts and answers along ``pair``."""
     coords: dict[str, Any] = {
         "pair": np.arange(len(encoded)),
         "clean_prompt": ("pair", [_text(encoded, p) for p in encoded.clean_prompts]),
@@ -196,7 +206,8 @@ def _text(encoded: EncodedPairs, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "".join(encoded.words(prompt))
 
 
-def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs) -> xr.Dataset:
+def site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs) -> xr.Dataset:
+    """Adds the depth of layers, the kv_head of heads and the tokens of positions."""
     if "layer" in dataset.dims:
         depth = dataset["layer"].values / max(1, len(architecture) - 1)
         dataset = dataset.assign_coords(depth=("layer", depth))
@@ -209,7 +220,7 @@ def _site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encod
         if len(groups) == 1:
             heads, kv_heads = groups.pop()
             dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
-    if "pos" in dataset.dims and all(isinstance(p, int) and p >= 0 for p in dataset["pos"].values.tolist()):
+    if "pos" in dataset.coords and all(isinstance(p, int) and p >= 0 for p in dataset["pos"].values.tolist()):
         sides = (
             {"token": encoded.clean}
             if encoded.corrupted is None
@@ -242,7 +253,8 @@ def _normalize(dataset: xr.Dataset, measured: Measured, other: str) -> xr.Datase
     return dataset
 
 
-def _provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measured) -> dict[str, Any]:
+def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measured) -> dict[str, Any]:
+    """What a result rests on, as plain numbers and text."""
     return {
         "tracepatch_format": FORMAT,
         "model": plan.model or name_of(model),

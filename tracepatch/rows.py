@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+import xarray as xr
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
@@ -66,6 +67,43 @@ class EditedWorld:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))
 
 
+@dataclass(slots=True, eq=False)
+class Save:
+    """A live value that a row keeps, and the handle to it: after the run ``values`` is the labelled array.
+
+    Attributes:
+        world: The base of the row.
+        site: Where.
+        name: The variable that it becomes in ``p.saved``.
+        dims: Of ``values``, behind ``pair``.
+        reduce: What is made of the value ``[row, …]`` before it is kept.
+        labelled: Makes the array; there once the row has run.
+    """
+
+    world: WorldName
+    site: Site
+    name: str
+    dims: tuple[str, ...]
+    reduce: Callable[..., Any] | None = None
+    labelled: Callable[[], xr.DataArray] | None = field(default=None, repr=False)
+
+    @property
+    def values(self) -> xr.DataArray:
+        """The value after the row's edits, ``[pair, …]``; ``tracepatch.saves.labelled`` describes it.
+
+        Raises:
+            RecipeError: The row has not run yet.
+        """
+        if self.labelled is None:
+            raise RecipeError(f"{self} has no values yet: they are there after p.run().")
+        return self.labelled()
+
+    def __str__(self) -> str:
+        if self.reduce is None:
+            return f"save {self.world}.{self.site}"
+        return f"save {getattr(self.reduce, '__name__', type(self.reduce).__name__)}({self.world}.{self.site})"
+
+
 @dataclass(slots=True)
 class Row:
     """One patched forward for every pair: a base world, its edits, and the labels that place it in the result."""
@@ -75,7 +113,13 @@ class Row:
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
     renormalize: bool = False
+    saves: list[Save] = field(default_factory=list)
     _script: Callable[[Row, int, str | None], str] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def sites(self) -> list[Site]:
+        """What its labels speak of: the sites that it edits, or, where it only looks, those that it saves."""
+        return [e.site for e in self.edits] or [s.site for s in self.saves]
 
     @property
     def described(self) -> str:
@@ -119,7 +163,11 @@ class Row:
         return self._script(self, pair, metric)
 
     def __str__(self) -> str:
-        return f"row({self.described}): " + "; ".join(f"{self.base}.{e}" for e in self.edits)
+        return f"row({self.described}): " + "; ".join(_done(self))
+
+
+def _done(row: Row) -> list[str]:
+    return [f"{row.base}.{e}" for e in row.edits] + [str(s) for s in row.saves]
 
 
 def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture) -> Label:
@@ -128,35 +176,34 @@ def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture
         return label
     if name == "layer":
         return label + len(architecture)
-    split = (e.site for e in row.edits if component(e.site.component).unit == name)
+    split = (site for site in row.sites if component(site.component).unit == name)
     counts = [architecture.units(site.component, site.layer) for site in split]
     return label + counts[0] if counts else label
 
 
 def require_label(row: Row, name: str, label: Label, architecture: Architecture, lengths: tuple[int, ...]) -> None:
-    """Refuses a label that none of the row's edits touches.
+    """Refuses a label that none of the row's edits touches, or, in a row without edits, nothing that it saves.
 
     Raises:
         RecipeError: The label contradicts the edits.
     """
     if name == "layer":
-        touched = any(e.site.layer == label for e in row.edits) or any(
-            e.site.layer - len(architecture) == label for e in row.edits
-        )
+        touched = any(label in (site.layer, site.layer - len(architecture)) for site in row.sites)
     elif name == "component":
-        touched = any(e.site.component == label for e in row.edits)
+        touched = any(site.component == label for site in row.sites)
     elif name in ("pos", "dest", "src"):
-        along = [e.site for e in row.edits if name == "pos" or name in component(e.site.component).index]
+        along = [site for site in row.sites if name == "pos" or name in component(site.component).index]
         touched = any(_selects(site.picked(name), label, n) for site in along for n in lengths)
     elif name in UNITS:
-        split = [e.site for e in row.edits if component(e.site.component).unit == name]
+        split = [site for site in row.sites if component(site.component).unit == name]
         touched = any(_selects(s.unit, label, architecture.units(s.component, s.layer)) for s in split)
     else:
         return
     if not touched:
+        what = "edits" if row.edits else "saves"
         raise RecipeError(
-            f"The label {name}={label!r} contradicts the row's edits, none of which touches it: "
-            + "; ".join(f"{row.base}.{e}" for e in row.edits[:3])
+            f"The label {name}={label!r} contradicts the row's {what}, none of which touches it: "
+            + "; ".join(_done(row)[:3])
         )
 
 

@@ -243,6 +243,23 @@ def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select, Se
     return layers, picks.get(kind.place, ALL), picks.get(kind.unit or "", ALL), picks.get("src", ALL)
 
 
+def hashable(index: Any) -> Any:
+    """An index of integers and slices as something to look it up by; ``None`` for any other."""
+    if type(index) is int:
+        return index
+    if type(index) is not tuple:
+        index = (index,)
+    key: list[Any] = []
+    for part in index:
+        if type(part) is int:
+            key.append(part)
+        elif type(part) is slice and all(b is None or type(b) is int for b in (part.start, part.stop, part.step)):
+            key.append((part.start, part.stop, part.step))
+        else:
+            return None
+    return tuple(key)
+
+
 def _written(part: Any) -> str:
     return str(select(part, "index")) if isinstance(part, slice) else str(part)
 

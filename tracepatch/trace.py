@@ -22,7 +22,7 @@ def forward(
     options: dict[str, Any],
     logit_edits: tuple[Any, ...],
     measures: tuple[Any, ...],
-    keep_logits: bool,
+    keep_logits: tuple[Any, ...],
     remote: Any = False,
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """One traced forward.
@@ -36,7 +36,7 @@ def forward(
         options: Further arguments of the model's forward.
         logit_edits: Indexed writes of logits.
         measures: ``(function, indices into reads, given)`` for each metric.
-        keep_logits: Whether to keep the logits at ``reads`` too.
+        keep_logits: Whether to keep the logits at ``reads`` too, and what rows save of them.
         remote: As nnsight takes it.
 
     Returns:
@@ -60,7 +60,7 @@ def inside(
     only_reads: bool,
     logit_edits: tuple[Any, ...],
     measures: tuple[Any, ...],
-    keep_logits: bool,
+    keep_logits: tuple[Any, ...],
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """The body of the trace."""
     kept: dict[Any, torch.Tensor] = {}
@@ -72,12 +72,12 @@ def inside(
     logits = edited(logits, logit_edits, known)
     if logit_edits:
         kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
-    if keep_logits:
-        kept["logits", 0] = logits.clone()
+    retain(("logits", 0), keep_logits, logits, kept)
     scores = []
     for function, at, given in measures:
         found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
         scores.append(found if found.ndim == 2 else found[:, None])
+    kept = {key: value for key, value in kept.items() if key[0] != "aside"}  # what this forward alone needed
     return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
 
 
@@ -179,8 +179,7 @@ def perform(
         entering = kept["aside", stream]
         middle = entering + (x if scale == 1 else x * scale)
         after = edited(middle, writes, known)
-        if keep:
-            kept[name] = after.clone()
+        retain(name, keep, after, kept)
         # An edit of the sum is an edit of its last summand; what is not edited stays as it is to the last bit.
         if after is middle:
             return x
@@ -194,8 +193,7 @@ def perform(
     elif heads:
         value = value.unflatten(-1, (heads, -1))
     after = edited(value, writes, known)
-    if keep:
-        kept[name] = after.clone()
+    retain(name, keep, after, kept)
     if after is value:
         return x
     if heads == "first":
@@ -218,8 +216,7 @@ def weights(
             changed[rows, slots, units] = True
             wanted, found = before.sum(-1, keepdim=True), after.sum(-1, keepdim=True)
             after = torch.where(changed, after * (wanted / found), after)
-    if keep:
-        kept[name] = after.clone()
+    retain(name, keep, after, kept)
     return x if after is value else after.transpose(1, 2).contiguous()
 
 
@@ -236,8 +233,7 @@ def reader(
     _, name, writes, keep, stream, norm = task
     before = kept["aside", stream]
     after = edited(before, writes, known)
-    if keep:
-        kept[name] = after.clone()
+    retain(name, keep, after, kept)
     if after is before:
         return x
     kept["aside", stream] = after
@@ -255,10 +251,13 @@ def shadows(
 
     So norms, fused projections and rotations are the model's own, and the row itself stays untouched.
     """
-    _, _, writes, stream, norm, count, rows, seats, members, units = task
-    rows, seats, members, units = on(x.device, (rows, seats, members, units))
-    live = kept["aside", stream][rows]
+    _, name, writes, stream, norm, count, rows, saves, seats, members, units = task
+    live = kept["aside", stream][rows.to(x.device)]
     after = edited(live[:, :, None].expand(-1, -1, count, -1).contiguous(), writes, known)
+    retain(name, (False, saves), after, kept)
+    if seats is None:
+        return x
+    seats, members, units = on(x.device, (seats, members, units))
     x, whole = x.clone(), kept["aside", stream].clone()
     whole[seats] = after[members, :, units]
     kept["aside", stream] = whole
@@ -280,8 +279,7 @@ def scaled(
     before = squared / ((plain - bias) * spread).sum(-1, keepdim=True)
     before = torch.where(squared == 0, torch.ones_like(before), before)
     after = edited(before, writes, known)
-    if keep:
-        kept[name] = after.clone()
+    retain(name, keep, after, kept)
     if after is before:
         return x
     x = x.clone()
@@ -306,6 +304,17 @@ def norm_parts(model: Any, norm: str, like: torch.Tensor) -> tuple[torch.Tensor,
     given = torch.stack([torch.zeros_like(sign), 100 * sign, 100 * torch.ones_like(sign)])[None].to(dtype)
     bias, signed, same = envoy(given).float()[0]
     return (signed - bias) / sign * size, bias, bool((same - bias).abs().max() < 0.01 * (signed - bias).abs().max())
+
+
+def retain(name: Any, keep: tuple[Any, ...], value: torch.Tensor, kept: dict[Any, torch.Tensor]) -> None:
+    """Keeps a value whole, and the cells of it ``[row, …]`` that rows save, in float32 and reduced where they are."""
+    whole, saves = keep
+    if whole:
+        kept[name] = value.clone()
+    for number, cells, swap, dropped, reduce in saves:
+        found = value[on(value.device, cells)].float()  # a copy: the cells are indexed
+        found = (found.transpose(1, 2) if swap else found).squeeze(dropped)
+        kept["save", number] = found.cpu() if reduce is None else reduce(found).float().clone().cpu()
 
 
 def on(device: Any, indices: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
@@ -372,11 +381,11 @@ def head_out(
         weighted = entering * weight
         ratio = (norm(entering) * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
         weight = weight * ratio
-    if keep:
+    if any(keep):
         parts = []
         for head in range(heads):
             parts.append(head_write(project, z, torch.tensor(head), weight) * scale)
-        kept[name] = torch.stack(parts, 2)
+        retain(name, keep, edited(torch.stack(parts, 2), writes, known), kept)
     if not writes:
         return x
     after = x.clone()
@@ -404,8 +413,6 @@ def head_out(
         if not add:
             value = value - live
         changed.index_put_(cells, value[again], accumulate=True)
-        if keep:
-            kept[name].index_put_((rows, slots, units), value, accumulate=True)
         after.index_put_((rows, slots), value / scale, accumulate=True)
     return after
 

@@ -1,0 +1,146 @@
+"""Functions that will run inside a forward, tried on made-up values when they are recorded.
+
+A mistake is then raised at the line that made it, and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from tracepatch.errors import RecipeError
+from tracepatch.rows import RESERVED, Row, Save
+from tracepatch.sites import COMPONENTS, Site
+from tracepatch.sources import Function, Value
+
+Dims: TypeAlias = tuple[tuple[str, int], ...]
+"""Names and sizes, as indexing a site gives them."""
+TAKEN = frozenset(
+    (*RESERVED, *(dim for kind in COMPONENTS.values() for dim in (*kind.index, *kind.dims)), "name", "component")
+)
+
+
+def require_result(source: Function, site: Site, dims: Dims) -> None:
+    """Refuses a function whose result cannot be written at a site of this shape.
+
+    Raises:
+        RecipeError: It fails, returns something that does not fit, or mixes rows.
+    """
+    shape = tuple(n for _, n in dims)
+    made_up = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    found = _called(source.function, made_up[: source.arguments], str(source), dims)
+    if not isinstance(found, torch.Tensor) or not fits(tuple(found.shape), (2, *shape)):
+        raise RecipeError(
+            f"{source} must return a tensor that fits {site}, [{_named(dims)}]; it returned {_described(found)}."
+        )
+    alone = [source.function(*(value[i : i + 1] for value in made_up[: source.arguments])) for i in range(2)]
+    together = found.expand(2, *shape)
+    if not all(torch.allclose(a.expand(1, *shape)[0], b, atol=1e-4) for a, b in zip(alone, together, strict=True)):
+        raise RecipeError(f"{source} mixes rows: each row is a run of its own; reduce over the other dims only.")
+
+
+def saved(row: Row, value: Any, reduce: Callable[..., Any] | None, name: str, shapes: Sequence[Dims]) -> Save:
+    """What `p.save` records, checked.
+
+    Args:
+        row: The row that saves it.
+        value: The site, as a value of the row's world.
+        reduce: What is made of it before it is kept.
+        name: The variable that it becomes.
+        shapes: The site in prompts of each length that has it.
+
+    Raises:
+        RecipeError: The name cannot be a variable or is taken, or `reduce` fails on made-up values.
+    """
+    if not isinstance(value, Value):
+        raise RecipeError(
+            f"p.save takes a site of the row's world, such as p.{row.base}.resid_post[0, -1], not "
+            f"{type(value).__name__}. Arithmetic on it goes into reduce=."
+        )
+    if (row.edits or row.saves) and value.world != row.base:
+        raise RecipeError(
+            f"A row's live values are those of the world that it edits: this row runs on {row.base}, so save "
+            f"{row.base}.{value.site}. The {value.world} world as it is: a row of its own, without edits."
+        )
+    if not isinstance(name, str) or not name.isidentifier() or name in TAKEN or name in row.labels:
+        raise RecipeError(f"{name!r} cannot be a variable's name: use a word that is neither a dim nor a label.")
+    if any(save.name == name for save in row.saves):
+        raise RecipeError(f"This row saves {name!r} already. Tell the two apart with name='…'.")
+    if reduce is not None and not callable(reduce):
+        raise RecipeError(f"reduce is a function of the live value [row, …], not {reduce!r}.")
+    dims = [tuple(dim for dim, _ in shape) if reduce is None else _reduced(reduce, shape) for shape in shapes]
+    if len({len(found) for found in dims}) > 1:
+        raise RecipeError(f"{_name(reduce)} returns different dims for prompts of different lengths.")
+    row.base = value.world
+    return Save(value.world, value.site, name, dims[-1], reduce)
+
+
+@lru_cache(maxsize=256)
+def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
+    """The dims that a function returns: the site's own where one has its size and grows with it, else ``reduced_0``.
+
+    Raises:
+        RecipeError: It fails, returns no tensor with rows in front, or mixes rows.
+    """
+    made_up = torch.randn(2, *(n for _, n in dims), generator=torch.Generator().manual_seed(0))
+    found = _called(reduce, [made_up], _name(reduce), dims)
+    if not isinstance(found, torch.Tensor) or not found.ndim or len(found) != 2:
+        raise RecipeError(
+            f"{_name(reduce)} must return a tensor [row, …]: it was given [{_named(dims)}] and returned "
+            f"{_described(found)}. Reduce over the other dims only."
+        )
+    for i, together in enumerate(found):
+        alone = reduce(made_up[i : i + 1])
+        same = alone.shape == (1, *together.shape) and torch.allclose(
+            alone[0].float(), together.float(), atol=1e-4, equal_nan=True
+        )
+        if not same:
+            raise RecipeError(
+                f"{_name(reduce)} mixes rows: each row is a run of its own; reduce over the other dims only."
+            )
+    shape = tuple(found.shape[1:])
+    claims: list[list[str]] = [[] for _ in shape]
+    for i, (dim, size) in enumerate(dims):
+        wider = [n + (i == j) for j, (_, n) in enumerate(dims)]
+        try:
+            grown = tuple(reduce(torch.randn(2, *wider, generator=torch.Generator().manual_seed(0))).shape[1:])
+        except Exception:  # made for this size, as a product with a direction is: then the dim is gone
+            continue
+        if len(grown) == len(shape):
+            for j, n in enumerate(shape):
+                if n == size and grown[j] == size + 1:
+                    claims[j].append(dim)
+    names = [claim[0] if len(claim) == 1 and claims.count(claim) == 1 else "" for claim in claims]
+    left = iter(range(len(names)))
+    return tuple(dim or f"reduced_{next(left)}" for dim in names)
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a shape broadcasts to another, as arrays do."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def _called(function: Callable[..., Any], values: Sequence[torch.Tensor], name: str, dims: Dims) -> Any:
+    try:
+        return function(*values)
+    except Exception as error:
+        raise RecipeError(f"{name} fails on values [{_named(dims)}]: {type(error).__name__}: {error}") from error
+
+
+def _named(dims: Dims) -> str:
+    return ", ".join(f"{dim} {n}" for dim, n in (("row", 2), *dims))
+
+
+def _described(found: Any) -> str:
+    return f"a tensor of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__name__', type(function).__name__)}(…)"
