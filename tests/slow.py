@@ -44,10 +44,17 @@ class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
     def __init__(self, model: Any, encoded: EncodedPairs) -> None:
-        self.reference, self.encoded = Reference(untouched(model)), encoded
+        self.encoded, module = encoded, untouched(model)
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
         self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
-        self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}
+        # An encoder runs once for each prompt that it reads.
+        if encoded.encoder:
+            worlds = zip(sides, encoded.encoder, strict=False)
+            read = {(w, i): torch.tensor(ids) for w, side in worlds for i, ids in enumerate(side)}
+            self.references = {key: Reference(module, ids) for key, ids in read.items()}
+        else:
+            self.references = dict.fromkeys(self.ids, Reference(module))
+        self.values = {key: self.references[key].values(ids) for key, ids in self.ids.items()}
 
     def edits(self, row: Row, pair: int) -> list[Edit]:
         """The oracle's edits for a row."""
@@ -80,7 +87,7 @@ class Slow:
 
     def logits(self, row: Row, pair: int) -> Tensor:
         """The logits [pos, vocab] of a row."""
-        return self.reference.logits(self.ids[row.base, pair], self.edits(row, pair))
+        return self.references[row.base, pair].logits(self.ids[row.base, pair], self.edits(row, pair))
 
     def base(self, world: str, pair: int) -> Tensor:
         """The logits [pos, vocab] of an unpatched world."""

@@ -17,7 +17,7 @@ from tracepatch.errors import MeasurementError, listing
 from tracepatch.layout import Seats, columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, remote_of
-from tracepatch.plan import Group, Job, Plan, Proof
+from tracepatch.plan import Group, Job, Plan, Proof, parts
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
 
@@ -113,17 +113,18 @@ class _Run:
         pieces: list[dict[Any, torch.Tensor]] = []
         at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
         scores = []
-        for i in range(0, len(runs), at_once):
-            part = runs[i : i + at_once]
+        split = parts(runs, lambda run: len(self.encoded.encoded(run[1], run[0])), at_once)
+        for part in split:
             ids = [self.encoded.world(world)[pair] for pair, world in part]
             # A divergence needs the clean logits first, so it is scored below.
             direct = [m for m in self.plan.metrics if not _references(m)]
             kept, found = self._forward(
-                group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits
+                group, ids, visited, {}, (), self._measures(direct, group, part, {}), want_logits, self._read(part)
             )
             scores.append(found)
             pieces.append(kept)
-        known = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0] if key[0] != "aside"}
+        order = _order(runs, [run for part in split for run in part])
+        known = {key: _joined([p[key] for p in pieces], order) for key in pieces[0] if key[0] != "aside"}
         logits = known.get(("logits", 0))
         if logits is not None:
             known["reference", 0] = logits.float().log_softmax(-1)
@@ -131,7 +132,7 @@ class _Run:
                 spread = logits.new_zeros(len(runs), group.length, logits.shape[-1])
                 spread[:, list(group.reads)] = logits
                 known["logits", 0] = spread
-        self._baselines(group, runs, torch.cat(scores), logits, known)
+        self._baselines(group, runs, _joined(scores, order), logits, known)
         return known
 
     def _baselines(
@@ -185,7 +186,14 @@ class _Run:
         ids = [self.encoded.world(base)[pair] for pair, base in rows]
         visited = stops(self.architecture, (), {key: found for key, found in writes.items() if key[0] != "logits"})
         _, scores = self._forward(
-            group, ids, visited, known, logit_edits, self._measures(self.plan.metrics, group, rows, known), False
+            group,
+            ids,
+            visited,
+            known,
+            logit_edits,
+            self._measures(self.plan.metrics, group, rows, known),
+            False,
+            self._read(rows),
         )
         values = scores.double().numpy()
         drift = np.abs(values[0] - self.baselines[witness.base][witness.pair])
@@ -199,6 +207,12 @@ class _Run:
             )
         for job, value in zip(jobs, values[1:], strict=True):
             self.values[job.row, job.pair] = value
+
+    def _read(self, rows: list[tuple[int, WorldName]]) -> torch.Tensor | None:
+        """What an encoder reads in these runs, ``[row, pos]``; nothing where the model has none."""
+        if not self.encoded.encoder:
+            return None
+        return torch.tensor([self.encoded.encoded(world, pair) for pair, world in rows], device=self.device)
 
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -223,6 +237,7 @@ class _Run:
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
         keep_logits: bool,
+        encoder: torch.Tensor | None,
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
@@ -238,6 +253,7 @@ class _Run:
             measures,
             keep_logits,
             remote_of(self.model),
+            encoder,
         )
 
     def _measures(
@@ -289,6 +305,19 @@ class _Run:
 
     def _describe(self, values: NDArray[np.float64]) -> str:
         return ", ".join(f"{m}{'.' + p if p else ''} = {v}" for (m, p), v in zip(self.columns, values, strict=True))
+
+
+def _order(wanted: list[Any], found: list[Any]) -> torch.Tensor | None:
+    """Where each wanted item stands among those found; ``None`` if they stand in that order."""
+    if found == wanted:
+        return None
+    place = {item: i for i, item in enumerate(found)}
+    return torch.tensor([place[item] for item in wanted])
+
+
+def _joined(pieces: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    whole = torch.cat(pieces)
+    return whole if order is None else whole[order.to(whole.device)]
 
 
 def _references(metric: Metric) -> bool:

@@ -36,15 +36,19 @@ class Profile:
         length: Tokens of each prompt.
         differing: Positions at which the two prompts differ.
         reads: Positions that the metrics read.
+        encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
     """
 
     length: int
     differing: tuple[int, ...]
     reads: tuple[int, ...]
+    encoded: bool = False
 
     @property
     def first(self) -> int:
         """The first position at which the worlds may differ."""
+        if self.encoded:
+            return 0
         return min(self.differing, default=self.length)
 
 

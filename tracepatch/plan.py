@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,14 @@ PROOFS = {
     Proof.BOTH: "each of its positions falls under one of the two proofs above",
     Proof.IDENTICAL: "the same edits on the same pair are measured once",
 }
+
+
+def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """Items in parts of at most ``most`` that share a length, so that nothing is padded; in order within a length."""
+    same: dict[int, list[Any]] = {}
+    for item in items:
+        same.setdefault(length(item), []).append(item)
+    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +137,7 @@ class Group:
         reads: The positions whose logits are computed.
         needed: The (component, layer) of worlds' values that some edit writes.
         batches: The patched forwards.
+        captures: Traced runs of the unpatched worlds: one for each length of what an encoder reads.
     """
 
     length: int
@@ -134,6 +145,7 @@ class Group:
     reads: tuple[int, ...]
     needed: frozenset[tuple[str, int]]
     batches: tuple[Batch, ...]
+    captures: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +201,7 @@ class Plan:
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = len(self.worlds) * self.pairs
-        captures = len(self.groups)
+        captures = sum(group.captures for group in self.groups)
         forwards = self.jobs + worlds + self.batches
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]

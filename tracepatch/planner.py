@@ -15,7 +15,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MetricError, RecipeError, listing
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
-from tracepatch.plan import Batch, Group, Job, Plan, Proof
+from tracepatch.plan import Batch, Group, Job, Plan, Proof, parts
 from tracepatch.rows import Row
 from tracepatch.sites import COMPONENTS
 from tracepatch.sources import WorldName
@@ -70,6 +70,8 @@ def make_plan(
         notes.append(
             "nothing is pruned: this model's attention is not causal (a changed last token moved earlier positions)"
         )
+    if encoded.encoder:
+        notes.append("an encoder reads the prompts: layers and positions are the decoder's")
     halved = architecture.dtype.itemsize < 4
     if halved and any(e.site.component == "resid_mid" for row in rows for e in row.edits):
         notes.append(
@@ -95,7 +97,7 @@ def make_plan(
             seen[key] = number
             start = min(p for w in writes for p in w.positions)
             jobs[pair].append(Job(number, pair, rows[number].base, writes, start, min(w.layer for w in writes)))
-    row_bytes = max(_row_bytes(architecture, profile) for profile in lowering)
+    row_bytes = max(_row_bytes(architecture, profile) for profile in lowering) + _encoder_bytes(architecture, encoded)
     budget = memory or MEMORY
     plan = Plan(
         model=model,
@@ -167,6 +169,8 @@ def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> P
                 f"Metric {metric.name!r} reads a position twice in pair {pair}: {metric.positions} of {length}."
             )
         reads.update(found)
+    if encoded.encoder:  # the decoder's tokens are the same on both sides
+        return Profile(length, (), tuple(sorted(reads)), encoded=True)
     return Profile(length, encoded.differing(pair), tuple(sorted(reads)))
 
 
@@ -179,6 +183,12 @@ def _row_bytes(architecture: Architecture, profile: Profile) -> int:
     return profile.length * (wide + heads * profile.length * 2) * size + len(profile.reads) * architecture.vocab * (
         size + 8
     )
+
+
+def _encoder_bytes(architecture: Architecture, encoded: EncodedPairs) -> int:
+    """The same for what an encoder reads: its activations are taken to be as wide as the decoder's."""
+    longest = max((len(ids) for side in encoded.encoder for ids in side), default=0)
+    return _row_bytes(architecture, Profile(longest, (), ())) if longest else 0
 
 
 def _pack(
@@ -194,6 +204,7 @@ def _pack(
     for pair, profile in enumerate(profiles):
         by_length[profile.length].append(pair)
     worlds = 1 if encoded.corrupted is None else 2
+    read = max((len(ids) for side in encoded.encoder for ids in side), default=0)
     for length, pairs in sorted(by_length.items()):
         needed = {(t.component, t.layer) for p in pairs for job in jobs[p] for w in job.writes for t in w.terms}
         kept = sum(_kept_bytes(architecture, name, layer, length) for name, layer in needed)
@@ -213,12 +224,14 @@ def _pack(
             ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
             used = {(t.component, t.layer) for job in ready for w in job.writes for t in w.terms}
             most = (
-                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // length)))
+                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // (length + read))))
                 if batch_size is None
                 else batch_size
             )
-            batches = tuple(Batch(tuple(ready[j : j + most])) for j in range(0, len(ready), most))
-            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), batches)
+            split = parts(ready, lambda job: len(encoded.encoded(job.base, job.pair)), most)
+            batches = tuple(Batch(tuple(part)) for part in split)
+            lengths = {len(side[pair]) for side in encoded.encoder for pair in chunk}
+            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), batches, max(1, len(lengths)))
 
 
 def _kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:

@@ -16,7 +16,7 @@ from tracepatch.architecture import architecture_of
 from tracepatch.errors import RecipeError
 from tracepatch.executors import run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
-from tracepatch.models import Model, limits, name_of, remote_of, require_ready
+from tracepatch.models import Model, limits, name_of, remote_of, require_ready, start_token
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
@@ -44,7 +44,8 @@ class Patching(Recorder):
     ) -> None:
         require_ready(model)
         self.model = model
-        super().__init__(architecture_of(model), _require_pairs(pairs).encode(model.tokenizer))
+        encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
+        super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
         self.metrics = as_metrics(metric)
         for chosen in self.metrics:

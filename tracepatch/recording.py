@@ -25,7 +25,6 @@ from tracepatch.sites import (
     Site,
     component,
     layers_of,
-    positions_of,
     select,
     split_index,
     units_of,
@@ -109,7 +108,8 @@ class Recorder:
             self.architecture.require(name, layers[0])
         positions = self._positions(only)
         if positions is None:
-            raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.")
+            hint = self.encoded.hint
+            raise SiteError(f"grid: pos={only['pos']!r}: the longest prompt has {self.lengths[-1]} tokens.{hint}")
         found: list[Any] = []
         for n in offered if "layer" in dims else offered[:1]:
             units = self._units(kind, n, only)
@@ -313,7 +313,7 @@ class _Activations:
         if kind.unit:
             units_of(kind, layer, units, architecture.units(kind.name, layer))
         site = Site(kind.name, layer, pos, units)
-        positions_of(site, self.recorder.encoded.lengths)
+        self.recorder.encoded.require_positions(site)
         return site
 
 

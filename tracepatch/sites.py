@@ -56,6 +56,7 @@ _ALL = (
     Component("z", _HEAD, ("pos", "head", "d_head"), "pattern-weighted values of a head, before W_O"),
     Component("head_out", _HEAD, ("pos", "head", "d_model"), "what one head writes to the stream, z · W_O"),
     Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
+    Component("cross_attn_out", _POS, ("pos", "d_model"), "what attention to the encoder adds to the stream"),
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
     Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
     Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
