@@ -150,10 +150,12 @@ class Architecture:
             if not _equal(blocks.by_name[f"{path}.{i - 1}"].leaving, blocks.by_name[f"{path}.{i}"].entering)
         ]
         names = {id(m): n for n, m in module.named_modules()}
-        embedder = (module.get_decoder() if self.encodes else module).get_input_embeddings()
+        owner = module.get_decoder() if self.encodes else module
+        embedder = owner.get_input_embeddings() if hasattr(owner, "get_input_embeddings") else None
         embedding = blocks.by_name.get(names.get(id(embedder), ""))
         if embedding is None or embedding.leaving is None:
-            raise ArchitectureError(f"{self.name}: get_input_embeddings() is not called in a plain forward.")
+            whose = f"{type(owner).__name__}." if self.encodes else ""
+            raise ArchitectureError(f"{self.name}: {whose}get_input_embeddings() is not called in a plain forward.")
         self.embed = embedding.place("output", ROWS * POSITIONS)
         self.unembed = names.get(id(module.get_output_embeddings()), "")
         after = (c for c in calls if c.start > last.end and is_norm(c, self.d_model))
