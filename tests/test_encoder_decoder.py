@@ -14,7 +14,14 @@ from slow import Slow, gap
 from test_oracle import sweep
 from tiny_models import ENCODER_DECODER, build, randomise, tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, OpenAIGPTConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    OpenAIGPTConfig,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import tracepatch as tp
 from tracepatch import errors, trace
@@ -266,6 +273,25 @@ def test_what_cannot_be_proved_before_a_norm_on_the_stream_is_not_offered() -> N
     assert [found.offers(c, 0) for c in ("attn_out", "head_out", "cross_attn_out", "mlp_out")] == [0, 0, 1, 1]
     with pytest.raises(errors.ComponentError, match=r"no attn_out: the residual sum of this layer does not close"):
         found.require("attn_out", 0)
+
+
+def test_streams_of_another_shape_are_refused() -> None:
+    """ProphetNet's decoder carries a stream for each token that it predicts ahead."""
+    sizes = {"hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60, "ngram": 2}
+    depth = {"num_encoder_layers": 1, "num_decoder_layers": 1, "max_position_embeddings": 64}
+    heads = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    module = ProphetNetForConditionalGeneration(ProphetNetConfig(**sizes, **depth, **heads)).eval()
+    with pytest.raises(errors.ArchitectureError, match=r"the stream of its blocks is \[3, 21, 32\] for 3 prompts of 7"):
+        tp.Architecture(module)
+
+
+def test_an_embedding_that_both_sides_share_is_not_offered() -> None:
+    module = build("bart", layers=2)
+    module.model.encoder.embed_tokens = module.model.decoder.embed_tokens
+    found = tp.Architecture(module)
+    with pytest.raises(errors.ComponentError, match="has no embed: its module is called 2 times in a forward"):
+        found.require("embed", 0)
+    assert found.offers("resid_pre", 0)
 
 
 def test_a_decoder_that_looks_ahead_is_not_pruned() -> None:

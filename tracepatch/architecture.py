@@ -144,6 +144,12 @@ class Architecture:
         assert first.entering is not None
         assert last.leaving is not None
         self.d_model, self.vocab = first.entering.shape[-1], logits.shape[-1]
+        if first.entering.shape[:-1] not in ((ROWS, POSITIONS), (ROWS * POSITIONS,)):
+            sizes = list(first.entering.shape)
+            raise ArchitectureError(
+                f"{self.name}: the stream of its blocks is {sizes} for {ROWS} prompts of {POSITIONS} tokens, and not "
+                "one vector for each token of each prompt, in that order. It cannot be patched by position."
+            )
         self._broken = [
             i
             for i in range(1, count)
