@@ -410,6 +410,8 @@ def test_loading(tmp_path: Path) -> None:
         assert type(module_of(model)) is type(module_of(tiny(model_type)))
         values = [tp.patch(m, uneven(), "resid_post")["value"].values for m in (model, tiny(model_type))]
         torch.testing.assert_close(*map(torch.tensor, values), equal_nan=True)
+        with pytest.raises(errors.ModelError, match="is an encoder–decoder model, and those run here only"):
+            tp.load(tmp_path / model_type, remote=True)
     small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60, "pad_token_id": 0}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}

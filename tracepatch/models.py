@@ -93,6 +93,10 @@ def load(
         loaded = _wrap(model, tokenizer)
     elif remote:
         source = os.fspath(model)
+        if _reads_and_writes(_config(source, options)):
+            raise ModelError(
+                f"{source!r} is an encoder–decoder model, and those run here only: load it without remote=."
+            )
         loaded = TransformersModel(
             source,
             task="text-generation",
