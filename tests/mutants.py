@@ -29,6 +29,7 @@ class Mutant:
     tests: tuple[str, ...] = ("test_oracle.py", "test_laws.py", "test_planner.py")
 
 
+ENCODER = ("test_encoder_decoder.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "executors", "row_of=lambda number: number + self.ahead", "row_of=lambda number: number"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self", "zip(jobs, found[:-1], strict=True):\n            self"),
@@ -72,6 +73,14 @@ MUTANTS = (
     Mutant("a script sets where a row adds", "scripts", "{'+=' if edit.add else '='}", "=", ("test_scripts.py",)),
     Mutant("a script visits places in the order of the edits", "scripts", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
     Mutant("heads and positions of a source fall together in a script", "scripts", " and len(positions) > 1", " and False", ("test_scripts.py",)),
+    Mutant("the encoder of a row reads the clean prompt", "executors", "self.encoded.encoded(world, pair) for pair, world", "self.encoded.encoded('clean', pair) for pair, world", ENCODER),
+    Mutant("worlds are kept in the order of their runs", "executors", "    return whole if order is None else whole[order.to(whole.device)]", "    return whole", ENCODER),
+    Mutant("decoders with the same tokens count as the same", "lowering", "        if self.encoded:\n            return 0", "        if self.encoded:\n            return self.length", ENCODER),
+    Mutant("attention to an encoder is taken for attention", "probe", 'return "cross" if seen.keys.shape[-2] == ENCODED else "attn"', 'return "attn"', ENCODER),
+    Mutant("norms on the stream are not looked for", "probe", "and _same(norm.entering, current):", "and False:", ENCODER),
+    Mutant("the first layer is taken to see no encoder", "architecture", "_streams(module, stack, first, other)", "_streams(module, stack, first, encoder)", ENCODER),
+    Mutant("what an encoder reads has no end", "tokens", "        ids += policy.suffix\n", "        pass\n", ENCODER),
+    Mutant("a decoder starts without its start token", "tokens", "return ids if ids[:1] == (start,) else (start, *ids)", "return ids or (start,)", ENCODER),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
     Mutant("a patch is a zero ablation", "recipe", "[site] if source is None else source", "[site] * 0 if source is None else source", ("test_faults.py",)),
     Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),

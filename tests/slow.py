@@ -68,20 +68,27 @@ class Slow:
         eager: bool = False,
         edited: Mapping[str, EditedWorld] | None = None,
     ) -> None:
-        fresh = untouched(model)
+        self.encoded, module = encoded, untouched(model)
         if eager:
-            fresh.set_attn_implementation("eager")
-        self.reference, self.encoded = Reference(fresh), encoded
+            module.set_attn_implementation("eager")
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
         self.ids = {(w, i): torch.tensor(ids) for w, side in sides.items() for i, ids in enumerate(side)}
-        self.values = {key: self.reference.values(ids) for key, ids in self.ids.items()}
+        # An encoder runs once for each prompt that it reads.
+        if encoded.encoder:
+            worlds = zip(sides, encoded.encoder, strict=False)
+            read = {(w, i): torch.tensor(ids) for w, side in worlds for i, ids in enumerate(side)}
+            self.references = {key: Reference(module, ids) for key, ids in read.items()}
+        else:
+            self.references = dict.fromkeys(self.ids, Reference(module))
+        self.reference = next(iter(self.references.values()))
+        self.values = {key: self.references[key].values(ids) for key, ids in self.ids.items()}
         self.standing: dict[tuple[str, int], list[Edit]] = {key: [] for key in self.ids}
         for world in (edited or {}).values():
             for pair in range(len(encoded)):
                 below, here = (world.of, pair), (world.name, pair)
-                self.ids[here] = self.ids[below]
+                self.ids[here], self.references[here] = self.ids[below], self.references[below]
                 self.standing[here] = [*self.standing[below], *self.translated(world.edits, world.of, pair)]
-                self.values[here] = self.reference.values(self.ids[here], self.standing[here])
+                self.values[here] = self.references[here].values(self.ids[here], self.standing[here])
 
     def edits(self, row: Row, pair: int) -> list[Edit]:
         """The oracle's edits for a row."""
@@ -127,7 +134,7 @@ class Slow:
 
     def logits(self, row: Row, pair: int) -> Tensor:
         """The logits [pos, vocab] of a row."""
-        return self.reference.logits(self.ids[row.base, pair], self.edits(row, pair))
+        return self.references[row.base, pair].logits(self.ids[row.base, pair], self.edits(row, pair))
 
     def base(self, world: str, pair: int) -> Tensor:
         """The logits [pos, vocab] of an unpatched world."""

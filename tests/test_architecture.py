@@ -257,7 +257,9 @@ def test_overrides_go_through_the_same_proof() -> None:
         absent.require("attn_out", 0)
     with pytest.raises(errors.ArchitectureError, match="has no list of blocks at 'transformer.blocks'"):
         tp.Architecture(module, {"stack": "transformer.blocks"})
-    with pytest.raises(errors.ArchitectureError, match="Overrides are attn_out, mlp_out, stack; not attention"):
+    with pytest.raises(
+        errors.ArchitectureError, match="Overrides are attn_out, cross_attn_out, mlp_out, stack; not attention"
+    ):
         tp.Architecture(module, {"attention": "x"})
 
 

@@ -327,15 +327,6 @@ def test_models_without_logits(tmp_path: Path) -> None:
         tp.load(tmp_path / "base")
 
 
-def test_encoder_decoder_models(tmp_path: Path) -> None:
-    module = build("t5")
-    with pytest.raises(errors.ModelError, match="T5ForConditionalGeneration is an encoder–decoder model"):
-        tp.load(module, tokenizer())
-    module.save_pretrained(tmp_path)
-    with pytest.raises(errors.ModelError, match=r"is an encoder–decoder model \(t5\)"):
-        tp.load(tmp_path, tokenizer())
-
-
 def test_folders_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(
         errors.ModelError, match="a folder without config.json. Pass a folder written by save_pretrained"

@@ -129,3 +129,14 @@ def test_a_function_takes_the_live_value_after_the_rows_earlier_edits_of_the_sam
             p.corrupted.z[1, :, 2] = 2 * p.clean.z[1, :, 2]
     value = p.run()["value"]
     np.testing.assert_allclose(value.sel(name="both"), value.sel(name="at once"), atol=1e-5)
+
+
+def test_a_function_carries_what_was_written_after_the_last_position_read(gpt2: Any, pairs: tp.Pairs) -> None:
+    """Nothing reaches back to the metric by itself; a function that turns the positions round takes it there."""
+    values = []
+    for prune in (True, False):
+        with tp.patching(gpt2, pairs, metric=tp.logit_diff.at(3), prune=prune) as p, p.row():
+            p.corrupted.resid_pre[0, 12] = 0
+            p.corrupted.resid_pre[1, :] = lambda live: live.flip(1)
+        values.append(p.run()["value"].values)
+    np.testing.assert_allclose(*values, atol=1e-5)

@@ -13,12 +13,12 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
+from tracepatch.calls import ENCODED, POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of, weightless
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
-from tracepatch.trace import norm_parts, read
+from tracepatch.trace import named, norm_parts, read
 from tracepatch.twins import Twin
 
 ROWS = 3  # prompts of the probe
@@ -64,8 +64,10 @@ class Architecture:
         d_model: Width of the residual stream.
         vocab: Width of the logits.
         causal: Whether a changed last token moves nothing before it.
-        local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone.
+        local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone, and on no
+            encoder.
         keeps_logits: Whether the forward takes ``logits_to_keep``.
+        encodes: Whether an encoder reads the prompts; layers, components and positions are then the decoder's.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
         logit_scale: The largest logit of the probe.
@@ -83,6 +85,7 @@ class Architecture:
     causal: bool
     local_embedding: bool
     keeps_logits: bool
+    encodes: bool
     dtype: torch.dtype
     eager_error: float
     logit_scale: float
@@ -93,8 +96,9 @@ class Architecture:
 
         Args:
             model: From ``tp.load``, or a Hugging Face module.
-            overrides: Where things are that the probe cannot find: ``stack`` (path of the list of blocks), ``attn_out``
-                and ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer). They go through the same proof.
+            overrides: Where things are that the probe cannot find: ``stack`` (path of the list of blocks),
+                ``attn_out``, ``cross_attn_out`` and ``mlp_out`` (``"path.output"`` with ``{layer}`` for the layer).
+                They go through the same proof.
 
         Raises:
             ArchitectureError: There is no stack of blocks, an override is not understood, or a model without weights
@@ -108,7 +112,7 @@ class Architecture:
             model = twin.model
             module = model if isinstance(model, nn.Module) else module_of(model)
         self._model = model  # while probing only: kept, it would keep itself alive
-        known = {"stack", "attn_out", "mlp_out"}
+        known = {"stack", "attn_out", "cross_attn_out", "mlp_out"}
         unknown = sorted(set(overrides or {}) - known)
         if unknown:
             raise ArchitectureError(f"Overrides are {', '.join(sorted(known))}; not {', '.join(unknown)}.")
@@ -125,18 +129,21 @@ class Architecture:
         module.eval()
         try:
             ids = _tokens(module)
+            self.encodes = bool(module.config.is_encoder_decoder)
+            self._encoder = _tokens(module, ENCODED) if self.encodes else None
+            inputs = named(ids, self._encoder)
             with torch.no_grad():
-                plain = module(ids, use_cache=False).logits
+                plain = module(**inputs, use_cache=False).logits
             _require_finite(module, plain)
             with eager_attention(module):
-                calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
+                calls, attended, output = record(module, lambda: module(**inputs, use_cache=False), ROWS)
                 logits = output.logits
                 self._read(module, calls, attended, logits, overrides)
                 self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
         finally:
             module.train(training)
-            del self._model
+            del self._model, self._encoder
 
     def _read(
         self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides
@@ -157,15 +164,24 @@ class Architecture:
         assert first.entering is not None
         assert last.leaving is not None
         self.d_model, self.vocab = first.entering.shape[-1], logits.shape[-1]
+        if first.entering.shape[:-1] not in ((ROWS, POSITIONS), (ROWS * POSITIONS,)):
+            sizes = list(first.entering.shape)
+            raise ArchitectureError(
+                f"{self.name}: the stream of its blocks is {sizes} for {ROWS} prompts of {POSITIONS} tokens, and not "
+                "one vector for each token of each prompt, in that order. It cannot be patched by position."
+            )
         self._broken = [
             i
             for i in range(1, count)
             if not _equal(blocks.by_name[f"{path}.{i - 1}"].leaving, blocks.by_name[f"{path}.{i}"].entering)
         ]
         names = {id(m): n for n, m in module.named_modules()}
-        embedding = blocks.by_name.get(names.get(id(module.get_input_embeddings()), ""))
+        owner = module.get_decoder() if self.encodes else module
+        embedder = owner.get_input_embeddings() if hasattr(owner, "get_input_embeddings") else None
+        embedding = blocks.by_name.get(names.get(id(embedder), ""))
         if embedding is None or embedding.leaving is None:
-            raise ArchitectureError(f"{self.name}: get_input_embeddings() is not called in a plain forward.")
+            whose = f"{type(owner).__name__}." if self.encodes else ""
+            raise ArchitectureError(f"{self.name}: {whose}get_input_embeddings() is not called in a plain forward.")
         self.embed = embedding.place("output", ROWS * POSITIONS)
         self.unembed = names.get(id(module.get_output_embeddings()), "")
         after = (c for c in calls if c.start > last.end and is_norm(c, self.d_model))
@@ -173,6 +189,7 @@ class Architecture:
         self._embed_width = embedding.leaving.shape[-1]
         norms = {n for layer in self.layers for s in layer.sublayers for n in (s.pre_norm, s.post_norm) if n}
         self._scalings = {n for n in (*norms, self.final_norm) if n and _is_division(blocks.by_name[n])}
+        self._embed_calls = sum(c.name == embedding.name for c in calls)
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
 
     def _head_projection(self, module: Any, blocks: Blocks, layer: Layer) -> HeadProjection | str:
@@ -246,7 +263,7 @@ class Architecture:
         """What passes by inside a module's forward; ``None`` where a trace cannot get there."""
         places = [(path, operation, side, key, False) for operation, side, key in spots]
         try:
-            return read(self._model, places, ids)
+            return read(self._model, places, ids, self._encoder)
         except Exception:  # no such call, an assignment of that name, a branch not taken, a forward without source
             return [None] * len(spots)
 
@@ -257,15 +274,16 @@ class Architecture:
         first = changed.clone()
         first[:, 0] = (first[:, 0] + 1) % self.vocab
         stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
-        base, late = _streams(module, stack, ids), _streams(module, stack, changed)
+        encoder = self._encoder
+        other = None if encoder is None else (encoder + 1) % self.vocab
+        base, late = _streams(module, stack, ids, encoder), _streams(module, stack, changed, encoder)
         tolerance = resolution(self.dtype)
         self.causal = all(_close(a[:, :-1], b[:, :-1], tolerance) for a, b in zip(base, late, strict=True))
-        self.local_embedding = _close(
-            _streams(module, stack, first)[0][:, 1:], _streams(module, stack, changed)[0][:, 1:], tolerance
-        )
+        self.local_embedding = _close(_streams(module, stack, first, other)[0][:, 1:], late[0][:, 1:], tolerance)
         with torch.no_grad():
             try:
-                kept = module(ids, use_cache=False, logits_to_keep=torch.tensor([2, 5], device=ids.device)).logits
+                chosen = torch.tensor([2, 5], device=ids.device)
+                kept = module(**named(ids, encoder), use_cache=False, logits_to_keep=chosen).logits
                 self.keeps_logits = kept.shape[1] == 2 and _close(kept, plain[:, [2, 5]], tolerance)
             except TypeError:
                 self.keeps_logits = False
@@ -279,6 +297,10 @@ class Architecture:
         """The branch that mixes positions."""
         return self.layers[layer].sublayer("attn", "mixer")
 
+    def cross(self, layer: int) -> Sublayer | None:
+        """The branch that attends to an encoder."""
+        return self.layers[layer].sublayer("cross")
+
     def mlp(self, layer: int) -> Sublayer | None:
         """The branch that does not."""
         return self.layers[layer].sublayer("mlp", "moe")
@@ -289,15 +311,24 @@ class Architecture:
         unproved = "the residual sum of this layer does not close"
         if name == "embed" and self._embed_width != self.d_model:
             return f"the embedding is {self._embed_width} wide and projected to the stream"
+        if name == "embed" and self._embed_calls > 1:
+            return f"its module is called {self._embed_calls} times in a forward, so a trace cannot tell which is meant"
         if name in ("embed", "logits", "logits_in", "resid_pre", "resid_post"):
             return ""
         if name == "resid_mid":
             if here.form == "parallel":
                 return "attention and MLP read the same stream in a parallel block, so there is nothing between them"
+            if any(s.stream_norm for s in here.sublayers):
+                return "norms stand on the stream itself, so what the MLP reads is no sum that attention adds to"
+            if self.cross(layer):
+                return "attention to the encoder stands between attention and the MLP, so there is no one stream there"
             kinds = [s.kind for s in here.sublayers]
             if here.form != "sequential" or len(kinds) != 2 or kinds[0] not in ("attn", "mixer"):
                 return f"the block is not attention and then an MLP ({here.form}: {', '.join(kinds) or 'no branches'})"
             return ""
+        if name == "cross_attn_out":
+            cross = self.cross(layer)
+            return "it attends to no encoder" if cross is None else "" if cross.out else unproved
         if name in ("attn_out", "z", "head_out"):
             if attention is None:
                 return "it has no attention"
@@ -377,8 +408,8 @@ class Architecture:
         why = self.why_not(component(name).name, layer)
         if why:
             offered = ", ".join(c for c in COMPONENTS if self.offers(c, layer))
-            attention, mlp = self.attention(layer), self.mlp(layer)
-            tried = [t for s in (attention, mlp) if s is not None and s.out is None for t in s.tried]
+            branches = self.attention(layer), self.cross(layer), self.mlp(layer)
+            tried = [t for s in branches if s is not None and s.out is None for t in s.tried]
             details = (
                 f"\nTried:\n{listing(tried)}\nIf you know the place: "
                 "found = tp.Architecture(model, overrides={'attn_out': 'PATH.output', …}) puts it to the same proof, "
@@ -406,9 +437,11 @@ class Architecture:
         if name in INSIDE:
             return self._inside[layer][name]
         branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
+        if name == "cross_attn_out":
+            branch = self.cross(layer)
         found = None
         if branch is not None:
-            found = branch.reads if name in READERS else branch.out if name in ("attn_out", "mlp_out") else branch.inner
+            found = branch.reads if name in READERS else branch.out if name.endswith("_out") else branch.inner
         assert found is not None, f"{name} is not offered at layer {layer}"
         return found
 
@@ -476,6 +509,8 @@ class Architecture:
         ]
         if self.twin:
             lines.insert(1, f"  proved on a twin with random weights in float32, shrunken: {self.twin}")
+        if self.encodes:
+            lines.append("  an encoder reads the prompts; layers and positions are the decoder's")
         for _, group in groupby(self.layers, self._signature):
             members = list(group)
             lines += self._describe(members)
@@ -499,6 +534,7 @@ class Architecture:
                 relative(s.inner),
                 relative(s.pre_norm),
                 relative(s.post_norm),
+                relative(s.stream_norm),
                 s.heads,
                 s.kv_heads,
                 s.d_head,
@@ -518,6 +554,7 @@ class Architecture:
         for s in one.sublayers:
             norms = [f"reads through {relative(s.pre_norm)}"] if s.pre_norm else []
             norms += [f"writes through {relative(s.post_norm)}"] if s.post_norm else []
+            norms += [f"then {relative(s.stream_norm)} on the stream"] if s.stream_norm else []
             heads = [f"{s.heads} heads of {s.d_head}"] if s.heads else []
             heads += [f"{s.kv_heads} kv heads"] if s.heads != s.kv_heads else []
             width = [f"{one.width} neurons"] if s.kind == "mlp" else []
@@ -526,7 +563,8 @@ class Architecture:
         absent = [c for c in COMPONENTS if not self.offers(c, one.index)]
         offered = ", ".join(c for c in COMPONENTS if c not in absent)
         lines += wrap(f"offers {offered}", 116, initial_indent=" " * 4, subsequent_indent=" " * 6)
-        for why, several in groupby(absent, lambda c: self.why_not(c, one.index)):
+        missed = [c for c in absent if self.encodes or c != "cross_attn_out"]
+        for why, several in groupby(missed, lambda c: self.why_not(c, one.index)):
             lines.append(f"    no {', '.join(several)}: {why}")
         return lines
 
@@ -550,11 +588,11 @@ def adopt(model: Model, found: Architecture) -> None:
     _KNOWN[module_of(model)] = found
 
 
-def _tokens(module: Any) -> torch.Tensor:
+def _tokens(module: Any, length: int = POSITIONS) -> torch.Tensor:
     weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     # The first ids are often special tokens, which some models treat differently (padding).
-    return torch.randint(min(3, len(weight) - 1), len(weight), (ROWS, POSITIONS), generator=generator).to(weight.device)
+    return torch.randint(min(3, len(weight) - 1), len(weight), (ROWS, length), generator=generator).to(weight.device)
 
 
 def _require_finite(module: Any, logits: torch.Tensor) -> None:
@@ -594,7 +632,9 @@ def _stack(module: Any, given: str) -> tuple[str, int]:
     return ".".join(filter(None, (prefix, name))), len(outer[name])
 
 
-def _streams(module: Any, stack: Iterable[nn.Module], ids: torch.Tensor) -> list[torch.Tensor]:
+def _streams(
+    module: Any, stack: Iterable[nn.Module], ids: torch.Tensor, encoder: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The stream entering every block, and the logits."""
     seen: list[torch.Tensor] = []
 
@@ -604,7 +644,7 @@ def _streams(module: Any, stack: Iterable[nn.Module], ids: torch.Tensor) -> list
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
     try:
         with torch.no_grad():
-            seen.append(module(ids, use_cache=False).logits)
+            seen.append(module(**named(ids, encoder), use_cache=False).logits)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ Key: TypeAlias = int | str | None
 
 PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
 POSITIONS = 7  # of the probe's prompts: unlike any other size, so that shapes tell dims apart
+ENCODED = 5  # of what an encoder reads meanwhile
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,12 @@ def check_pairs(model: Model, encoded: EncodedPairs | None, offenders: list[str]
     checks = [
         Check("ok", f"{plural(len(encoded), 'pair')}; {encoded.bos}"),
         _lengths(encoded),
+        *_decoder(encoded),
         *_unknown_words(encoded),
     ]
     if any(encoded.answer) or any(encoded.wrong):
         checks += _answers(encoded)
-    if checks[1].verdict != "FAIL":
+    if checks[1].verdict != "FAIL" and _alike(encoded):
         checks += _differences(encoded)
     checks += _behaviour(model, encoded)
     return Checklist(tuple(checks))
@@ -80,6 +81,8 @@ def _lengths(encoded: EncodedPairs) -> Check:
     except PromptError as error:
         first, *rest = str(error).splitlines()
         return Check("FAIL", first, tuple(line.strip() for line in rest))
+    if encoded.encoder:
+        return Check("ok", "an encoder reads the prompts, so that those of a pair may differ in length")
     shared = sorted(set(encoded.lengths))
     tokens = (
         f"{shared[0]} tokens each"
@@ -89,12 +92,26 @@ def _lengths(encoded: EncodedPairs) -> Check:
     return Check("ok", f"prompts can be compared position by position: {tokens}")
 
 
+def _decoder(encoded: EncodedPairs) -> list[Check]:
+    """What a decoder has written before the answer."""
+    if not encoded.encoder:
+        return []
+    texts = dict.fromkeys(" ".join(map(repr, encoded.words(ids))) for ids in encoded.clean)
+    return [Check("ok", "positions are the decoder's, which has written " + " or ".join(list(texts)[:3]))]
+
+
+def _alike(encoded: EncodedPairs) -> bool:
+    """Whether the prompts of every pair can be compared token by token."""
+    return encoded.corrupted is None or all(len(a) == len(b) for a, b in zip(*encoded.written, strict=True))
+
+
 def _unknown_words(encoded: EncodedPairs) -> list[Check]:
     unknown = encoded.tokenizer.unk_token_id
-    texts = [
-        *zip(encoded.clean, encoded.clean_prompts, strict=True),
-        *zip(encoded.corrupted or (), encoded.corrupted_prompts, strict=True),
-    ]
+    prompts = (encoded.clean_prompts, encoded.corrupted_prompts)
+    texts = [pair for ids, side in zip(encoded.written, prompts, strict=False) for pair in zip(ids, side, strict=True)]
+    if encoded.decoder_prompts:
+        # The start token may be the padding token, and that the unknown one.
+        texts += [(ids[1:], text) for ids, text in zip(encoded.clean, encoded.decoder_prompts, strict=True)]
     bad = tuple(shown(prompt) for ids, prompt in texts if unknown is not None and unknown in ids)
     return (
         [Check("FAIL", f"{plural(len(bad), 'prompt')} with tokens that are not in the vocabulary", bad)] if bad else []
@@ -112,8 +129,8 @@ def _answers(encoded: EncodedPairs) -> list[Check]:
         checks.append(Check("FAIL", f"in {plural(len(same), 'pair')} a token is both right and wrong", tuple(same)))
     spaceless, ending = [], []
     for i, ids in enumerate(encoded.answer):
-        prompt = encoded.clean_prompts[i]
-        if not isinstance(prompt, str):
+        prompt = encoded.continued(i)
+        if not isinstance(prompt, str) or not prompt:
             continue
         if prompt.endswith(" "):
             ending.append(f"pair {i}: {shown(prompt)}")
@@ -138,10 +155,11 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
     where: dict[tuple[int, ...], list[int]] = defaultdict(list)
     sides = Counter[str](), Counter[str]()
     examples: dict[tuple[int, ...], str] = {}
+    clean, corrupted = encoded.written
     for i in range(len(encoded)):
         differing = encoded.differing(i)
         where[differing].append(i)
-        texts = [encoded.words(ids[p] for p in differing) for ids in (encoded.clean[i], encoded.corrupted[i])]
+        texts = [encoded.words(ids[p] for p in differing) for ids in (clean[i], corrupted[i])]
         examples.setdefault(differing, f"pair {i}: " + ", ".join(f"{a!r} → {b!r}" for a, b in zip(*texts, strict=True)))
         for side, words in zip(sides, texts, strict=True):
             side.update(words)
@@ -153,7 +171,7 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     sentence = f"{many} {'token differs' if counts == [1] else 'tokens differ'} between the prompts of a pair"
     checks = [Check("ok", sentence, details)]
-    if len(where) > 1:
+    if len(where) > 1 and not encoded.encoder:
         sentence = (
             f"the differing positions are not the same in all pairs ({len(where)} patterns): an average over pairs, "
             "position by position, mixes different things; look at single pairs, or use one template"
@@ -181,10 +199,11 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
     gaps: dict[str, dict[int, float]] = {side: {} for side in sides}
     tops: dict[str, list[str]] = {side: [] for side in sides}
     surprise: dict[str, list[float]] = {side: [] for side in sides}
-    comparable = encoded.corrupted is None or encoded.lengths == tuple(len(ids) for ids in encoded.corrupted)
+    comparable = not encoded.encoder and _alike(encoded)
     for side in sides:
         for i, ids in enumerate(encoded.world(side)):
-            logits = last_logits(model, torch.tensor([ids]))[0]
+            read = torch.tensor([encoded.encoded(side, i)]) if encoded.encoder else None
+            logits = last_logits(model, torch.tensor([ids]), read)[0]
             if not torch.isfinite(logits[-1]).all():
                 return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
             tops[side].append(encoded.words([int(logits[-1].argmax())])[0])

@@ -211,6 +211,8 @@ def _only(encoded: EncodedPairs, pair: int) -> EncodedPairs:
         corrupted=None if encoded.corrupted is None else encoded.corrupted[here],
         answer=encoded.answer[here],
         wrong=encoded.wrong[here],
+        encoder=tuple(side[here] for side in encoded.encoder),
+        decoder_prompts=encoded.decoder_prompts[here],
     )
 
 

@@ -19,7 +19,7 @@ from tracepatch.firing import each_once, failure, named, require_fired
 from tracepatch.layout import Seats, columns, read_columns, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
-from tracepatch.plan import Group, Job, Plan, Proof
+from tracepatch.plan import Group, Job, Plan, Proof, parts
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
 
@@ -142,11 +142,13 @@ class _Run:
         for jobs in (pristine, *group.edited):  # an edited world takes values of those before it
             pieces: list[dict[Any, torch.Tensor]] = []
             scores = []
-            for i in range(0, len(jobs), at_once):
-                kept, found = self._patched(group, jobs[i : i + at_once], known, direct, needed, want_logits)
+            split = parts(jobs, lambda job: len(self.encoded.encoded(self._root(job), job.pair)), at_once)
+            for part in split:
+                kept, found = self._patched(group, part, known, direct, needed, want_logits)
                 scores.append(found)
                 pieces.append(kept)
-            gained = {key: torch.cat([p[key] for p in pieces]) for key in pieces[0]}
+            order = _order(jobs, [job for part in split for job in part])
+            gained = {key: _joined([p[key] for p in pieces], order) for key in pieces[0]}
             logits = gained.get(("logits", 0))
             if logits is not None:
                 gained["reference", 0] = logits.float().log_softmax(-1)
@@ -155,7 +157,7 @@ class _Run:
                     spread[:, list(group.reads)] = logits
                     gained["logits", 0] = spread
             known = {key: torch.cat([known[key], new]) if key in known else new for key, new in gained.items()}
-            self._baselines(group, jobs, torch.cat(scores), logits, known)
+            self._baselines(group, jobs, _joined(scores, order), logits, known)
         return known
 
     def _baselines(
@@ -292,24 +294,29 @@ class _Run:
         logit_edits: tuple[Any, ...],
         measures: tuple[Any, ...],
         keep_logits: tuple[Any, ...],
-        jobs: Sequence[Job] = (),
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
-        ids = [self.encoded.world(self.roots.get(row.base, row.base))[row.pair] for row in rows]
+        ids = [self.encoded.world(self._root(row))[row.pair] for row in rows]
         tokens = torch.tensor(ids, device=self.device)
-        remote = remote_of(self.model)
+        remote, encoder = remote_of(self.model), None
+        if self.encoded.encoder:
+            read = [self.encoded.encoded(self._root(row), row.pair) for row in rows]
+            encoder = torch.tensor(read, device=self.device)
         places = [path for (path, *_), _ in visited]
+        given = (tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote, encoder)
         try:
             with each_once(module_of(self.model), self._once(visited) if self.checks and not remote else ()):
-                return trace.forward(
-                    self.model, tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote
-                )
+                return trace.forward(self.model, *given)
         except TracepatchError:
             raise
         except Exception as error:
             of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
             raise MeasurementError(failure(error, places, of, len(ids))) from error
+
+    def _root(self, job: Job) -> WorldName:
+        """The pristine world whose prompts a run has."""
+        return self.roots.get(job.base, job.base)
 
     def _once(self, visited: tuple[Any, ...]) -> set[str]:
         """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
@@ -374,6 +381,19 @@ class _Run:
 
 def _unpatched(pair: int, world: WorldName) -> Job:
     return Job(-1, pair, world, (), 0, 0)
+
+
+def _order(wanted: Sequence[Any], found: Sequence[Any]) -> torch.Tensor | None:
+    """Where each wanted item stands among those found; ``None`` if they stand in that order."""
+    if list(found) == list(wanted):
+        return None
+    place = {id(item): i for i, item in enumerate(found)}
+    return torch.tensor([place[id(item)] for item in wanted])
+
+
+def _joined(pieces: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    whole = torch.cat(pieces)
+    return whole if order is None else whole[order.to(whole.device)]
 
 
 def _references(metric: Metric) -> bool:

@@ -42,16 +42,20 @@ class Profile:
         differing: Positions at which the two prompts differ.
         reads: Positions that the metrics read.
         pair: Number of the pair, where something is drawn anew for each.
+        encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
     """
 
     length: int
     differing: tuple[int, ...]
     reads: tuple[int, ...]
     pair: int = -1
+    encoded: bool = False
 
     @property
     def first(self) -> int:
         """The first position at which the worlds may differ."""
+        if self.encoded:
+            return 0
         return min(self.differing, default=self.length)
 
 
@@ -97,11 +101,14 @@ class Lowering:
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
-        for write in writes:
+        mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
+        for number, write in enumerate(writes):
             if write.standing:
                 kept.append(write)
                 continue
-            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p)]
+            # A function may carry what it is given to other positions of its site.
+            carried = bool(mixing) and number < mixing[-1]
+            reach = [i for i, p in enumerate(write.positions) if carried or self._reaches(write, p)]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
                 kept.append(write)

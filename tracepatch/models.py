@@ -11,6 +11,7 @@ Facts about nnsight 0.8 and transformers 5 that loading has to respect, all of t
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import sys
@@ -24,7 +25,14 @@ import nnsight
 import torch
 import transformers
 from nnsight import TransformersModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -32,6 +40,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
+from tracepatch.trace import named
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
@@ -84,6 +93,10 @@ def load(
         loaded = _wrap(model, tokenizer)
     elif remote:
         source = os.fspath(model)
+        if _reads_and_writes(_config(source, options)):
+            raise ModelError(
+                f"{source!r} is an encoder–decoder model, and those run here only: load it without remote=."
+            )
         loaded = TransformersModel(
             source,
             task="text-generation",
@@ -103,11 +116,14 @@ def load(
 
 def _from_pretrained(source: str, tokenizer: Any, dtype: Any, device_map: Any, options: dict[str, Any]) -> Model:
     config = _config(source, options)
-    _refuse_encoders(config, source)
+    both = _reads_and_writes(config)
+    if not both:
+        _refuse_encoders(config, source)
+    auto = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
     given = {"dtype": dtype, "device_map": device_map}
     try:
         with _quiet_bars():
-            module, info = AutoModelForCausalLM.from_pretrained(
+            module, info = auto.from_pretrained(
                 source, output_loading_info=True, **{k: v for k, v in given.items() if v is not None}, **options
             )
     except (OSError, ValueError, ImportError) as error:
@@ -157,8 +173,6 @@ def _config(source: str, options: dict[str, Any]) -> Any:
 
 def _refuse_encoders(config: Any, source: str) -> None:
     kind, names = config.model_type, list(getattr(config, "architectures", None) or [])
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{source!r} is an encoder–decoder model ({kind}); tracepatch patches causal language models.")
     decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any(name in decoders for name in names):
         raise ModelError(
@@ -166,6 +180,13 @@ def _refuse_encoders(config: Any, source: str) -> None:
             "metric from. "
             "Load a causal language model."
         )
+
+
+def _reads_and_writes(config: Any) -> bool:
+    """Whether a checkpoint is an encoder–decoder model: a type may have both kinds, as Bart has."""
+    kind, names = config.model_type, getattr(config, "architectures", None) or []
+    known = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
+    return known and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in names
 
 
 def _tokenizer(source: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -193,9 +214,11 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
             f"{type(module).__name__} has no language-model head, so it gives no logits to read a metric from. "
             "Pass a causal language model, such as AutoModelForCausalLM gives."
         )
-    if module.config.is_encoder_decoder:
+    encodes = module.config.is_encoder_decoder
+    if encodes and not {"input_ids", "decoder_input_ids"} <= set(inspect.signature(module.forward).parameters):
         raise ModelError(
-            f"{type(module).__name__} is an encoder–decoder model; tracepatch patches causal language models."
+            f"{type(module).__name__} is an encoder–decoder model that does not take input_ids and decoder_input_ids; "
+            "tracepatch patches language models that read and write tokens."
         )
     if tokenizer is None:
         name = getattr(module, "name_or_path", "")
@@ -204,7 +227,9 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         tokenizer = name
     # Without weights it would be moved off the meta device, which fails.
     device = {"device": "meta"} if weightless(module) else {}
-    return TransformersModel(module, task="text-generation", tokenizer=_tokenizer(tokenizer, {}), **device)
+    # The task decides which preprocessors nnsight keeps, no more; "text-generation" complains about encoders.
+    task = "feature-extraction" if encodes else "text-generation"
+    return TransformersModel(module, task=task, tokenizer=_tokenizer(tokenizer, {}), **device)
 
 
 def _first_line(error: BaseException) -> str:
@@ -296,6 +321,25 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
+def start_token(model: Model) -> int | None:
+    """The id that a decoder's text starts with where an encoder reads the prompts; ``None`` where there is none.
+
+    Raises:
+        ModelError: The model has an encoder, and its config does not say what the decoder starts with.
+    """
+    module = module_of(model)
+    if not module.config.is_encoder_decoder:
+        return None
+    configs = (module.config, getattr(module, "generation_config", None))
+    found = next((i for c in configs if (i := getattr(c, "decoder_start_token_id", None)) is not None), None)
+    if found is None:
+        raise ModelError(
+            f"{type(module).__name__} does not say what its decoder starts with: set "
+            "model.config.decoder_start_token_id before passing the module to tp.load."
+        )
+    return int(found)
+
+
 @contextmanager
 def eager_attention(module: PreTrainedModel) -> Iterator[None]:
     """The module with its attention computed step by step, where transformers can switch it; put back afterwards."""
@@ -310,9 +354,9 @@ def eager_attention(module: PreTrainedModel) -> Iterator[None]:
             module.set_attn_implementation(before)
 
 
-def last_logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
+def last_logits(model: Model, ids: torch.Tensor, encoder: torch.Tensor | None = None) -> torch.Tensor:
     """All logits of plain forwards, in float32: ids ``[row, pos]`` → ``[row, pos, vocab]``, on the CPU."""
-    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False, remote=remote_of(model)):
+    with torch.no_grad(), model.trace(**named(ids, encoder), use_cache=False, remote=remote_of(model)):
         logits: torch.Tensor = nnsight.save(model.output.logits.float().cpu())
     return logits
 

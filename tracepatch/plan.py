@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -52,6 +52,14 @@ PROOFS = {
 
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
+
+
+def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """Items in parts of at most ``most`` that share a length, so that nothing is padded; in order within a length."""
+    same: dict[int, list[Any]] = {}
+    for item in items:
+        same.setdefault(length(item), []).append(item)
+    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +211,7 @@ class Group:
         needed: The (component, layer) of worlds' values that some edit writes.
         edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
+        captures: Traced runs of the unpatched worlds: one for each length of what an encoder reads.
     """
 
     length: int
@@ -211,6 +220,7 @@ class Group:
     needed: frozenset[tuple[str, int]]
     batches: tuple[Batch, ...]
     edited: tuple[tuple[Job, ...], ...] = ()
+    captures: int = 1
 
     @property
     def writes(self) -> Iterator[Write]:
@@ -282,7 +292,7 @@ class Plan:
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = (len(self.worlds) + len(self.edited)) * self.pairs
-        captures = len(self.groups) * (1 + len(self.edited))
+        captures = sum(group.captures for group in self.groups) * (1 + len(self.edited))
         forwards = self.jobs + worlds + self.batches
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]

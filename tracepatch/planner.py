@@ -16,7 +16,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
-from tracepatch.plan import Batch, Group, Job, Plan, Proof, Read, Write
+from tracepatch.plan import Batch, Group, Job, Plan, Proof, Read, Write, parts
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import component
 from tracepatch.sources import Function, WorldName
@@ -80,13 +80,15 @@ def make_plan(
         notes.append(
             "nothing is pruned: this model's attention is not causal (a changed last token moved earlier positions)"
         )
+    if encoded.encoder:
+        notes.append("an encoder reads the prompts: layers and positions are the decoder's")
     halved = architecture.dtype.itemsize < 4
     if halved and any(e.site.component == "resid_mid" for row in rows for e in row.edits):
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
-    named = {world.name: world for world in edited}
+    named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
     lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     saving = {
@@ -110,7 +112,7 @@ def make_plan(
             seen[key] = number
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
-    row_bytes = max(_row_bytes(architecture, profile) for profile in lowering)
+    row_bytes = max(_row_bytes(architecture, profile) for profile in lowering) + _encoder_bytes(architecture, encoded)
     saved = [_read_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
     row_bytes += max(saved, default=0)
     budget = memory or MEMORY
@@ -121,7 +123,7 @@ def make_plan(
         pairs=len(encoded),
         worlds=worlds,
         metrics=metrics,
-        groups=tuple(_pack(architecture, encoded, profiles, jobs, standing, row_bytes, budget, batch_size)),
+        groups=tuple(_pack(architecture, encoded, profiles, jobs, standing, roots, row_bytes, budget, batch_size)),
         proofs=proofs,
         twins=twins,
         row_bytes=row_bytes,
@@ -204,6 +206,8 @@ def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> P
                 f"Metric {metric.name!r} reads a position twice in pair {pair}: {metric.positions} of {length}."
             )
         reads.update(found)
+    if encoded.encoder:  # the decoder's tokens are the same on both sides
+        return Profile(length, (), tuple(sorted(reads)), encoded=True)
     return Profile(length, encoded.differing(pair), tuple(sorted(reads)))
 
 
@@ -226,12 +230,19 @@ def _read_bytes(architecture: Architecture, job: Job, length: int) -> int:
     return found + 2 * sum(_kept_bytes(architecture, "head_out", layer, length) for layer in layers)
 
 
+def _encoder_bytes(architecture: Architecture, encoded: EncodedPairs) -> int:
+    """The same for what an encoder reads: its activations are taken to be as wide as the decoder's."""
+    longest = max((len(ids) for side in encoded.encoder for ids in side), default=0)
+    return _row_bytes(architecture, Profile(longest, (), ())) if longest else 0
+
+
 def _pack(
     architecture: Architecture,
     encoded: EncodedPairs,
     profiles: list[Profile],
     jobs: dict[int, list[Job]],
     standing: list[list[Job]],
+    roots: dict[WorldName, WorldName],
     row_bytes: int,
     budget: int,
     batch_size: int | None,
@@ -241,9 +252,13 @@ def _pack(
         by_length[profile.length].append(pair)
     worlds = (1 if encoded.corrupted is None else 2) + len(standing)
     every = {pair: [*found, *(world[pair] for world in standing)] for pair, found in jobs.items()}
+    read = max((len(ids) for side in encoded.encoder for ids in side), default=0)
 
     def worlds_of(chunk: list[int]) -> tuple[tuple[Job, ...], ...]:
         return tuple(tuple(world[pair] for pair in chunk) for world in standing)
+
+    def read_by(job: Job) -> int:
+        return len(encoded.encoded(roots.get(job.base, job.base), job.pair))
 
     for length, pairs in sorted(by_length.items()):
         needed = {(t.component, t.layer) for p in pairs for job in every[p] for w in job.writes for t in w.terms}
@@ -274,17 +289,21 @@ def _pack(
                 (t.component, t.layer) for pair in chunk for job in every[pair] for w in job.writes for t in w.terms
             }
             most = (
-                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // length)))
+                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // (length + read))))
                 if batch_size is None
                 else batch_size
             )
+            split = parts(ready, read_by, max(1, len(ready)))
+            batches = tuple(batch for part in split for batch in _batches(part, most))
+            lengths = {len(side[pair]) for side in encoded.encoder for pair in chunk}
             yield Group(
                 length,
                 tuple(chunk),
                 tuple(sorted(reads)),
                 frozenset(used),
-                tuple(_batches(ready, most)),
+                batches,
                 worlds_of(chunk),
+                max(1, len(lengths)),
             )
 
 

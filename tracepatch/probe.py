@@ -2,9 +2,10 @@
 
 No table of models: a forward on a few random tokens is recorded module by module. What a block adds to the residual
 stream is the first of (the sublayer's last projection, its module, the norm that consumes either) for which
-``stream + contribution == next stream`` holds bitwise in the model's own dtype. Names are not trusted: in 33 of 63
-architecture variants ``post_attention_layernorm`` is the norm before the MLP, and modules called attention return the
-residual stream, are mutated in place, or are followed by another norm.
+``stream + contribution == next stream`` holds bitwise in the model's own dtype, or, where a norm stands on the stream
+itself, ``norm(stream + contribution) == next stream``. Names are not trusted: in 33 of 63 architecture variants
+``post_attention_layernorm`` is the norm before the MLP, and modules called attention return the residual stream, are
+mutated in place, or are followed by another norm.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from tracepatch.calls import Attended, Call, Place, floats
+from tracepatch.calls import ENCODED, Attended, Call, Place, floats
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Sublayer:
     """An attention, an MLP or another branch of a block.
 
     Attributes:
-        kind: ``attn``, ``mixer`` (mixes positions without softmax attention), ``mlp`` or ``moe``.
+        kind: ``attn``, ``cross`` (attends to an encoder), ``mixer`` (mixes positions without softmax attention),
+            ``mlp`` or ``moe``.
         path: Its module; the block itself where it has none of its own.
         out: What it adds to the stream, if that was proved.
         inner: The input of its last projection: z, or the neurons.
         projection: That projection.
         pre_norm: The norm that it reads through.
         post_norm: The norm between it and the stream.
+        stream_norm: The norm on the stream after it: what follows is not stream + out, but the norm of that.
         heads: Query heads.
         kv_heads: Key and value heads.
         d_head: Width of a head's value.
@@ -53,6 +57,7 @@ class Sublayer:
     kv_heads: int = 0
     d_head: int = 0
     tried: tuple[str, ...] = ()
+    stream_norm: str = ""
     reads: Place | None = None
     stream: Place | None = None
     attended: Attended | None = field(default=None, repr=False, compare=False)
@@ -149,13 +154,17 @@ def _mixes_positions(call: Call) -> bool:
     return bool((a - b).abs().max() > 1e-5 * a.abs().max())
 
 
+_Point: TypeAlias = tuple[torch.Tensor, Call | None]
+"""A point of the stream, and the norm on the stream that stands there."""
+
+
 @dataclass(frozen=True)
 class Overrides:
     """What a user says about a model that the probe cannot resolve; it goes through the same proof.
 
     Attributes:
         stack: Path of the list of blocks.
-        out: ``attn_out`` and ``mlp_out`` as ``path.output``, with ``{layer}`` for the layer.
+        out: ``attn_out``, ``cross_attn_out`` and ``mlp_out`` as ``path.output``, with ``{layer}`` for the layer.
     """
 
     stack: str = ""
@@ -197,8 +206,8 @@ class Blocks:
         )
 
     def _override(self, kind: str, index: int) -> str:
-        given = self.overrides.out.get("attn_out" if kind in ("attn", "mixer") else "mlp_out", "")
-        return given.format(layer=index)
+        names = {"attn": "attn_out", "mixer": "attn_out", "cross": "cross_attn_out"}
+        return self.overrides.out.get(names.get(kind, "mlp_out"), "").format(layer=index)
 
     def _branches(self, block: Call) -> list[tuple[str, list[Call]]]:
         """The parts of a block that hold weights other than norms', each with the calls inside it."""
@@ -247,8 +256,9 @@ class Blocks:
         )
 
     def _kind(self, call: Call, inner: list[Call]) -> str:
-        if any(a.name == call.name or a.name.startswith(call.name + ".") for a in self.attended):
-            return "attn"
+        seen = next((a for a in self.attended if a.name == call.name or a.name.startswith(call.name + ".")), None)
+        if seen is not None:
+            return "cross" if seen.keys.shape[-2] == ENCODED else "attn"
         if any(_has_experts(c) for c in inner):
             return "moe"
         return "mixer" if call.inputs and call.inputs[0][1].ndim == 3 and _mixes_positions(call) else "mlp"
@@ -271,6 +281,7 @@ class _Branch:
         self.scale = 1.0
         self.reads_stream = False
         self.tried: list[str] = []
+        self.stream_norm = ""
         own = [c for c in blocks.calls if c.under(block)]
         inside = {id(c) for c in calls}
         self.outside = [c for c in own if id(c) not in inside and c.name != block]
@@ -323,6 +334,7 @@ class _Branch:
             pre_norm=self.pre_norm.name if self.pre_norm else "",
             post_norm=self.chosen.name if self.chosen is not None and is_norm(self.chosen, self.width) else "",
             tried=tuple(self.tried),
+            stream_norm=self.stream_norm,
         )
         if self.reads_stream:
             place = self.first.place("input", rows)
@@ -333,7 +345,7 @@ class _Branch:
         found = replace(found, projection=self.projection.name)
         if self.kind == "mlp":
             return replace(found, inner=inner)
-        if self.kind != "attn":
+        if self.kind not in ("attn", "cross"):
             return found
         seen = next(a for a in self.blocks.attended if a.name == self.path or a.name.startswith(self.path + "."))
         z = rearrange(seen.z, "row head pos d_head -> row pos (head d_head)")
@@ -372,6 +384,7 @@ def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[s
     if any(branch.reads.numel() != x.numel() for branch in branches):
         return "unproved", float("inf")  # it reads something else than the stream
     current, group, error, forms = x, [], 0.0, []
+    before: list[_Branch] = []
     for i, branch in enumerate(branches):
         group.append(branch)
         branch.reads_stream = _same(branch.reads, current)
@@ -379,22 +392,42 @@ def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[s
         if later is not None and (_same(later.reads, current) or _same(later.first.entering, branch.first.entering)):
             continue  # it reads the same stream: a parallel branch
         target = y if later is None else later.reads.reshape(x.shape)
-        gap = _close_group(current, target, group)
+        gap = _close_group(_starts(current, before, group), _ends(target, later, group), before, group)
         forms.append("unproved" if gap is None else "parallel" if len(group) > 1 else "sequential")
         error = max(error, float("inf") if gap is None else gap)
-        current, group = target, []
+        current, before, group = target, group, []
     if not branches:
         return ("sequential", 0.0) if torch.equal(x, y) else ("unproved", float("inf"))
     return next((f for f in ("unproved", "parallel") if f in forms), "sequential"), error
 
 
-def _close_group(start: torch.Tensor, end: torch.Tensor, group: list[_Branch]) -> float | None:
+def _starts(current: torch.Tensor, before: list[_Branch], group: list[_Branch]) -> list[_Point]:
+    """Where the sum may start: at the stream or, after the first branch, at the norm of it that this branch reads."""
+    points: list[_Point] = [(current, None)]
+    norm = group[0].pre_norm
+    if before and norm is not None and norm.leaving is not None and _same(norm.entering, current):
+        points.append((norm.leaving.reshape(current.shape), norm))
+    return points
+
+
+def _ends(target: torch.Tensor, later: _Branch | None, group: list[_Branch]) -> list[_Point]:
+    """Where the sum may end: at the stream or, where the block ends, before a norm that gives the stream."""
+    points: list[_Point] = [(target, None)]
+    if later is None:
+        norms = (c for c in group[0].outside if is_norm(c, group[0].width) and _same(c.leaving, target))
+        points += [(c.entering.reshape(target.shape), c) for c in norms if c.entering is not None]
+    return points
+
+
+def _close_group(starts: list[_Point], ends: list[_Point], before: list[_Branch], group: list[_Branch]) -> float | None:
     combinations = list(itertools.product(*[b.candidates for b in group]))
-    for combination in combinations:
+    for (start, norm_before), (end, norm_after), combination in itertools.product(starts, ends, combinations):
         parts = [c.leaving.reshape(start.shape) for c in combination if c.leaving is not None]
         if any(torch.equal(total, end) for total in _sums(start, parts)):
             _choose(group, combination, [1.0] * len(group))
+            _norms_on_stream(norm_before, norm_after, before, group)
             return 0.0
+    start, end = starts[0][0], ends[0][0]
     for combination in combinations:  # the contribution may be scaled by a constant
         parts = [c.leaving.reshape(start.shape) for c in combination if c.leaving is not None]
         fitted = _fit(end.double() - start.double(), parts)
@@ -427,6 +460,16 @@ def _sums(start: torch.Tensor, parts: list[torch.Tensor]) -> Iterator[torch.Tens
         yield parts[0] + parts[1] + start
         yield start + parts[0] + parts[1]
         yield start + parts[1] + parts[0]
+
+
+def _norms_on_stream(first: Call | None, last: Call | None, before: list[_Branch], group: list[_Branch]) -> None:
+    """Notes the norms that stand on the stream itself, before and after a group: x = norm(x + f(x))."""
+    if first is not None:
+        for branch in before:
+            branch.stream_norm = first.name
+    for branch in group:
+        branch.pre_norm = None if branch.pre_norm is first else branch.pre_norm
+        branch.stream_norm = last.name if last is not None else ""
 
 
 def _choose(group: list[_Branch], combination: tuple[Call, ...], scales: list[float]) -> None:

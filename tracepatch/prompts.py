@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tracepatch.checklist import Checklist, check_pairs
 from tracepatch.errors import PromptError, listing, plural
-from tracepatch.models import Model
+from tracepatch.models import Model, start_token
 from tracepatch.sites import select
 from tracepatch.tokens import (
     Answer,
@@ -28,7 +28,9 @@ from tracepatch.tokens import (
     Prompt,
     answer_id,
     bos_policy,
+    decoder_ids,
     encode_prompt,
+    encoder_policy,
     pieces,
     shown,
 )
@@ -41,6 +43,9 @@ SEPARATOR = "|"  # between several answers in one cell of a table
 class Pairs:
     """Clean and corrupted prompts with their answers, one entry a pair.
 
+    For an encoder–decoder model the prompts are what the encoder reads; they may then differ in length. The decoder has
+    written its start token so far or, with ``decoder``, that and a text, the same on both sides.
+
     Prompts are strings or sequences of token ids. ``answer`` and ``wrong`` are one token (a string or an id) or several
     for each pair; a single string or id serves every pair. Without ``corrupted`` only ablations are possible.
 
@@ -52,6 +57,7 @@ class Pairs:
         bos: ``None``: the tokenizer's own habit; ``True``: a beginning-of-sequence token always; ``False``: never.
         name: What to call the set in results.
         seed: The seed it was made from, for the provenance of results.
+        decoder: Per pair, what the decoder of an encoder–decoder model has written before the answer, or ``None``.
     """
 
     clean: tuple[Prompt, ...]
@@ -61,6 +67,7 @@ class Pairs:
     bos: bool | None
     name: str
     seed: int | None
+    decoder: tuple[Prompt, ...] | None
 
     def __init__(
         self,
@@ -72,11 +79,14 @@ class Pairs:
         bos: bool | None = None,
         name: str = "pairs",
         seed: int | None = None,
+        decoder: Prompts | None = None,
     ) -> None:
         sides = {"clean": _prompts(clean, "clean")}
         if corrupted is not None:
             sides["corrupted"] = _prompts(corrupted, "corrupted")
         count = len(sides["clean"])
+        if decoder is not None:
+            sides["decoder"] = _prompts([decoder] * count if isinstance(decoder, str) else decoder, "decoder")
         answers = {"answer": _answers(answer, count, "answer"), "wrong": _answers(wrong, count, "wrong")}
         counts = {k: len(v) for k, v in sides.items()} | {k: len(v) for k, v in answers.items()}
         if len(set(counts.values())) > 1:
@@ -86,6 +96,7 @@ class Pairs:
                 + "."
             )
         _put(self, clean=sides["clean"], corrupted=sides.get("corrupted"), bos=bos, name=name, seed=seed, **answers)
+        _put(self, decoder=sides.get("decoder"))
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -103,6 +114,7 @@ class Pairs:
             bos=self.bos,
             name=self.name,
             seed=self.seed,
+            decoder=None if self.decoder is None else [self.decoder[i] for i in picked],
         )
 
     def __str__(self) -> str:
@@ -113,6 +125,8 @@ class Pairs:
             if self.corrupted is not None:
                 wrong = ", ".join(map(repr, self.wrong[i])) or "?"
                 lines.append(f"    corrupted {shown(self.corrupted[i])} → {wrong}")
+            if self.decoder is not None:
+                lines.append(f"    decoder   {shown(self.decoder[i])}")
         return "\n".join(lines + ([f"  … and {len(self) - 3} more"] if len(self) > 3 else []))
 
     def both_roles(self) -> Pairs:
@@ -131,27 +145,44 @@ class Pairs:
             bos=self.bos,
             name=f"{self.name}, both roles",
             seed=self.seed,
+            decoder=None if self.decoder is None else [*self.decoder, *self.decoder],
         )
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> EncodedPairs:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, start: int | None = None) -> EncodedPairs:
         """The pairs as token ids.
 
+        Args:
+            tokenizer: Of the model.
+            start: What the decoder starts with where an encoder reads the prompts; ``None`` where there is no encoder.
+
         Raises:
-            PromptError: An answer that is not one token, or a prompt without tokens; all of them are listed.
+            PromptError: An answer that is not one token, a prompt without tokens (all of them are listed), or a text
+                for a decoder that reads the prompts itself.
         """
+        if start is None and self.decoder is not None:
+            raise PromptError(
+                "decoder= is what an encoder–decoder model has written before the answer, and this model has no "
+                "encoder. Write it at the end of the prompts."
+            )
         texts = any(isinstance(p, str) for side in (self.clean, self.corrupted or ()) for p in side)
-        policy = bos_policy(tokenizer, self.bos) if texts else BosPolicy((), "", "token ids are taken as they are")
+        habit = bos_policy if start is None else encoder_policy
+        policy = habit(tokenizer, self.bos) if texts else BosPolicy((), "", "token ids are taken as they are")
         sides = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
         ids = [tuple(encode_prompt(tokenizer, prompt, policy) for prompt in side) for side in sides]
+        read: list[tuple[tuple[int, ...], ...]] = []
+        if start is not None:
+            so_far = self.decoder or ("",) * len(self)
+            read, ids = ids, [tuple(decoder_ids(tokenizer, text, start) for text in so_far)] * len(ids)
+            sides = [*sides, so_far]
         empty = [
             f"pair {i}: {shown(side[i])}"
-            for side, got in zip(sides, ids, strict=True)
+            for side, got in zip(sides, [*read, *ids[-1:]] if read else ids, strict=True)
             for i, t in enumerate(got)
             if not t
         ]
         if empty:
             raise PromptError(f"{len(empty)} prompts have no tokens.\n{listing(empty)}")
-        offenders = self.unencodable(tokenizer)
+        offenders = self.unencodable(tokenizer, start)
         if offenders:
             raise PromptError(
                 f"{plural(len(offenders), 'answer')} not one token of this tokenizer.\n{listing(offenders)}\n"
@@ -159,7 +190,7 @@ class Pairs:
             )
         answers = [
             tuple(
-                tuple(dict.fromkeys(answer_id(tokenizer, t, self.clean[i]) or 0 for t in tokens))
+                tuple(dict.fromkeys(answer_id(tokenizer, t, self._continued(i, start)) or 0 for t in tokens))
                 for i, tokens in enumerate(which)
             )
             for which in (self.answer, self.wrong)
@@ -175,6 +206,8 @@ class Pairs:
             bos=policy,
             name=self.name,
             seed=self.seed,
+            encoder=tuple(read),
+            decoder_prompts=self.decoder or (),
         )
 
     def check(self, model: Model) -> Checklist:
@@ -186,22 +219,27 @@ class Pairs:
         Returns:
             A checklist to print; ``checklist.passed`` says whether nothing stands in the way of patching.
         """
-        offenders = self.unencodable(model.tokenizer)
-        return check_pairs(model, None if offenders else self.encode(model.tokenizer), offenders)
+        start = start_token(model)
+        offenders = self.unencodable(model.tokenizer, start)
+        return check_pairs(model, None if offenders else self.encode(model.tokenizer, start), offenders)
 
-    def unencodable(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The answers that are not one token, each with what it is instead."""
+    def _continued(self, pair: int, start: int | None) -> Prompt:
+        """What an answer continues: the prompt, or what a decoder has written so far."""
+        return self.clean[pair] if start is None else self.decoder[pair] if self.decoder is not None else ""
+
+    def unencodable(self, tokenizer: PreTrainedTokenizerBase, start: int | None = None) -> list[str]:
+        """The answers that are not one token, each with what it is instead; arguments as for ``encode``."""
         return [
             f"pair {i}: {t!r} is {pieces(tokenizer, t)}"
             for which in (self.answer, self.wrong)
             for i, tokens in enumerate(which)
             for t in tokens
-            if answer_id(tokenizer, t, self.clean[i]) is None
+            if answer_id(tokenizer, t, self._continued(i, start)) is None
         ]
 
     @classmethod
     def from_frame(cls, frame: Any, **options: Any) -> Pairs:
-        """Pairs from a table with the columns ``clean`` and, where wanted, ``corrupted``, ``answer``, ``wrong``.
+        """Pairs from a table with the column ``clean`` and any of ``corrupted``, ``answer``, ``wrong``, ``decoder``.
 
         A cell may hold several answers, as a list or separated by ``|``.
 
@@ -210,7 +248,7 @@ class Pairs:
             options: As for ``Pairs``.
         """
         columns = {str(name): _column(frame[name]) for name in frame}
-        known = ("clean", "corrupted", "answer", "wrong")
+        known = ("clean", "corrupted", "answer", "wrong", "decoder")
         if "clean" not in columns:
             raise PromptError(f"The table has no column 'clean'; it has {', '.join(columns) or 'none'}.")
         picked: dict[str, Any] = {}
@@ -258,7 +296,8 @@ class Pairs:
                 if offenders
                 else f"{source} holds no pairs."
             )
-        keys = [key for key in ("clean", "corrupted", "answer", "wrong") if any(key in row for row in rows)]
+        known = ("clean", "corrupted", "answer", "wrong", "decoder")
+        keys = [key for key in known if any(key in row for row in rows)]
         return cls.from_frame({key: [row.get(key) for row in rows] for key in keys}, **{"name": source.stem, **options})
 
 

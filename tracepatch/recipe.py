@@ -18,7 +18,7 @@ from tracepatch.checks import verify
 from tracepatch.errors import RecipeError
 from tracepatch.executors import Measured, run
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
-from tracepatch.models import Model, limits, name_of, remote_of, require_ready, require_weights
+from tracepatch.models import Model, limits, name_of, remote_of, require_ready, require_weights, start_token
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.prompts import Pairs
@@ -49,7 +49,8 @@ class Patching(Recorder):
     ) -> None:
         require_ready(model)
         self.model = model
-        super().__init__(architecture_of(model), _require_pairs(pairs).encode(model.tokenizer))
+        encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
+        super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
         self.metrics = as_metrics(metric)
         for chosen in self.metrics:

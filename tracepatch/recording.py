@@ -29,7 +29,6 @@ from tracepatch.sites import (
     component,
     hashable,
     layers_of,
-    positions_of,
     select,
     shape_of,
     split_index,
@@ -201,7 +200,8 @@ class Recorder:
             return chosen.items  # each prompt counts from its own end
         found = chosen.resolve(self.lengths[-1])
         if found is None:
-            raise SiteError(f"grid: {dim}={only[dim]!r}: the longest prompt has {self.lengths[-1]} tokens.")
+            hint = self.encoded.hint
+            raise SiteError(f"grid: {dim}={only[dim]!r}: the longest prompt has {self.lengths[-1]} tokens.{hint}")
         return found
 
     def _units(self, kind: Component, layer: int, only: dict[str, Any]) -> tuple[int, ...]:
@@ -456,7 +456,7 @@ class _Activations:
         if kind.unit:
             units_of(kind, layer, units, architecture.units(kind.name, layer))
         site = Site(kind.name, layer, pos, units, srcs)
-        positions_of(site, self.recorder.encoded.lengths)
+        self.recorder.encoded.require_positions(site)
         return site
 
 

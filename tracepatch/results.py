@@ -196,6 +196,8 @@ def pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
     }
     if encoded.corrupted is not None:
         coords["corrupted_prompt"] = ("pair", [_text(encoded, p) for p in encoded.corrupted_prompts])
+    if encoded.decoder_prompts:
+        coords["decoder_prompt"] = ("pair", [_text(encoded, p) for p in encoded.decoder_prompts])
     for name, ids in (("answer", encoded.answer), ("wrong", encoded.wrong)):
         if any(ids):
             coords[name] = ("pair", ["|".join(encoded.words(i)) for i in ids])

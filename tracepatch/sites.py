@@ -76,6 +76,7 @@ _ALL = (
     Component("attn_out_scale", _POS, ("pos", "scale"), "what the norm that attention writes through divides by"),
     Component("head_out", _HEAD, ("pos", "head", "d_model"), "what one head writes to the stream, z · W_O"),
     Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
+    Component("cross_attn_out", _POS, ("pos", "d_model"), "what attention to the encoder adds to the stream"),
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
     Component("mlp_in", _POS, ("pos", "d_model"), "what the MLP alone reads of the stream, before its norm"),
     Component("mlp_in_scale", _POS, ("pos", "scale"), "what the norm that the MLP reads through divides by"),

@@ -24,12 +24,13 @@ def forward(
     measures: tuple[Any, ...],
     keep_logits: tuple[Any, ...],
     remote: Any = False,
+    encoder: torch.Tensor | None = None,
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """One traced forward.
 
     Args:
         model: The nnsight model.
-        ids: Token ids ``[row, pos]``.
+        ids: Token ids ``[row, pos]``; the decoder's, where there is an encoder.
         stops: The places to visit, from ``layout.stops``.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``.
         reads: The positions whose logits are scored.
@@ -38,17 +39,23 @@ def forward(
         measures: ``(function, indices into reads, given)`` for each metric.
         keep_logits: Whether to keep the logits at ``reads`` too, and what rows save of them.
         remote: As nnsight takes it.
+        encoder: Token ids ``[row, pos]`` that an encoder reads.
 
     Returns:
         What was kept, and the metrics' values ``[row, column]`` in float32.
     """
     with torch.no_grad():
-        with model.trace(input_ids=ids, use_cache=False, remote=remote, **options):
+        with model.trace(**named(ids, encoder), use_cache=False, remote=remote, **options):
             result = nnsight.save(
                 inside(model, ids.shape[1], stops, known, reads, bool(options), logit_edits, measures, keep_logits)
             )
     kept, scores = result
     return kept, scores
+
+
+def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Token ids as the arguments of a forward."""
+    return {"input_ids": ids} if encoder is None else {"input_ids": encoder, "decoder_input_ids": ids}
 
 
 def inside(
@@ -81,10 +88,10 @@ def inside(
     return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
 
 
-def read(model: Any, places: list[Any], ids: torch.Tensor) -> list[torch.Tensor]:
+def read(model: Any, places: list[Any], ids: torch.Tensor, encoder: torch.Tensor | None = None) -> list[torch.Tensor]:
     """What passes by at some places, in forward order, in a plain forward."""
     with torch.no_grad():
-        with model.trace(input_ids=ids, use_cache=False):
+        with model.trace(**named(ids, encoder), use_cache=False):
             kept: dict[Any, torch.Tensor] = {}
             for number, place in enumerate(places):
                 visit(model, (place, (("aside", number),)), ids.shape[1], {}, kept)
