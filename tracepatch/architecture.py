@@ -15,6 +15,7 @@ from torch import nn
 from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.models import Model, eager_attention, module_of
+from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, component
 from tracepatch.trace import read
@@ -61,6 +62,7 @@ class Architecture:
         causal: Whether a changed last token moves nothing before it.
         local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone.
         keeps_logits: Whether the forward takes ``logits_to_keep``.
+        modules: What each module takes and gives, where that can be patched.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
         eager_gap: That difference as a fraction of the logits' scale.
@@ -77,6 +79,7 @@ class Architecture:
     causal: bool
     local_embedding: bool
     keeps_logits: bool
+    modules: Modules
     dtype: torch.dtype
     eager_error: float
     eager_gap: float
@@ -122,6 +125,7 @@ class Architecture:
                 self._read(module, calls, attended, logits, overrides)
                 self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
+            self.modules = self._see_modules(module, ids, calls)
         finally:
             module.train(training)
             del self._model
@@ -257,6 +261,15 @@ class Architecture:
             except TypeError:
                 self.keeps_logits = False
 
+    def _see_modules(self, module: Any, ids: torch.Tensor, calls: list[Call]) -> Modules:
+        options = {"logits_to_keep": torch.tensor([2, 5], device=ids.device)} if self.keeps_logits else {}
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.vocab
+        changed = changed.flip(0) if self.causal else ids.flip(0)
+        plain, other = (see(module, lambda i=i: module(i, use_cache=False, **options), ROWS) for i in (ids, changed))  # type: ignore[misc]
+        stack = self.layers[0].path.rsplit(".", 1)[0], len(self.layers)
+        return Modules(module, calls, stack, ROWS, plain, other, self.causal, resolution(self.dtype))
+
     # ------------------------------------------------------------------------------------------------ looking up
 
     def __len__(self) -> int:
@@ -272,6 +285,8 @@ class Architecture:
 
     def why_not(self, name: str, layer: int) -> str:
         """Why a component is not offered at a layer, in one clause; empty if it is."""
+        if component(name).module:
+            return self.modules.why_not(name)
         here, attention, mlp = self.layers[layer], self.attention(layer), self.mlp(layer)
         unproved = "the residual sum of this layer does not close"
         if name == "embed" and self._embed_width != self.d_model:
@@ -342,6 +357,8 @@ class Architecture:
             ComponentError: It is unknown or not proved there.
         """
         why = self.why_not(component(name).name, layer)
+        if why and component(name).module:
+            raise ComponentError(why)
         if why:
             offered = ", ".join(c for c in COMPONENTS if self.offers(c, layer))
             attention, mlp = self.attention(layer), self.mlp(layer)
@@ -366,6 +383,8 @@ class Architecture:
 
     def place(self, name: str, layer: int) -> Place:
         """Where a component that is read and written as it stands passes by."""
+        if component(name).module:
+            return self.modules.tap(name).place
         if name == "embed":
             return self.embed
         if name in ("resid_pre", "resid_post"):
@@ -378,6 +397,25 @@ class Architecture:
             found = branch.reads if name in READERS else branch.out if name in ("attn_out", "mlp_out") else branch.inner
         assert found is not None, f"{name} is not offered at layer {layer}"
         return found
+
+    def span(self, name: str, layer: int) -> tuple[float, float]:
+        """From when, as ``Place.order`` counts, to when in a forward an edit of a component acts.
+
+        What a module takes or gives in between belongs to neither side of the edit.
+        """
+        if name in ("logits", "logits_in"):
+            return (float("inf"),) * 2 if name == "logits" else (self.stream(len(self)).order,) * 2
+        if name in READERS:
+            stream, _, place = self.reader(name, layer)
+            return stream.order, place.order
+        if name == "head_out":
+            return self.place("z", layer).order, self.place("attn_out", layer).order
+        if name == "resid_mid":
+            # It is written as what attention adds, and read where the MLP reads it.
+            mlp, out = self.mlp(layer), self.place("attn_out", layer).order
+            return out, max(out, mlp.stream.order if mlp is not None and mlp.stream is not None else out)
+        order = self.place(name, layer).order
+        return order, order
 
     def reader(self, name: str, layer: int) -> tuple[Place, str, Place]:
         """Of a branch that reads the stream: where the stream passes by, its norm, and where it takes what it reads."""
@@ -393,7 +431,7 @@ class Architecture:
 
     def units(self, name: str, layer: int) -> int:
         """How many heads or neurons a component has at a layer; 0 if it is not split."""
-        unit, attention = component(name).unit, self.attention(layer)
+        unit, attention = component(name).unit, None if component(name).module else self.attention(layer)
         if unit in ("head", "kv_head"):
             heads = (attention.heads if unit == "head" else attention.kv_heads) if attention else 0
             return heads
@@ -401,6 +439,8 @@ class Architecture:
 
     def width(self, name: str, layer: int) -> int:
         """The size of a component's last dim."""
+        if component(name).module:
+            return self.modules.tap(name).width
         attention = self.attention(layer)
         sizes = {
             "d_model": self.d_model,

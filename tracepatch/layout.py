@@ -18,6 +18,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
 from tracepatch.plan import EAGER, SPLIT_READERS, Job, Term, Write, streams
 from tracepatch.sites import STAGES, component
+from tracepatch.sites import stage as stage_of
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""
@@ -58,17 +59,17 @@ def stops(
     for name, layer in sorted(keep | set(writes) | set(shadows)):
         if name == "logits":
             continue
-        stage, task = STAGES[name], (writes.get((name, layer), ()), (name, layer) in keep)
+        stage, task = stage_of(name), (writes.get((name, layer), ()), (name, layer) in keep)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
         elif name in ("attn_in", "mlp_in"):
             stream, norm, place = architecture.reader(name, layer)
-            tasks[stream].append((FIRST, ("aside", (name, layer))))
+            tasks[stream].append((_before(stream, place), ("aside", (name, layer))))
             tasks[place].append((stage, ("reader", (name, layer), *task, (name, layer), norm)))
         elif name in SPLIT_READERS:
             stream, norm, place = architecture.reader(name, layer)
             if ("attn_in", layer) not in keep | set(writes):
-                tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
+                tasks[stream].append((_before(stream, place), ("aside", ("attn_in", layer))))
             edited, seats, taken = shadows[name, layer]
             tasks[place].append(
                 (stage, ("shadows", ("attn_in", layer), norm, architecture.units(name, layer), *edited, *seats))
@@ -81,7 +82,7 @@ def stops(
             tasks[architecture.place("scores", layer)].append((FIRST, ("allowed", allowed, lowest)))
             tasks[architecture.place(name, layer)].append((stage, ("weights", (name, layer), *task, allowed)))
         elif name == "resid_mid":
-            tasks[architecture.stream(layer)].append((LAST, ("aside", ("stream", layer))))
+            tasks[architecture.layers[layer].pre].append((LAST, ("aside", ("stream", layer))))
             out = architecture.place("attn_out", layer)
             tasks[out].append((stage, ("resid_mid", (name, layer), *task, ("stream", layer), out.scale)))
         elif name == "resid_pre":
@@ -96,8 +97,13 @@ def stops(
             (place.path, place.operation, place.side, place.key, place.flat),
             tuple(dict.fromkeys(task for _, task in sorted(found, key=lambda t: t[0]))),
         )
-        for place, found in sorted(tasks.items(), key=lambda item: item[0].order)
+        for place, found in sorted(tasks.items(), key=lambda item: (item[0].order, min(t[0] for t in item[1])))
     )
+
+
+def _before(stream: Place, reads: Place) -> int:
+    """When to keep the stream for one reader: after what is written at its norm, before what is written at itself."""
+    return FIRST if stream == reads else LAST
 
 
 def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[Any, ...]) -> None:

@@ -21,13 +21,12 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.plan import SPLIT_READERS, Proof, Term, Write
 from tracepatch.rows import Edit, Row
-from tracepatch.sites import STAGES, Site, component
+from tracepatch.sites import Site, component, stage
 from tracepatch.sources import Function, Value, WorldName
 
 # What attention of the same layer carries to other positions.
 CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "k", "v"})
 LOCAL = frozenset({"embed", "resid_pre", "attn_in"})  # in layer 0 of its own token alone, where the probe proved it
-LAST = frozenset({"logits_in", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ class Lowering:
         )
         return tuple(kept), proof
 
-    def _moment(self, edit: Edit) -> tuple[int, int]:
+    def _moment(self, edit: Edit) -> tuple[float, int]:
         """When an edit acts in the forward."""
         site = edit.site
-        return self.depth if site.component in LAST else site.layer, STAGES[site.component]
+        return self.architecture.span(site.component, site.layer)[1], stage(site.component)
 
     def _write(self, edit: Edit) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)
@@ -148,6 +147,8 @@ class Lowering:
 
     def _reaches(self, write: Write, position: int) -> bool:
         reads = self.profile.reads
+        if component(write.component).module:  # what becomes of it is not known
+            return position <= reads[-1]
         beside = write.layer >= self.depth or (write.layer == self.depth - 1 and write.component not in CARRIED)
         return position in reads if beside else position <= reads[-1]
 

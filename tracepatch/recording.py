@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError, SiteError
-from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_label
+from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_apart, require_label
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
+    SIDES,
     Component,
     Site,
     component,
@@ -218,7 +219,9 @@ class Recorder:
         if given is None:
             return
         ends = [component(s.component).dims[-1] for s in (site, value.site)]
-        if ends[0] != ends[1]:
+        if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
+            given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
+        elif ends[0] != ends[1]:
             raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
         for dim, count in given:
             if count not in (1, target.get(dim, 1)):
@@ -250,6 +253,7 @@ class Recorder:
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self.lengths)
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
+        require_apart(row, self.architecture)
         key = tuple(row.labels.items())
         if key in self._taken:
             labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
@@ -281,7 +285,38 @@ class World:
             found = self._components[name] = _Activations(self._recorder, self._name, component(name))
         return found
 
+    def input(self, path: str) -> _Activations:
+        """What a module takes, by its path, waiting for positions: ``world.input("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several arguments it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it takes does not have one vector a position.
+        """
+        return self._module(path, "input")
+
+    def output(self, path: str) -> _Activations:
+        """What a module gives, by its path, waiting for positions: ``world.output("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several values it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it gives does not have one vector a position.
+        """
+        return self._module(path, "output")
+
+    def _module(self, path: str, side: str) -> _Activations:
+        if not isinstance(path, str) or not path:
+            raise ComponentError(
+                f"Say whose {side}: pass a module's path, such as 'transformer.h.3.mlp', not {path!r}."
+            )
+        name = f"{path}.{side}"
+        self._recorder.architecture.modules.tap(name)
+        return self.__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in SIDES:
+            raise RecipeError(f"Say whose, and where: {self._name}.{name}('PATH OF A MODULE')[pos] = ….")
         index = ", ".join(component(name).index)
         raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
 
@@ -322,6 +357,8 @@ class _Activations:
             )
         (layer,) = layers_of(kind, layers, len(architecture))
         architecture.require(kind.name, layer)
+        if kind.module:
+            layer = architecture.modules.tap(kind.name).layer
         if kind.unit:
             units_of(kind, layer, units, architecture.units(kind.name, layer))
         site = Site(kind.name, layer, pos, units, srcs)

@@ -92,6 +92,26 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         )
 
 
+def require_apart(row: Row, architecture: Architecture) -> None:
+    """Refuses an edit of what a module takes or gives inside the span of another edit, where both claim one place.
+
+    Raises:
+        RecipeError: The order of the two is not that of the forward.
+    """
+    modules = [e.site for e in row.edits if component(e.site.component).module]
+    for site in modules:
+        moment = architecture.modules.tap(site.component).place.order
+        for other in (e.site for e in row.edits if not component(e.site.component).module):
+            first, last = architecture.span(other.component, other.layer)
+            # resid_mid is written at its first place and belongs to the last.
+            inside = first < moment < last or (other.component == "resid_mid" and first == moment)
+            if inside:
+                raise RecipeError(
+                    f"{row.base}.{other} and {row.base}.{site} cannot be edited in one row: {other.component} acts "
+                    "from before to after that module. Edit them in rows of their own, or edit modules alone."
+                )
+
+
 def _selects(picked: Select, label: Any, length: int) -> bool:
     if picked.items is not None and label in picked.items:
         return True

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -54,6 +54,11 @@ class Component:
         """Whether every layer has one."""
         return self.index[0] == "layer"
 
+    @property
+    def module(self) -> bool:
+        """Whether it is a module's input or output, named by its path."""
+        return "." in self.name
+
 
 UNITS: Final = ("head", "kv_head", "neuron", "expert")
 _POS, _HEAD, _KV_HEAD = ("layer", "pos"), ("layer", "pos", "head"), ("layer", "pos", "kv_head")
@@ -87,18 +92,40 @@ STAGES: Final[dict[str, int]] = {c.name: stage for stage, c in enumerate(_ALL)}
 """Where in a block a component acts; edits of one row act in this order within a layer."""
 
 
+SIDES: Final[tuple[Literal["input", "output"], ...]] = ("input", "output")
+
+
+def stage(name: str) -> int:
+    """The stage of a component; a module's input or output comes after whatever else is written at its place."""
+    return STAGES.get(name, len(STAGES))
+
+
+@lru_cache(maxsize=1 << 12)
+def _module(name: str) -> Component:
+    path, _, side = name.rpartition(".")
+    meaning = f"what {path} {'takes' if side == 'input' else 'gives'}"
+    return Component(name, ("pos",), ("pos", "width"), meaning)
+
+
 def component(name: str) -> Component:
-    """The component of that name.
+    """The component of that name: a key of ``COMPONENTS``, or a module's path with ``.input`` or ``.output``.
 
     Raises:
         ComponentError: The name is unknown.
     """
-    try:
-        return COMPONENTS[name]
-    except KeyError:
-        close = get_close_matches(name, COMPONENTS, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.") from None
+    found = COMPONENTS.get(name)
+    if found is not None:
+        return found
+    path, _, side = name.rpartition(".")
+    if path and side in SIDES:
+        return _module(name)
+    if path:
+        raise ComponentError(
+            f"There is no component {name!r}. A module's activations are {name}.input and {name}.output."
+        )
+    close = get_close_matches(name, COMPONENTS, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +232,7 @@ class Site:
     src: Select = ALL
 
     def __str__(self) -> str:
-        kind = COMPONENTS[self.component]
+        kind = component(self.component)
         picks = {"layer": self.layer, kind.place: self.pos, "src": self.src, kind.unit: self.unit}
         return f"{self.component}[{', '.join(str(picks[dim]) for dim in kind.index)}]"
 

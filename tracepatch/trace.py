@@ -134,7 +134,7 @@ def visit(
 def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:
     """A tuple or mapping with one entry exchanged."""
     if isinstance(key, str):
-        return {**values, key: value}
+        return type(values)(**{**values, key: value})
     return (*values[:key], value, *values[key + 1 :])
 
 

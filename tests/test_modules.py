@@ -1,0 +1,280 @@
+"""Any module's input and output, experts, and raw traces, against plain hooks on a copy that no trace has touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from slow import gap, made_up_pairs, untouched
+from tiny_models import build, tokenizer
+from torch import Tensor, nn
+
+import tracepatch as tp
+from tracepatch.errors import ComponentError, RecipeError
+from tracepatch.plan import Proof
+
+WORDS = [f"w{i}" for i in range(30, 60)]
+# Flat activations inside (OPT, experts), additions in place (Falcon), a multiplier (Granite), no attention (Mamba).
+TYPES = ("gpt2", "llama", "opt", "falcon", "granite", "gemma2", "qwen2_moe", "mamba")
+
+
+def loaded(model_type: str, layers: int = 2) -> tuple[Any, nn.Module]:
+    """A tiny model, and its copy for hooks."""
+    module = build(model_type, layers=layers)
+    return tp.load(module, tokenizer()), untouched(module)
+
+
+def first(values: Sequence[Any]) -> int:
+    """Which of several values is the first activation."""
+    return next(i for i, v in enumerate(values) if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1)
+
+
+@contextmanager
+def hooked(module: nn.Module, name: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within it, a module's input or output [pos, width] goes through a function; ``None`` leaves it alone."""
+    path, side = name.rsplit(".", 1)
+
+    def through(x: Tensor) -> Tensor:
+        new = change(x.reshape(-1, x.shape[-1]).clone())
+        return x if new is None else new.reshape(x.shape)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = [*args, *kwargs.values()]
+        i = first(values)
+        values[i] = through(values[i])
+        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return through(output)
+        if isinstance(output, dict):
+            output[next(iter(output))] = through(output[next(iter(output))])
+            return output
+        i = first(output)
+        return (*output[:i], through(output[i]), *output[i + 1 :])
+
+    target = module.get_submodule(path)
+    if side == "input":
+        handle = target.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = target.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def logits(module: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Of one plain forward, [pos, vocab]."""
+    found: Tensor = module(torch.tensor([ids]), use_cache=False).logits[0]
+    return found
+
+
+def value(module: nn.Module, name: str, ids: Sequence[int]) -> Tensor:
+    """What passes by, [pos, width]."""
+    seen: list[Tensor] = []
+    with hooked(module, name, seen.append):
+        logits(module, ids)
+    return seen[0]
+
+
+def patched(module: nn.Module, name: str, ids: Sequence[int], new: Tensor, positions: Any) -> Tensor:
+    """Logits where some positions of what passes by are exchanged."""
+
+    def change(x: Tensor) -> Tensor:
+        x[positions] = new[positions]
+        return x
+
+    with hooked(module, name, change):
+        return logits(module, ids)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_tap_equals_a_plain_hook(model_type: str) -> None:
+    model, slow = loaded(model_type)
+    spots: list[Any] = [-1, slice(None), [2, 5]]
+    with tp.patching(model, made_up_pairs(WORDS)) as p:
+        names = [f"{n}.{side}" for n, _ in slow.named_modules() for side in ("input", "output") if n]
+        names = [n for n in names if n in p.architecture.modules]
+        for number, name in enumerate(names):
+            path, side = name.rsplit(".", 1)
+            spot = spots[number % 3]
+            with p.row(name=name):
+                getattr(p.corrupted, side)(path)[spot] = getattr(p.clean, side)(path)[spot]
+    assert len(names) > 20
+    result = p.run()
+    assert p.encoded.corrupted is not None
+    score, worst, moved = gap(p.encoded), 0.0, 0
+    for pair, (clean, corrupted) in enumerate(zip(p.encoded.clean, p.encoded.corrupted, strict=True)):
+        plain = score(logits(slow, corrupted), pair)
+        for number, name in enumerate(names):
+            new = value(slow, name, clean)
+            wanted = score(patched(slow, name, corrupted, new, spots[number % 3]), pair)
+            found = result["value"].sel(name=name).values[pair]
+            worst = max(worst, abs(float(wanted) - found) / (1 + abs(float(wanted))))
+            moved += bool(abs(wanted - plain) > 1e-4)
+    assert worst < 1e-5
+    assert moved > len(names)
+
+
+def test_rows_of_modules_and_components_act_in_the_order_of_the_forward() -> None:
+    """Edits of named components and of modules around them in one row, against two hooks at once."""
+    model, slow = loaded("llama", layers=3)
+    block, pairs = "model.layers.1", made_up_pairs(WORDS)
+    joint = [  # the module's site, the component, where the component is in a plain hook
+        (f"{block}.input", "resid_mid", f"{block}.post_attention_layernorm.input"),
+        (f"{block}.input_layernorm.input", "attn_out", f"{block}.self_attn.o_proj.output"),
+        (f"{block}.mlp.up_proj.output", "mlp_out", f"{block}.mlp.output"),
+        (f"{block}.self_attn.q_proj.output", "resid_pre", f"{block}.input"),
+        ("model.norm.input", "resid_post", f"{block}.output"),
+        (f"{block}.self_attn.o_proj.output", "z", f"{block}.self_attn.o_proj.input"),
+    ]
+    with tp.patching(model, pairs) as p:
+        for number, (name, component, _) in enumerate(joint):
+            path, side = name.rsplit(".", 1)
+            for swapped in (False, True):  # recorded in either order
+                with p.row(number=number, swapped=int(swapped)):
+                    for what in ("module", "component")[:: -1 if swapped else 1]:
+                        if what == "module":
+                            getattr(p.corrupted, side)(path)[2:5] = getattr(p.clean, side)(path)[2:5]
+                        else:
+                            getattr(p.corrupted, component)[1, 3:] = 0.5
+    found = p.run()["value"]
+    assert p.encoded.corrupted is not None
+    for pair, (clean, corrupted) in enumerate(zip(p.encoded.clean, p.encoded.corrupted, strict=True)):
+        for number, (name, component, hook) in enumerate(joint):
+            new = value(slow, name, clean)
+
+            def change(x: Tensor, new: Tensor = new) -> Tensor:
+                x[2:5] = new[2:5]
+                return x
+
+            def half(x: Tensor) -> Tensor:
+                x[3:] = 0.5
+                return x
+
+            # resid_mid of the stream itself: what attention adds makes up for it.
+            if component == "resid_mid":
+                stream = value(slow, name, corrupted)
+                stream[2:5] = new[2:5]
+                hook = f"{block}.self_attn.o_proj.output"
+
+                def half(x: Tensor, stream: Tensor = stream) -> Tensor:
+                    x[3:] = 0.5 - stream[3:]
+                    return x
+
+            with hooked(slow, name, change), hooked(slow, hook, half):
+                wanted = gap(p.encoded)(logits(slow, corrupted), pair)
+            for swapped in (0, 1):
+                got = float(found.sel(number=number, swapped=swapped)[pair])
+                assert got == pytest.approx(float(wanted), abs=1e-5 * (1 + abs(float(wanted)))), (name, component)
+
+
+def test_pruning_changes_no_number() -> None:
+    """Single sites and pairs of them, with and without pruning; what is pruned is exactly zero."""
+    model, _ = loaded("gpt2", layers=2)
+    pairs = made_up_pairs(WORDS)
+    results = []
+    for prune in (True, False):
+        with tp.patching(model, pairs, tp.logit_diff.at(-2), prune=prune) as p:
+            for name in sorted(n for n in p.architecture.modules.names if ".h.1." in n or "ln_f" in n or "wte" in n):
+                path, side = name.rsplit(".", 1)
+                live, other = getattr(p.corrupted, side)(path), getattr(p.clean, side)(path)
+                for pos in range(p.lengths[0]):
+                    with p.row(name=name, pos=pos, before=0):
+                        live[pos] = other[pos]
+                    with p.row(name=name, pos=pos, before=1):  # reaches the site before it is written
+                        p.corrupted.resid_pre[0, 0] = 0
+                        live[pos] = other[pos]
+        results.append(p)
+    pruned, whole = (p.run() for p in results)
+    assert (results[0].plan.proofs != Proof.NONE).sum() > 100
+    assert abs(pruned["value"] - whole["value"]).max() < 1e-5
+    assert bool((pruned["status"] == tp.Status.PROVED_ZERO).any())
+    assert abs(whole["effect"].where(pruned["status"] == tp.Status.PROVED_ZERO)).max() < 1e-5
+
+
+def test_a_value_in_the_last_layer_may_reach_positions_after_it() -> None:
+    """Keys of the last layer, as the projection gives them: never taken for a write beside the position read."""
+    model, _ = loaded("llama", layers=2)
+    name = "model.layers.1.self_attn.k_proj.output"
+    result = tp.patch(model, made_up_pairs(WORDS)[[0]], name, by="pos", direction="noising")
+    assert result["status"].values[0, 4] == tp.Status.MEASURED
+    assert abs(result["effect"].values[0, 4]) > 1e-3
+
+
+def test_sums_numbers_functions_and_labels() -> None:
+    model, slow = loaded("gpt2")
+    path = "transformer.h.1.mlp.c_fc"
+    pairs = made_up_pairs(WORDS)[[0]]
+    with tp.patching(model, pairs) as p:
+        here, clean = p.corrupted.output(path), p.clean.output(path)
+        with p.row(name="sum", layer=1):
+            here[2:] += 2 * clean[2:] - p.corrupted.output(path)[2:]
+        with p.row(name="function", layer=1):
+            here[[0, -1]] = lambda live: live.flip(1)
+        with p.row(name="mask", layer=-1):
+            here[[False] * 6 + [True]] = torch.arange(128.0) / 100
+        with p.row(name="stream", layer=1):  # as wide as the stream
+            p.corrupted.output("transformer.h.1.mlp")[3] = p.clean.resid_pre[1, 3] - p.corrupted.attn_out[0, 3]
+        assert str(p.rows[0].edits[0].site) == f"{path}.output[2:]"
+    assert p.encoded.corrupted is not None
+    old, new = value(slow, f"{path}.output", p.encoded.corrupted[0]), value(slow, f"{path}.output", p.encoded.clean[0])
+    stream = value(slow, "transformer.h.1.input", p.encoded.clean[0])
+    added = value(slow, "transformer.h.0.attn.c_proj.output", p.encoded.corrupted[0])
+    flipped, ramp = old.clone(), old.clone()
+    flipped[[0, -1]] = old[[-1, 0]]
+    ramp[-1] = torch.arange(128.0) / 100
+    changes = {"sum": 2 * new, "function": flipped, "mask": ramp, "stream": stream - added}
+    result = p.run()["value"].sel(pair=0).isel(layer=0)
+    for label, written in changes.items():
+        where, name = (3, "transformer.h.1.mlp.output") if label == "stream" else (slice(None), f"{path}.output")
+        at = slice(2, None) if label == "sum" else where
+        wanted = gap(p.encoded)(patched(slow, name, p.encoded.corrupted[0], written, at), 0)
+        assert float(result.sel(name=label)) == pytest.approx(float(wanted), abs=1e-5), label
+
+
+def test_what_cannot_be_patched_is_refused_in_words() -> None:
+    model, _ = loaded("qwen2_moe")
+    with tp.patching(model, made_up_pairs(WORDS)) as p:
+        for path, why in {
+            "model.layers.0.mlp.gat": r"has no module 'model.layers.0.mlp.gat'. Did you mean model.layers.0.mlp.gate",
+            "model.layers.0.mlp.experts.act_fn": r"what passes by is \[42, 24\] for 3 prompts of 7 tokens",
+            "model.layers": "a forward does not call it",
+            "model.rotary_emb": r"what passes by is \[1, 7, 8\]",
+            "lm_head": "only the positions that metrics read; patch the logits",
+        }.items():
+            with pytest.raises(ComponentError, match=why):
+                p.clean.output(path)
+        with pytest.raises(ComponentError, match="no activation is among its arguments"):
+            p.clean.input("model.embed_tokens")
+        with pytest.raises(ComponentError, match="pass a module's path"):
+            p.clean.input(3)  # type: ignore[arg-type]
+        with pytest.raises(ComponentError, match=r"model.norm.input and model.norm.output"):
+            tp.patch(model, made_up_pairs(WORDS), "model.norm")
+        with pytest.raises(ComponentError, match="has no module"):
+            tp.patch(model, made_up_pairs(WORDS), "model.nrm.output")
+        with pytest.raises(RecipeError, match=r"clean.output\('PATH OF A MODULE'\)\[pos\]"), p.row():
+            p.clean.output = 3
+        with pytest.raises(RecipeError, match=r"clean.resid_mid\[0, 1\] and clean.*acts from before to after"), p.row():
+            p.clean.resid_mid[0, 1] = 0
+            p.clean.output("model.layers.0.self_attn.o_proj")[1] = 0
+        with pytest.raises(RecipeError, match="32 width entries"), p.row():
+            p.clean.output("model.layers.0.mlp.shared_expert.up_proj")[1] = p.clean.resid_pre[0, 1]
+        with pytest.raises(RecipeError, match="a vector over d_head and does not fit"), p.row():
+            p.clean.output("model.norm")[1] = p.clean.z[0, 1, 2]
+        with p.row():
+            p.clean.output("model.norm")[1] = 0
+
+
+def test_modules_called_twice_are_not_offered() -> None:
+    module = build("gpt2", layers=1)
+    block = module.transformer.h[0]
+    block.mlp.register_module("act", nn.Sequential(block.mlp.act))
+    block.mlp.c_proj.register_forward_pre_hook(lambda m, args: (block.mlp.act(args[0]) * 0 + args[0],))
+    found = tp.Architecture(tp.load(module, tokenizer())).modules
+    assert "a forward calls it 2 times" in found.why_not("transformer.h.0.mlp.act.output")
