@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from slow import gap, made_up_pairs, untouched
-from tiny_models import build, tokenizer
+from test_oracle import compare, sweep
+from tiny_models import EXPERTS, build, tokenizer
 from torch import Tensor, nn
 
 import tracepatch as tp
@@ -278,3 +279,66 @@ def test_modules_called_twice_are_not_offered() -> None:
     block.mlp.c_proj.register_forward_pre_hook(lambda m, args: (block.mlp.act(args[0]) * 0 + args[0],))
     found = tp.Architecture(tp.load(module, tokenizer())).modules
     assert "a forward calls it 2 times" in found.why_not("transformer.h.0.mlp.act.output")
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_and_their_router_against_the_oracle(model_type: str) -> None:
+    model, _ = loaded(model_type)
+    worst: dict[str, float] = {}
+    for number, name in enumerate(("router_logits", "experts_out")):
+        with tp.patching(model, made_up_pairs(WORDS)) as p:
+            assert p.architecture.offers(name, 1), p.architecture.why_not(name, 1)
+            sweep(p, name, ("corrupted", "clean")[number], thin=4)
+        compare(model, p, worst)
+    print(model_type, worst)
+    assert max(worst.values()) < 1e-6
+
+
+def test_the_routing_follows_the_router() -> None:
+    """Sums, functions and several edits of one row; each later place sees the earlier edits."""
+    model, _ = loaded("qwen2_moe")
+    with tp.patching(model, made_up_pairs(WORDS)) as p:
+        with p.row(component="router_logits", number=0):
+            p.corrupted.router_logits[1, :, 2] += 1e4  # every token goes to this expert
+        with p.row(component="router_logits", number=1):
+            p.corrupted.router_logits[0, 1:, [0, 3]] = p.clean.router_logits[0, 1:, [0, 3]] * 2 - 1
+        with p.row(component="router_logits", number=2):
+            p.corrupted.experts_out[1, -1] += p.clean.experts_out[1, -1] - p.corrupted.mlp_out[1, -1]
+            p.corrupted.router_logits[1, -1] = -p.clean.router_logits[1, -1]
+            p.corrupted.mlp_out[1, -1] += p.clean.mlp_out[0, -1]
+        with p.row(component="router_logits", number=3):
+            p.corrupted.router_logits[0, 0] = 0
+            p.corrupted.experts_out[0, 1:] = 0
+    compare(model, p, {})
+    assert list(p.rows[0].edits[0].site.picked("expert").items or ()) == [2]
+    result = tp.patch(model, made_up_pairs(WORDS), "router_logits", only={"layer": [1], "expert": [0, -1]})
+    assert dict(result.sizes) | {"layer": 1, "expert": 2} == dict(result.sizes)
+
+
+def test_where_there_are_no_experts() -> None:
+    model, _ = loaded("deepseek_v3")
+    found = tp.Architecture(model)
+    assert found.why_not("router_logits", 0) == "its MLP has no experts to choose among"
+    assert found.offers("experts_out", 1)
+    assert "pass the model through tp.load" in tp.Architecture(build("mixtral", layers=1)).why_not("router_logits", 0)
+    with pytest.raises(ComponentError, match="its choice is made by then; patch router_logits"):
+        found.modules.tap("model.layers.1.mlp.gate.output")
+    assert "router_logits" not in str(tp.Architecture(build("gpt2", layers=1)))
+
+
+def test_a_router_that_cannot_be_written_is_not_offered() -> None:
+    """One whose choice is made of something else than its logits."""
+    module = build("mixtral", layers=1)
+    gate = module.model.layers[0].mlp.gate
+    kind = type(gate)
+
+    class Deaf(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor) -> Any:
+            logits, _, _ = super().forward(hidden_states)
+            weights, indices = torch.topk((hidden_states @ self.weight.T).softmax(-1), 2)
+            return logits, weights, indices
+
+    gate.__class__ = Deaf
+    found = tp.Architecture(tp.load(module, tokenizer()))
+    assert "no place was found where writing the router's logits" in found.why_not("router_logits", 0)
+    assert found.offers("experts_out", 0)

@@ -15,9 +15,9 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
-``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``, ``architecture``,
-``rows``, ``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``executors``, ``results``, ``archive``,
-``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experts``,
+``architecture``, ``rows``, ``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``executors``, ``results``,
+``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

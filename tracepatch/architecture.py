@@ -14,6 +14,7 @@ from torch import nn
 
 from tracepatch.calls import POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
+from tracepatch.experts import ROUTED, Search
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
@@ -123,6 +124,8 @@ class Architecture:
                 calls, attended, output = record(module, lambda: module(ids, use_cache=False), ROWS)
                 logits = output.logits
                 self._read(module, calls, attended, logits, overrides)
+                search = Search(self._model, calls, ids)
+                self._experts = [search.layer(layer) for layer in self.layers]
                 self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
             self.modules = self._see_modules(module, ids, calls)
@@ -268,7 +271,11 @@ class Architecture:
         changed = changed.flip(0) if self.causal else ids.flip(0)
         plain, other = (see(module, lambda i=i: module(i, use_cache=False, **options), ROWS) for i in (ids, changed))  # type: ignore[misc]
         stack = self.layers[0].path.rsplit(".", 1)[0], len(self.layers)
-        return Modules(module, calls, stack, ROWS, plain, other, self.causal, resolution(self.dtype))
+        found = Modules(module, calls, stack, ROWS, plain, other, self.causal, resolution(self.dtype))
+        for experts in self._experts:
+            if experts and isinstance(experts.router, Place) and experts.router.operation:
+                found.refuse(f"{experts.router.path}.output", "its choice is made by then; patch router_logits")
+        return found
 
     # ------------------------------------------------------------------------------------------------ looking up
 
@@ -338,6 +345,12 @@ class Architecture:
             return "" if attention.reads else "what its attention reads is not the stream behind one norm"
         if mlp is None:
             return "it has no MLP"
+        if name in ROUTED:
+            experts = self._experts[layer]
+            if experts is None:
+                return "its MLP has no experts to choose among"
+            routed = experts.router if name == "router_logits" else experts.out
+            return routed if isinstance(routed, str) else ""
         if name == "mlp_in":
             return "" if mlp.reads else "what its MLP reads is not the stream behind one norm"
         if name == "mlp_out":
@@ -391,6 +404,11 @@ class Architecture:
             return self.stream(layer + (name == "resid_post"))
         if name in INSIDE:
             return self._inside[layer][name]
+        if name in ROUTED:
+            experts = self._experts[layer]
+            routed = experts and (experts.router if name == "router_logits" else experts.out)
+            assert isinstance(routed, Place), f"{name} is not offered at layer {layer}"
+            return routed
         branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
         found = None
         if branch is not None:
@@ -430,11 +448,14 @@ class Architecture:
         return found
 
     def units(self, name: str, layer: int) -> int:
-        """How many heads or neurons a component has at a layer; 0 if it is not split."""
+        """How many heads, neurons or experts a component has at a layer; 0 if it is not split."""
         unit, attention = component(name).unit, None if component(name).module else self.attention(layer)
         if unit in ("head", "kv_head"):
             heads = (attention.heads if unit == "head" else attention.kv_heads) if attention else 0
             return heads
+        if unit == "expert":
+            experts = self._experts[layer]
+            return experts.count if experts else 0
         return self.layers[layer].width if unit == "neuron" else 0
 
     def width(self, name: str, layer: int) -> int:
@@ -446,6 +467,7 @@ class Architecture:
             "d_model": self.d_model,
             "vocab": self.vocab,
             "neuron": self.layers[layer].width,
+            "expert": self.units("router_logits", layer),
             "d_head": self._head_width(name, attention),
             "src": 0,  # as many as the prompt has tokens
         }
@@ -516,8 +538,9 @@ class Architecture:
             width = [f"{one.width} neurons"] if s.kind == "mlp" else []
             where = f"adds {relative(s.out)}" if s.out else "contribution unproved"
             lines.append(f"    {s.kind:6} {', '.join([relative(s.path), where, *heads, *width, *norms])}")
-        absent = [c for c in COMPONENTS if not self.offers(c, one.index)]
-        lines.append(f"    offers {', '.join(c for c in COMPONENTS if c not in absent)}")
+        dense = () if any(self._experts) else ROUTED
+        absent = [c for c in COMPONENTS if c not in dense and not self.offers(c, one.index)]
+        lines.append(f"    offers {', '.join(c for c in COMPONENTS if self.offers(c, one.index))}")
         lines += [f"    no {c}: {self.why_not(c, one.index)}" for c in absent]
         return lines
 

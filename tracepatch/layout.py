@@ -90,7 +90,7 @@ def stops(
             tasks[place].append((stage, ("plain", (name, layer), *task, 0, place.scale)))
         else:
             place = architecture.place(name, layer)
-            heads = architecture.units(name, layer) if name == "z" else "first" if place.operation else 0
+            heads = architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
     return tuple(
         (

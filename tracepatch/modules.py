@@ -164,6 +164,11 @@ class Modules:
             raise ComponentError(self.why_not(name))
         return self._taps[name]
 
+    def refuse(self, name: str, why: str) -> None:
+        """Takes something from the offer."""
+        self._taps.pop(name, None)
+        self._reasons[name] = why
+
     def why_not(self, name: str) -> str:
         """Why something is not offered, in a sentence or two; empty if it is."""
         if name in self._taps:

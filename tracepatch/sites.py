@@ -36,7 +36,7 @@ class Component:
 
     @property
     def unit(self) -> str | None:
-        """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron`` or nothing."""
+        """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron``, ``expert`` or none."""
         return next((dim for dim in self.index if dim in UNITS), None)
 
     @property
@@ -81,6 +81,10 @@ _ALL = (
     Component("attn_out", _POS, ("pos", "d_model"), "what attention adds to the stream"),
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
     Component("mlp_in", _POS, ("pos", "d_model"), "what the MLP alone reads of the stream, before its norm"),
+    Component(
+        "router_logits", (*_POS, "expert"), ("pos", "expert"), "what the router gives each expert, before the choice"
+    ),
+    Component("experts_out", _POS, ("pos", "d_model"), "what the routed experts add, before shared ones"),
     Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
     Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
     Component("resid_post", _POS, ("pos", "d_model"), "residual stream leaving a block"),
