@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import ioi_pairs, toy
 from slow import gap, made_up_pairs, untouched
 from test_oracle import compare, sweep
 from tiny_models import EXPERTS, build, tokenizer
 from torch import Tensor, nn
 
 import tracepatch as tp
-from tracepatch.errors import ComponentError, RecipeError
+from tracepatch.errors import ComponentError, MeasurementError, RecipeError
 from tracepatch.plan import Proof
 
 WORDS = [f"w{i}" for i in range(30, 60)]
@@ -342,3 +344,82 @@ def test_a_router_that_cannot_be_written_is_not_offered() -> None:
     found = tp.Architecture(tp.load(module, tokenizer()))
     assert "no place was found where writing the router's logits" in found.why_not("router_logits", 0)
     assert found.offers("experts_out", 0)
+
+
+def test_a_raw_trace_equals_the_same_edit_recorded() -> None:
+    model, pairs = toy("gpt2"), ioi_pairs(3)
+
+    def silence(m: Any) -> int:
+        m.transformer.h[1].attn.c_proj.output[:, -1] = 0
+        m.transformer.h[2].mlp.output[:, :, 3] += 0.5
+        return 7  # ignored
+
+    bump = torch.zeros(64)
+    bump[3] = 0.5
+    with tp.patching(model, pairs, [tp.logit_diff, tp.kl, tp.cross_entropy]) as p:
+        for number, world in enumerate((p.corrupted, p.clean)):
+            with p.row(kind="raw", world=number):
+                p.trace(silence, world=world)
+            with p.row(kind="edits", world=number):
+                world.attn_out[1, -1] = 0
+                world.mlp_out[2] += bump
+            with p.row(kind="nothing", world=number):
+                p.trace(lambda m: None, world=world)
+    result = p.run()
+    raw, edits, nothing = (result["effect"].sel(kind=kind) for kind in ("raw", "edits", "nothing"))
+    assert abs(raw - edits).max() < 1e-6 * (1 + abs(edits).max())
+    assert abs(edits).min() > 1e-4
+    assert (nothing == 0).all()
+    assert (result["status"] == tp.Status.MEASURED).all()
+    assert "raw traces   12 of these runs" in p.plan.explain()
+    assert "trace(silence) of clean" in str(p.rows[3])
+    with tp.patching(model, pairs) as q, q.row(name="default"):
+        q.trace(silence)
+    assert q.rows[0].base == "corrupted"
+    with tp.patching(model, tp.Pairs(pairs.clean, answer=pairs.answer, wrong=pairs.wrong)) as q, q.row(name="default"):
+        q.trace(silence)
+    assert q.rows[0].base == "clean"
+
+
+def test_raw_traces_are_refused_in_words() -> None:
+    model, pairs = toy("gpt2"), ioi_pairs(2)
+
+    def nothing(m: Any) -> None: ...
+
+    with tp.patching(model, pairs) as p:
+        with pytest.raises(RecipeError, match="p.trace is called outside a row"):
+            p.trace(nothing)
+        with pytest.raises(RecipeError, match="has edits already"), p.row(name="a"):
+            p.clean.resid_pre[0, 0] = 0
+            p.trace(nothing)
+        with pytest.raises(RecipeError, match="is a raw trace, so clean.resid_pre"), p.row(name="a"):
+            p.trace(nothing)
+            p.clean.resid_pre[0, 0] = 0
+        with pytest.raises(RecipeError, match="has a raw trace already"), p.row(name="a"):
+            p.trace(nothing)
+            p.trace(nothing)
+        for wrong in (3, lambda: None, lambda a, b: None):
+            with pytest.raises(RecipeError, match="takes a function of the model"), p.row(name="a"):
+                p.trace(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="world is p.clean or p.corrupted"), p.row(name="a"):
+            p.trace(nothing, world="clean")  # type: ignore[arg-type]
+        with p.row(name="a"):
+            p.clean.resid_pre[0, 0] = 0
+
+
+@pytest.mark.parametrize("kind", ["raises", "not finite"])
+def test_a_raw_trace_that_fails_names_its_row(kind: str) -> None:
+    model, pairs = toy("gpt2"), ioi_pairs(2)
+
+    def broken(m: Any) -> None:
+        if kind == "raises":
+            raise ZeroDivisionError("on purpose")
+        m.transformer.h[1].output[:] = torch.nan
+
+    with tp.patching(model, pairs) as p, p.row(name="the bad one"):
+        p.trace(broken)
+    with pytest.raises(MeasurementError, match="pair 0, row\\(name='the bad one'\\): (trace\\(broken\\))?") as caught:
+        p.run()
+    if kind == "raises":
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert np.isfinite(tp.patch(model, pairs, "embed")["value"]).all()  # the model still works

@@ -173,6 +173,10 @@ class _Run:
 
     def _batch(self, group: Group, jobs: tuple[Job, ...], known: dict[Any, torch.Tensor]) -> None:
         """One traced run: the unpatched witness in front, then a row a job."""
+        raw = self.plan.rows[jobs[0].row].raw
+        if raw is not None:
+            self._raw(group, jobs[0], raw, known)
+            return
         witness = jobs[0]
         rows: list[tuple[int, WorldName]] = [(witness.pair, witness.base), *((j.pair, j.base) for j in jobs)]
         seats = Seats(
@@ -205,6 +209,30 @@ class _Run:
             )
         for job, value in zip(jobs, values[1:], strict=True):
             self.values[job.row, job.pair] = value
+
+    def _raw(self, group: Group, job: Job, function: Callable[[Any], Any], known: dict[Any, torch.Tensor]) -> None:
+        """A row's raw trace, and the same run without it: what they differ by is what the row did."""
+        run, row = [(job.pair, job.base)], self.plan.rows[job.row]
+        ids = torch.tensor([self.encoded.world(job.base)[job.pair]], device=self.device)
+        measures = self._measures(self.plan.metrics, group, run, known)
+        reads, remote = torch.tensor(group.reads), remote_of(self.model)
+        base = self.baselines[job.base][job.pair]
+        witness = trace.raw(self.model, ids, None, reads, measures, remote)[0].double().numpy()
+        self.noise = np.fmax(self.noise, np.abs(witness - base))
+        try:
+            found = trace.raw(self.model, ids, function, reads, measures, remote)[0].double().numpy()
+        except Exception as error:
+            raise MeasurementError(
+                f"pair {job.pair}, {row}: the function failed inside the trace ({type(error).__name__}). Its own error "
+                "is above."
+            ) from error
+        if not np.isfinite(found).all():
+            raise MeasurementError(
+                f"pair {job.pair}, {row}: {self._describe(found)}. The unpatched runs were finite: look at what the "
+                "function writes."
+            )
+        # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
+        self.values[job.row, job.pair] = base + (found - witness)
 
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:

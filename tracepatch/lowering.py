@@ -60,6 +60,8 @@ class Lowering:
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
+        if row.raw is not None:  # nothing is known of it
+            return (), Proof.NONE
         try:
             writes = [self._write(edit) for edit in sorted(row.edits, key=self._moment)]
         except SiteError:

@@ -156,9 +156,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One traced forward: an unpatched witness, then one batch element a job."""
+    """One traced forward: an unpatched witness, then one batch element a job. A raw trace is alone, after a witness."""
 
     jobs: tuple[Job, ...]
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is one row's raw trace."""
+        return not self.jobs[0].writes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,6 +261,7 @@ class Plan:
             if counts[proof]:
                 lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
         largest = max((sum(j.seats for j in b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
+        raw = sum(b.raw for g in self.groups for b in g.batches)
         shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
@@ -265,6 +271,8 @@ class Plan:
             f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
+        if raw:
+            lines.append(f"  raw traces   {raw:,} of these runs, each of one row, beside an unpatched run of its own")
         if shadows:
             lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
         if self.eager:

@@ -86,6 +86,8 @@ def make_plan(
         jobs[pair] = []
         for number, (writes, proof) in enumerate(lowered[profile]):
             proofs[number, pair] = proof
+            if rows[number].raw is not None:
+                jobs[pair].append(Job(number, pair, rows[number].base, (), 0, 0))
             if not writes:
                 continue
             key = (rows[number].base, writes)
@@ -217,7 +219,8 @@ def _pack(
                 if batch_size is None
                 else batch_size
             )
-            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), tuple(_batches(ready, most)))
+            batches = [*_batches([j for j in ready if j.writes], most), *(Batch((j,)) for j in ready if not j.writes)]
+            yield Group(length, tuple(chunk), tuple(sorted(reads)), frozenset(used), tuple(batches))
 
 
 def _batches(ready: list[Job], most: int) -> Iterable[Batch]:

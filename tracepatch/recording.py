@@ -6,7 +6,7 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from types import TracebackType
@@ -17,7 +17,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import ComponentError, RecipeError, SiteError
-from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_apart, require_label
+from tracepatch.rows import RESERVED, Edit, Label, Row, counted_from_0, require_apart, require_label, takes_one
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -81,6 +81,33 @@ class Recorder:
                 "The recording has ended with its block: write this row inside `with tp.patching(...) as p:`."
             )
         return _RowBlock(self, labels, renormalize)
+
+    def trace(self, function: Callable[[Any], Any], *, world: World | None = None) -> None:
+        """Makes the open row a raw trace: ``function(model)`` is called inside an nnsight trace of one prompt.
+
+        What it does to the model's activations, in the order of the forward, is the row; what it returns is ignored.
+        The metrics are read afterwards, as for any row. Nothing is known of it, so it is never pruned and never shares
+        a run with other rows.
+
+        Args:
+            function: Takes the nnsight model. Activations have one row: ``[1, pos, …]``.
+            world: Whose prompts are run: the corrupted ones, where there are any, unless said otherwise.
+
+        Raises:
+            RecipeError: There is no open row, or it has edits or a raw trace already.
+        """
+        row = self._open
+        if row is None:
+            raise RecipeError("p.trace is called outside a row: write it inside `with p.row(name=…):`, one for each.")
+        if row.edits or row.raw is not None:
+            has = "edits" if row.edits else "a raw trace"
+            raise RecipeError(f"row({row.described}) has {has} already. A raw trace is a row of its own.")
+        if not takes_one(function):
+            raise RecipeError(f"p.trace takes a function of the model, not {function!r}.")
+        given = world if world is not None else self.clean if self.encoded.corrupted is None else self.corrupted
+        if given not in (self.clean, self._corrupted):
+            raise RecipeError(f"world is p.clean or p.corrupted, not {given!r}.")
+        row.base, row.raw = given._name, function
 
     @overload
     def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
@@ -149,6 +176,10 @@ class Recorder:
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
                 "for each patched forward."
+            )
+        if row.raw is not None:
+            raise RecipeError(
+                f"row({row.described}) is a raw trace, so {world}.{site} cannot be edited in it. Open another row."
             )
         add = isinstance(given, Increment)
         if isinstance(given, Increment):
@@ -245,7 +276,7 @@ class Recorder:
             raise RecipeError(
                 f"row({row.described}) renormalizes patterns and edits none. (Scores need it not: the softmax does it.)"
             )
-        if not row.edits:
+        if not row.edits and row.raw is None:
             raise RecipeError(
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -44,6 +46,7 @@ class Row:
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
     renormalize: bool = False
+    raw: Callable[[Any], Any] | None = None  # the body of a trace, instead of edits
 
     @property
     def described(self) -> str:
@@ -51,7 +54,25 @@ class Row:
         return ", ".join(f"{k}={v!r}" for k, v in self.labels.items())
 
     def __str__(self) -> str:
+        if self.raw is not None:
+            return f"row({self.described}): trace({called(self.raw)}) of {self.base}"
         return f"row({self.described}): " + "; ".join(f"{self.base}.{e}" for e in self.edits)
+
+
+def called(function: Callable[..., Any]) -> str:
+    """What to call a function in messages."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def takes_one(function: Any) -> bool:
+    """Whether something can be called with one argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin does not say
+        return callable(function)
+    return True
 
 
 def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture) -> Label:
@@ -71,6 +92,8 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
     Raises:
         RecipeError: The label contradicts the edits.
     """
+    if row.raw is not None:  # what it touches is not known
+        return
     if name == "layer":
         touched = any(e.site.layer == label for e in row.edits) or any(
             e.site.layer - len(architecture) == label for e in row.edits

@@ -51,6 +51,34 @@ def forward(
     return kept, scores
 
 
+def raw(
+    model: Any, ids: torch.Tensor, function: Any, reads: torch.Tensor, measures: tuple[Any, ...], remote: Any = False
+) -> torch.Tensor:
+    """One traced forward in which a function does as it likes: the metrics' values ``[row, column]``."""
+    with torch.no_grad():
+        with model.trace(input_ids=ids, use_cache=False, remote=remote):
+            scores = nnsight.save(after(model, function, reads, measures))
+    found: torch.Tensor = scores
+    return found
+
+
+def after(model: Any, function: Any, reads: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
+    """The body of a raw trace; without a function, that of an unpatched one."""
+    if function is not None:
+        function(model)
+    logits = model.output.logits
+    return scored(logits[:, reads.to(logits.device)], measures)
+
+
+def scored(logits: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
+    """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``."""
+    scores = []
+    for function, at, given in measures:
+        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
+        scores.append(found if found.ndim == 2 else found[:, None])
+    return torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+
+
 def inside(
     model: Any,
     length: int,
@@ -72,11 +100,7 @@ def inside(
     logits = edited(logits, logit_edits, known)
     if keep_logits:
         kept["logits", 0] = logits.clone()
-    scores = []
-    for function, at, given in measures:
-        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
-        scores.append(found if found.ndim == 2 else found[:, None])
-    return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+    return kept, scored(logits, measures)
 
 
 def read(model: Any, places: list[Any], ids: torch.Tensor) -> list[torch.Tensor]:
