@@ -193,6 +193,10 @@ def test_pruning_changes_no_number() -> None:
                     with p.row(name=name, pos=pos, before=1):  # reaches the site before it is written
                         p.corrupted.resid_pre[0, 0] = 0
                         live[pos] = other[pos]
+            for pos in range(p.lengths[0]):
+                with p.row(name="attention first", pos=pos, before=2):  # before the MLP of its layer
+                    p.corrupted.output("transformer.h.1.attn.c_attn")[0] = 0
+                    p.corrupted.mlp_out[1, pos] = p.clean.mlp_out[1, pos]
         results.append(p)
     pruned, whole = (p.run() for p in results)
     assert (results[0].plan.proofs != Proof.NONE).sum() > 100
@@ -272,6 +276,25 @@ def test_what_cannot_be_patched_is_refused_in_words() -> None:
             p.clean.output("model.norm")[1] = p.clean.z[0, 1, 2]
         with p.row():
             p.clean.output("model.norm")[1] = 0
+
+
+def test_what_one_branch_reads_sees_an_edit_before_its_norm() -> None:
+    model, slow = loaded("llama")
+    name = "model.layers.1.input_layernorm.input"
+    with tp.patching(model, made_up_pairs(WORDS)[[0]]) as p, p.row(name="both"):
+        p.corrupted.attn_in[1, 3:] += 0.5
+        p.corrupted.input("model.layers.1.input_layernorm")[:] = p.clean.resid_pre[0]
+    assert p.encoded.corrupted is not None
+    new = value(slow, "model.layers.0.input", p.encoded.clean[0])
+    new[3:] += 0.5
+    wanted = gap(p.encoded)(patched(slow, name, p.encoded.corrupted[0], new, slice(None)), 0)
+    assert float(p.run()["value"].squeeze()) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_tokens_sorted_by_expert_are_not_positions() -> None:
+    """With one expert a token, what an expert's activation takes has as many rows as there are tokens."""
+    found = tp.Architecture(build("mixtral", layers=1, num_experts_per_tok=1))
+    assert "do not follow the prompts" in found.modules.why_not("model.layers.0.mlp.experts.act_fn.input")
 
 
 def test_modules_called_twice_are_not_offered() -> None:
