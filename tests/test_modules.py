@@ -16,6 +16,7 @@ from tiny_models import EXPERTS, build, tokenizer
 from torch import Tensor, nn
 
 import tracepatch as tp
+from tracepatch import trace
 from tracepatch.errors import ComponentError, MeasurementError, RecipeError
 from tracepatch.plan import Proof
 
@@ -195,8 +196,8 @@ def test_pruning_changes_no_number() -> None:
                         live[pos] = other[pos]
             for pos in range(p.lengths[0]):
                 with p.row(name="attention first", pos=pos, before=2):  # before the MLP of its layer
-                    p.corrupted.output("transformer.h.1.attn.c_attn")[0] = 0
-                    p.corrupted.mlp_out[1, pos] = p.clean.mlp_out[1, pos]
+                    p.corrupted.output("transformer.h.0.attn.c_attn")[0] = 0
+                    p.corrupted.mlp_out[0, pos] = p.clean.mlp_out[0, pos]
         results.append(p)
     pruned, whole = (p.run() for p in results)
     assert (results[0].plan.proofs != Proof.NONE).sum() > 100
@@ -270,6 +271,9 @@ def test_what_cannot_be_patched_is_refused_in_words() -> None:
         with pytest.raises(RecipeError, match=r"clean.resid_mid\[0, 1\] and clean.*acts from before to after"), p.row():
             p.clean.resid_mid[0, 1] = 0
             p.clean.output("model.layers.0.self_attn.o_proj")[1] = 0
+        with pytest.raises(RecipeError, match=r"clean.q_in\[1, :, 0\] and clean.*in one row: q_in acts"), p.row():
+            p.clean.output("model.layers.1.input_layernorm")[1] = 0
+            p.clean.q_in[1, :, 0] = 0
         with pytest.raises(RecipeError, match="32 width entries"), p.row():
             p.clean.output("model.layers.0.mlp.shared_expert.up_proj")[1] = p.clean.resid_pre[0, 1]
         with pytest.raises(RecipeError, match="a vector over d_head and does not fit"), p.row():
@@ -351,20 +355,23 @@ def test_where_there_are_no_experts() -> None:
     assert "router_logits" not in str(tp.Architecture(build("gpt2", layers=1)))
 
 
-def test_a_router_that_cannot_be_written_is_not_offered() -> None:
-    """One whose choice is made of something else than its logits."""
+def deaf(self: Any, hidden_states: Tensor) -> Any:
+    """A router's forward that chooses by something else than its logits, and may or may not weigh by them."""
+    logits = nn.functional.linear(hidden_states, self.weight)
+    weights, indices = torch.topk((hidden_states @ self.weight.T).softmax(-1), 2)
+    if self.weighs:
+        weights = logits.softmax(-1).gather(1, indices)
+    return logits, weights, indices
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_router_that_cannot_be_written_is_not_offered(weighs: bool) -> None:
     module = build("mixtral", layers=1)
     gate = module.model.layers[0].mlp.gate
-    kind = type(gate)
-
-    class Deaf(kind):  # type: ignore[misc, valid-type]
-        def forward(self, hidden_states: Tensor) -> Any:
-            logits, _, _ = super().forward(hidden_states)
-            weights, indices = torch.topk((hidden_states @ self.weight.T).softmax(-1), 2)
-            return logits, weights, indices
-
-    gate.__class__ = Deaf
-    found = tp.Architecture(tp.load(module, tokenizer()))
+    gate.__class__, gate.weighs = type("Deaf", (type(gate),), {"forward": deaf}), weighs
+    model = tp.load(module, tokenizer())
+    assert model.model.layers[0].mlp.gate.source.nn_functional_linear_0 is not None  # it can be seen there
+    found = tp.Architecture(model)
     assert "no place was found where writing the router's logits" in found.why_not("router_logits", 0)
     assert found.offers("experts_out", 0)
 
@@ -402,6 +409,16 @@ def test_a_raw_trace_equals_the_same_edit_recorded() -> None:
     with tp.patching(model, tp.Pairs(pairs.clean, answer=pairs.answer, wrong=pairs.wrong)) as q, q.row(name="default"):
         q.trace(silence)
     assert q.rows[0].base == "clean"
+
+
+def test_a_raw_trace_is_held_against_a_run_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one row round differently from runs of many."""
+    model, pairs, plain = toy("gpt2"), ioi_pairs(2), trace.raw
+    monkeypatch.setattr(trace, "raw", lambda *given: plain(*given) + 1e-3)
+    with tp.patching(model, pairs) as p, p.row(name="nothing"):
+        p.trace(lambda m: None)
+    assert (p.run()["effect"] == 0).all()
+    assert p.plan.measured["drift"] == pytest.approx(1e-3, rel=0.1)
 
 
 def test_raw_traces_are_refused_in_words() -> None:
