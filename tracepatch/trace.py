@@ -54,20 +54,13 @@ def forward(
 def raw(
     model: Any, ids: torch.Tensor, function: Any, reads: torch.Tensor, measures: tuple[Any, ...], remote: Any = False
 ) -> torch.Tensor:
-    """One traced forward in which a function does as it likes: the metrics' values ``[row, column]``."""
+    """A traced forward in which a function, or nothing, acts: the metrics' values ``[row, column]``."""
     with torch.no_grad():
         with model.trace(input_ids=ids, use_cache=False, remote=remote):
-            scores = nnsight.save(after(model, function, reads, measures))
-    found: torch.Tensor = scores
-    return found
-
-
-def after(model: Any, function: Any, reads: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
-    """The body of a raw trace; without a function, that of an unpatched one."""
-    if function is not None:
-        function(model)
-    logits = model.output.logits
-    return scored(logits[:, reads.to(logits.device)], measures)
+            if function is not None:
+                function(model)
+            scores = nnsight.save(scored(model.output.logits[:, reads.to(model.output.logits.device)], measures))
+    return scores  # type: ignore[no-any-return]  # nnsight has no types
 
 
 def scored(logits: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
