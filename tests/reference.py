@@ -45,13 +45,15 @@ DIMS: dict[str, tuple[str, ...]] = {
     "cross_attn_out": ("pos", "d_model"),
     "resid_mid": ("pos", "d_model"),
     "mlp_in": ("pos", "d_model"),
+    "router_logits": ("pos", "expert"),
+    "experts_out": ("pos", "d_model"),
     "mlp_act": ("pos", "neuron"),
     "mlp_out": ("pos", "d_model"),
     "resid_post": ("pos", "d_model"),
     "logits_in": ("pos", "d_model"),
     "logits": ("pos", "vocab"),
 }
-UNITS = ("head", "kv_head", "neuron")
+UNITS = ("head", "kv_head", "neuron", "expert")
 WITHOUT_LAYER = ("embed", "logits_in", "logits")  # their layer is 0
 
 
@@ -67,7 +69,7 @@ class Edit:
             scores and pattern the dims stay [head, dest, src]. A 0-dim tensor goes everywhere. For q_in, k_in and
             v_in the unit dim may be left out: every unit then gets the same value.
         positions: Which positions (destinations, for scores and pattern); all if None.
-        unit: Which head, kv_head or neuron, or a list of them; all if None.
+        unit: Which head, kv_head, neuron or expert, or a list of them; all if None.
         mode: "set" replaces the live value, "add" adds to it.
         sources: Which source positions, for scores and pattern only; all if None.
     """
@@ -99,6 +101,8 @@ class Places:
         mlp_norm: The norm in front of it; None if it reads the stream itself.
         mlp_last: The last projection; its input are the neurons. Blocks that lack it (routed experts) have no mlp_act.
         mlp_adds: Like `attn_adds`.
+        router: The module that scores the experts with its one linear map; blocks that lack it have no experts.
+        experts: The module that holds the experts.
         parallel: Attention and MLP both read the block's input, so there is no stream between them.
         mid: There is a resid_mid (sequential blocks that have nothing but attention and MLP).
         interface: Attention calls transformers' attention interface: q, k, v, scores and pattern can be had.
@@ -118,6 +122,8 @@ class Places:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_last: str | None = "mlp.down_proj"
     mlp_adds: str | None = "mlp"
+    router: str | None = None
+    experts: str | None = None
     parallel: bool = False
     mid: bool = True
     interface: bool = True
@@ -125,6 +131,7 @@ class Places:
 
 
 LLAMA = Places()
+EXPERTS = replace(LLAMA, router="mlp.gate", experts="mlp.experts")
 
 GPT2 = Places(
     embed="transformer.wte",
@@ -244,11 +251,11 @@ PLACES: dict[str, Places] = {
     ),
     "llama": LLAMA,
     "mistral": LLAMA,
-    "mixtral": LLAMA,
+    "mixtral": EXPERTS,
     "qwen2": LLAMA,
-    "qwen2_moe": LLAMA,
+    "qwen2_moe": EXPERTS,
     "qwen3": LLAMA,
-    "qwen3_moe": LLAMA,
+    "qwen3_moe": EXPERTS,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
@@ -267,8 +274,8 @@ PLACES: dict[str, Places] = {
     "cohere2": PARALLEL_LLAMA,
     "starcoder2": replace(LLAMA, mlp_last="mlp.c_proj"),
     "granite": replace(LLAMA, multiplier="residual_multiplier"),
-    "deepseek_v3": LLAMA,
-    "gpt_oss": LLAMA,
+    "deepseek_v3": EXPERTS,
+    "gpt_oss": replace(EXPERTS, router="mlp.router"),
     "smollm3": LLAMA,
     "glm4": replace(LLAMA, attn_adds="post_self_attn_layernorm", attn_post_norm="rms", mlp_adds="post_mlp_layernorm"),
     "nemotron": LLAMA,
@@ -383,6 +390,7 @@ class Reference:
             "mlp_in": at.mlp,
             "mlp_act": at.mlp_last and any(_has(block, at.mlp_last) for block in here),
             "mlp_out": at.mlp_adds,
+            **dict.fromkeys(("router_logits", "experts_out"), at.router and any(_has(b, at.router) for b in here)),
             **dict.fromkeys(("q_in", "k_in", "v_in", "q", "k", "v"), at.interface),
             **dict.fromkeys(("scores", "pattern"), self.eager),
         }
@@ -430,6 +438,7 @@ class _Forward:
         self.applied: set[int] = set()
         self.values: dict[tuple[str, int], Tensor] = {}
         self.capturing = False
+        self.routing: int | None = None  # the layer whose router is running
         self.layer_of = {
             block.get_submodule(reference.places.attn): layer
             for layer, block in enumerate(reference.blocks)
@@ -459,7 +468,7 @@ class _Forward:
             inputs = {"input_ids": ids[None]}
         handles = self.hook()
         try:
-            with self.attention_function_replaced():
+            with self.attention_function_replaced(), self.linear_replaced():
                 logits = model(**inputs, use_cache=False).logits[0]
         finally:
             for handle in handles:
@@ -528,6 +537,10 @@ class _Forward:
                 after(at.mlp_adds, self.on_output("mlp_out", layer, self.reference.multiplier))
             if at.mlp_last and _has(block, at.mlp_last):
                 before(at.mlp_last, self.on_input("mlp_act", layer))
+            if at.router and _has(block, at.router):
+                before(at.router, self.around_router(layer))
+                after(at.router, self.around_router(None))
+                after(at.experts, self.on_output("experts_out", layer, self.reference.multiplier))
             after("", self.on_output("resid_post", layer))
         return handles
 
@@ -688,6 +701,31 @@ class _Forward:
             return _with_first(args, kwargs, norm(edited[None]))
 
         return hook
+
+    # ----------------------------------------------------------------------------------- inside of the router
+
+    def around_router(self, layer: int | None) -> Callable[..., None]:
+        """Makes a hook that says which layer's router is running from here on."""
+
+        def hook(*_: Any) -> None:
+            self.routing = layer
+
+        return hook
+
+    @contextmanager
+    def linear_replaced(self) -> Iterator[None]:
+        """Taps what the linear map of a router gives, before the router makes anything of it."""
+        original = nn.functional.linear
+
+        def linear(*args: Any, **kwargs: Any) -> Tensor:
+            found = original(*args, **kwargs)
+            if self.routing is None:
+                return found
+            layer, self.routing = self.routing, None
+            return self.tap("router_logits", layer, found.reshape(self.length, -1)).reshape(found.shape)
+
+        with mock.patch.object(nn.functional, "linear", linear):
+            yield
 
     # -------------------------------------------------------------------------------------- inside of attention
 

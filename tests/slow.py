@@ -16,6 +16,7 @@ from tracepatch.sites import Select, Site
 from tracepatch.tokens import EncodedPairs
 
 ATTENDING = ("scores", "pattern")  # [head, dest, src]
+SPLIT = ("mlp_act", "router_logits")  # [pos, unit], one number a unit
 
 
 def index(select: Select) -> Any:
@@ -104,12 +105,12 @@ class Slow:
         for edit in edits:
             site, source = edit.site, edit.source.terms()
             live = self.values[base, pair][site.component, site.layer]
-            split = live.ndim == 3 or site.component == "mlp_act"
+            split = live.ndim == 3 or site.component in SPLIT
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
                 world = self.values[part.world, pair][part.site.component, part.site.layer]
-                term = pick(world, part.site, world.ndim == 3 or part.site.component == "mlp_act")
+                term = pick(world, part.site, world.ndim == 3 or part.site.component in SPLIT)
                 value = value + factor * (
                     term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term
                 )

@@ -19,6 +19,7 @@ ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
 MAY_IMPORT_NNSIGHT = {"models", "trace"}
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",
+    "recording": "what is written inside a block: rows, worlds and their sites, each refused where it stands",
     "architecture": "one class: what was found, what is offered and why not, and how it is printed",
 }
 

@@ -113,6 +113,8 @@ def test_eight_and_more_have_their_components(name: str) -> None:
         expected |= {"resid_mid"}
     if name in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
         expected |= {"mlp_act"}
+    if name not in tiny_models.EXPERTS:
+        expected |= {"router_logits", "experts_out"}
     if name == "mamba":
         expected |= {"attn_in", "z", "head_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out"}
     if name not in tiny_models.ENCODER_DECODER:
@@ -251,7 +253,8 @@ def test_edits_stay_where_they_are_written(name: str) -> None:
         written = noise(part(component, value, [6], unit), component)
         edited = oracle.values(IDS, [Edit(component, layer, written, positions=[6], unit=unit)])
         close(edited["logits", 0][:6], values["logits", 0][:6])
-        differ(edited["logits", 0][6:], values["logits", 0][6:])
+        # One expert's weight is a small part of what two of them add.
+        differ(edited["logits", 0][6:], values["logits", 0][6:], 1e-4 if component == "router_logits" else 1e-3)
         expected = value.clone()
         if "dest" in DIMS[component]:
             reachable = values["scores", layer][unit, 6] > -1e30  # not the future, nor what is out of the window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from textwrap import wrap
 from typing import Any
@@ -15,7 +16,9 @@ from torch import nn
 
 from tracepatch.calls import ENCODED, POSITIONS, Attended, Call, Key, Place, Side, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
+from tracepatch.experts import ROUTED, Experts, Search
 from tracepatch.models import Model, eager_attention, module_of, weightless
+from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
 from tracepatch.trace import named, norm_parts, read
@@ -68,6 +71,7 @@ class Architecture:
             encoder.
         keeps_logits: Whether the forward takes ``logits_to_keep``.
         encodes: Whether an encoder reads the prompts; layers, components and positions are then the decoder's.
+        modules: What each module takes and gives, where that can be patched.
         dtype: Of the parameters.
         eager_error: Largest difference of the logits between the model as it runs and its step-by-step attention.
         logit_scale: The largest logit of the probe.
@@ -86,10 +90,12 @@ class Architecture:
     local_embedding: bool
     keeps_logits: bool
     encodes: bool
+    modules: Modules
     dtype: torch.dtype
     eager_error: float
     logit_scale: float
     twin: str
+    _experts: list[Experts | None]
 
     def __init__(self, model: Model | nn.Module, overrides: dict[str, str] | None = None) -> None:
         """Probes a model with a few tiny forwards.
@@ -107,7 +113,7 @@ class Architecture:
         """
         module = model if isinstance(model, nn.Module) else module_of(model)
         self._traced = not isinstance(model, nn.Module)
-        twin = Twin(model) if weightless(module) else None
+        real, twin = module, Twin(model) if weightless(module) else None
         if twin is not None:
             model = twin.model
             module = model if isinstance(model, nn.Module) else module_of(model)
@@ -121,6 +127,8 @@ class Architecture:
         self.twin = "" if twin is None else twin.summary
         if twin is not None:
             found = twin.sizes(self.layers, self.d_model, self.vocab)
+            self._experts = [experts and experts.resized(real) for experts in self._experts]
+            self.modules.refuse_all("the model has no weights here, and a twin does not show how wide it is")
             self.layers, self.d_model, self.vocab = found.layers, found.d_model, found.vocab
             self._embed_width, self.dtype = found.embed, found.dtype
 
@@ -139,8 +147,11 @@ class Architecture:
                 calls, attended, output = record(module, lambda: module(**inputs, use_cache=False), ROWS)
                 logits = output.logits
                 self._read(module, calls, attended, logits, overrides)
+                search = Search(self._model, calls, ids)
+                self._experts = [None if self.encodes else search.layer(layer) for layer in self.layers]
                 self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
             self._experiments(module, ids, logits, plain)
+            self.modules = self._see_modules(module, ids, calls)
         finally:
             module.train(training)
             del self._model, self._encoder
@@ -288,6 +299,21 @@ class Architecture:
             except TypeError:
                 self.keeps_logits = False
 
+    def _see_modules(self, module: Any, ids: torch.Tensor, calls: list[Call]) -> Modules:
+        options = {"logits_to_keep": torch.tensor([2, 5], device=ids.device)} if self.keeps_logits else {}
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.vocab
+        changed = changed.flip(0) if self.causal else ids.flip(0)
+        turned = None if self._encoder is None else self._encoder.flip(0)
+        inputs = named(ids, self._encoder), named(changed, turned)
+        plain, other = (see(module, partial(module, **given, use_cache=False, **options), ROWS) for given in inputs)
+        stack = self.layers[0].path.rsplit(".", 1)[0], len(self.layers)
+        found = Modules(module, calls, stack, ROWS, plain, other, self.causal, resolution(self.dtype))
+        for experts in self._experts:
+            if experts and isinstance(experts.router, Place) and experts.router.operation:
+                found.refuse(f"{experts.router.path}.output", "its choice is made by then; patch router_logits")
+        return found
+
     # ------------------------------------------------------------------------------------------------ looking up
 
     def __len__(self) -> int:
@@ -307,6 +333,8 @@ class Architecture:
 
     def why_not(self, name: str, layer: int) -> str:
         """Why a component is not offered at a layer, in one clause; empty if it is."""
+        if component(name).module:
+            return self.modules.why_not(name)
         here, attention, mlp = self.layers[layer], self.attention(layer), self.mlp(layer)
         unproved = "the residual sum of this layer does not close"
         if name == "embed" and self._embed_width != self.d_model:
@@ -370,6 +398,12 @@ class Architecture:
             return "" if attention.reads else "what its attention reads is not the stream behind one norm"
         if mlp is None:
             return "it has no MLP"
+        if name in ROUTED:
+            experts = self._experts[layer]
+            if experts is None:
+                return "its MLP has no experts to choose among"
+            routed = experts.router if name == "router_logits" else experts.out
+            return routed if isinstance(routed, str) else ""
         if name == "mlp_in":
             return "" if mlp.reads else "what its MLP reads is not the stream behind one norm"
         if name == "mlp_out":
@@ -406,6 +440,8 @@ class Architecture:
             ComponentError: It is unknown or not proved there.
         """
         why = self.why_not(component(name).name, layer)
+        if why and component(name).module:
+            raise ComponentError(why)
         if why:
             offered = ", ".join(c for c in COMPONENTS if self.offers(c, layer))
             branches = self.attention(layer), self.cross(layer), self.mlp(layer)
@@ -430,12 +466,19 @@ class Architecture:
 
     def place(self, name: str, layer: int) -> Place:
         """Where a component that is read and written as it stands passes by."""
+        if component(name).module:
+            return self.modules.tap(name).place
         if name == "embed":
             return self.embed
         if name in ("resid_pre", "resid_post"):
             return self.stream(layer + (name == "resid_post"))
         if name in INSIDE:
             return self._inside[layer][name]
+        if name in ROUTED:
+            experts = self._experts[layer]
+            routed = experts and (experts.router if name == "router_logits" else experts.out)
+            assert isinstance(routed, Place), f"{name} is not offered at layer {layer}"
+            return routed
         branch = self.mlp(layer) if name.startswith("mlp") else self.attention(layer)
         if name == "cross_attn_out":
             branch = self.cross(layer)
@@ -456,6 +499,28 @@ class Architecture:
         assert branch is not None and branch.out is not None  # noqa: PT018  # for mypy
         return Place(branch.post_norm, "input", order=branch.out.order - 0.5), branch.post_norm, branch.out
 
+    def span(self, name: str, layer: int) -> tuple[float, float]:
+        """From when, as ``Place.order`` counts, to when in a forward an edit of a component acts.
+
+        What a module takes or gives in between belongs to neither side of the edit.
+        """
+        if name in ("logits", "logits_in"):
+            return (float("inf"),) * 2 if name == "logits" else (self.stream(len(self)).order,) * 2
+        if name in SCALES:
+            stream, _, place = self.scaled(name, layer)
+            return stream.order, place.order
+        if name in READERS:
+            stream, _, place = self.reader(name, layer)
+            return stream.order, place.order
+        if name == "head_out":
+            return self.place("z", layer).order, self.place("attn_out", layer).order
+        if name == "resid_mid":
+            # It is written as what attention adds, and read where the MLP reads it.
+            mlp, out = self.mlp(layer), self.place("attn_out", layer).order
+            return out, max(out, mlp.stream.order if mlp is not None and mlp.stream is not None else out)
+        order = self.place(name, layer).order
+        return order, order
+
     def reader(self, name: str, layer: int) -> tuple[Place, str, Place]:
         """Of a branch that reads the stream: where the stream passes by, its norm, and where it takes what it reads."""
         branch = self.mlp(layer) if name == "mlp_in" else self.attention(layer)
@@ -469,20 +534,26 @@ class Architecture:
         return found
 
     def units(self, name: str, layer: int) -> int:
-        """How many heads or neurons a component has at a layer; 0 if it is not split."""
-        unit, attention = component(name).unit, self.attention(layer)
+        """How many heads, neurons or experts a component has at a layer; 0 if it is not split."""
+        unit, attention = component(name).unit, None if component(name).module else self.attention(layer)
         if unit in ("head", "kv_head"):
             heads = (attention.heads if unit == "head" else attention.kv_heads) if attention else 0
             return heads
+        if unit == "expert":
+            experts = self._experts[layer]
+            return experts.count if experts else 0
         return self.layers[layer].width if unit == "neuron" else 0
 
     def width(self, name: str, layer: int) -> int:
         """The size of a component's last dim."""
+        if component(name).module:
+            return self.modules.tap(name).width
         attention = self.attention(layer)
         sizes = {
             "d_model": self.d_model,
             "vocab": self.vocab,
             "neuron": self.layers[layer].width,
+            "expert": self.units("router_logits", layer),
             "d_head": self._head_width(name, attention),
             "src": 0,  # as many as the prompt has tokens
             "scale": 1,
@@ -560,10 +631,10 @@ class Architecture:
             width = [f"{one.width} neurons"] if s.kind == "mlp" else []
             where = f"adds {relative(s.out)}" if s.out else "contribution unproved"
             lines.append(f"    {s.kind:6} {', '.join([relative(s.path), where, *heads, *width, *norms])}")
-        absent = [c for c in COMPONENTS if not self.offers(c, one.index)]
-        offered = ", ".join(c for c in COMPONENTS if c not in absent)
+        hidden = (*(() if any(self._experts) else ROUTED), *(() if self.encodes else ("cross_attn_out",)))
+        offered = ", ".join(c for c in COMPONENTS if self.offers(c, one.index))
         lines += wrap(f"offers {offered}", 116, initial_indent=" " * 4, subsequent_indent=" " * 6)
-        missed = [c for c in absent if self.encodes or c != "cross_attn_out"]
+        missed = [c for c in COMPONENTS if c not in hidden and not self.offers(c, one.index)]
         for why, several in groupby(missed, lambda c: self.why_not(c, one.index)):
             lines.append(f"    no {', '.join(several)}: {why}")
         return lines

@@ -199,6 +199,10 @@ class _Run:
 
     def _batch(self, group: Group, jobs: tuple[Job, ...], known: dict[Any, torch.Tensor]) -> None:
         """One traced run: the base of the first job as an unpatched witness in front, then a row a job."""
+        raw = self.plan.rows[jobs[0].row].raw
+        if raw is not None:
+            self._raw(group, jobs[0], raw, known)
+            return
         base, pair = jobs[0].base, jobs[0].pair
         standing = {(job.base, job.pair): job for world in group.edited for job in world}
         lead = (standing.get((base, pair), _unpatched(pair, base)),) if self.witness else ()
@@ -265,6 +269,31 @@ class _Run:
         pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
         return pristine + [(job.pair, job.base) for world in group.edited for job in world]
 
+    def _raw(self, group: Group, job: Job, function: Callable[[Any], Any], known: dict[Any, torch.Tensor]) -> None:
+        """A row's raw trace, and the same run without it: what they differ by is what the row did."""
+        row = self.plan.rows[job.row]
+        ids = torch.tensor([self.encoded.world(job.base)[job.pair]], device=self.device)
+        inputs = trace.named(ids, self._read_by([job]))
+        measures = self._measures(self.plan.metrics, group, [job], known)
+        reads, remote = torch.tensor(group.reads), remote_of(self.model)
+        base = self.baselines[job.base][job.pair]
+        witness = trace.raw(self.model, inputs, None, reads, measures, remote)[0].double().numpy()
+        self.noise = np.fmax(self.noise, np.abs(witness - base))
+        try:
+            found = trace.raw(self.model, inputs, function, reads, measures, remote)[0].double().numpy()
+        except Exception as error:
+            raise MeasurementError(
+                f"pair {job.pair}, {row}: the function failed inside the trace ({type(error).__name__}). Its own error "
+                "is above."
+            ) from error
+        if not np.isfinite(found).all():
+            raise MeasurementError(
+                f"pair {job.pair}, {row}: {self._describe(found)}. The unpatched runs were finite: look at what the "
+                "function writes."
+            )
+        # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
+        self.values[job.row, job.pair] = base + (found - witness)
+
     @staticmethod
     def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
         """A write of logits, counted among the positions that are read."""
@@ -299,10 +328,7 @@ class _Run:
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
         ids = [self.encoded.world(self._root(row))[row.pair] for row in rows]
         tokens = torch.tensor(ids, device=self.device)
-        remote, encoder = remote_of(self.model), None
-        if self.encoded.encoder:
-            read = [self.encoded.encoded(self._root(row), row.pair) for row in rows]
-            encoder = torch.tensor(read, device=self.device)
+        remote, encoder = remote_of(self.model), self._read_by(rows)
         places = [path for (path, *_), _ in visited]
         given = (tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote, encoder)
         try:
@@ -313,6 +339,12 @@ class _Run:
         except Exception as error:
             of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
             raise MeasurementError(failure(error, places, of, len(ids))) from error
+
+    def _read_by(self, rows: Sequence[Job]) -> torch.Tensor | None:
+        """What an encoder reads in these runs, ``[row, pos]``; nothing where the model has none."""
+        if not self.encoded.encoder:
+            return None
+        return torch.tensor([self.encoded.encoded(self._root(row), row.pair) for row in rows], device=self.device)
 
     def _root(self, job: Job) -> WorldName:
         """The pristine world whose prompts a run has."""

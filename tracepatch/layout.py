@@ -18,6 +18,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
 from tracepatch.plan import EAGER, Job, Read, Term, Write, streams
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
+from tracepatch.sites import stage as stage_of
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""
@@ -60,21 +61,21 @@ def stops(
         if name == "logits":
             continue
         kept = (name, layer) in keep, reads.get((name, layer), ())
-        stage, task = STAGES[name], (writes.get((name, layer), ()), kept)
+        stage, task = stage_of(name), (writes.get((name, layer), ()), kept)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
         elif name in ("attn_in", "mlp_in"):
             stream, norm, place = architecture.reader(name, layer)
-            tasks[stream].append((FIRST, ("aside", (name, layer))))
+            tasks[stream].append((_before(stream, place), ("aside", (name, layer))))
             tasks[place].append((stage, ("reader", (name, layer), *task, (name, layer), norm)))
         elif name in SCALES:
             stream, norm, place = architecture.scaled(name, layer)
             aside = (name.removesuffix("_scale"), layer)
-            tasks[stream].append((FIRST, ("aside", aside)))
+            tasks[stream].append((_before(stream, place), ("aside", aside)))
             tasks[place].append((stage, ("scale", (name, layer), *task, aside, norm, *_owners(name, layer, shadows))))
         elif name in SPLIT_READERS:
             stream, norm, place = architecture.reader(name, layer)
-            tasks[stream].append((FIRST, ("aside", ("attn_in", layer))))
+            tasks[stream].append((_before(stream, place), ("aside", ("attn_in", layer))))
             edited, seats, taken = shadows[name, layer]
             rows, changed, saves = edited
             count = architecture.units(name, layer)
@@ -89,7 +90,7 @@ def stops(
             tasks[architecture.place("scores", layer)].append((FIRST, ("allowed", allowed, lowest)))
             tasks[architecture.place(name, layer)].append((stage, ("weights", (name, layer), *task, allowed)))
         elif name == "resid_mid":
-            tasks[architecture.stream(layer)].append((LAST, ("aside", ("stream", layer))))
+            tasks[architecture.layers[layer].pre].append((LAST, ("aside", ("stream", layer))))
             out = architecture.place("attn_out", layer)
             tasks[out].append((stage, ("resid_mid", (name, layer), *task, ("stream", layer), out.scale)))
         elif name == "resid_pre":
@@ -97,15 +98,20 @@ def stops(
             tasks[place].append((stage, ("plain", (name, layer), *task, 0, place.scale)))
         else:
             place = architecture.place(name, layer)
-            heads = architecture.units(name, layer) if name == "z" else "first" if place.operation else 0
+            heads = architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
     return tuple(
         (
             (place.path, place.operation, place.side, place.key, place.flat),
             tuple(dict.fromkeys(task for _, task in sorted(found, key=lambda t: t[0]))),
         )
-        for place, found in sorted(tasks.items(), key=lambda item: item[0].order)
+        for place, found in sorted(tasks.items(), key=lambda item: (item[0].order, min(t[0] for t in item[1])))
     )
+
+
+def _before(stream: Place, reads: Place) -> int:
+    """When to keep the stream for one reader: after what is written at its norm, before what is written at itself."""
+    return FIRST if stream == reads else LAST
 
 
 def _head_out(architecture: Architecture, layer: int, tasks: Any, task: tuple[Any, ...]) -> None:

@@ -23,14 +23,13 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.plan import Proof, Read, Term, Write
 from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sites import SPLIT_READERS, STAGES, Site, component, shape_of
+from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
 # What attention of the same layer carries to other positions.
 CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_scale", "k", "v"})
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
-LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ class Lowering:
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
+        if row.raw is not None:  # nothing is known of it
+            return (), Proof.NONE
         edits = [(edit, True) for edit in self._standing(row.base)] + [(edit, False) for edit in row.edits]
         try:
             writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
@@ -151,10 +152,10 @@ class Lowering:
             found.append(Read(number, name, layer, positions, units, srcs, scalar, save.reduce, size))
         return tuple(found)
 
-    def _moment(self, edit: Edit) -> tuple[int, int]:
+    def _moment(self, edit: Edit) -> tuple[float, int]:
         """When an edit acts in the forward."""
         site = edit.site
-        return self.depth if site.component in LAST else site.layer, STAGES[site.component]
+        return self.architecture.span(site.component, site.layer)[1], stage(site.component)
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)
@@ -224,6 +225,8 @@ class Lowering:
 
     def _reaches(self, write: Write, position: int) -> bool:
         reads = self.profile.reads
+        if component(write.component).module:  # what becomes of it is not known
+            return position <= reads[-1]
         beside = write.layer >= self.depth or (write.layer == self.depth - 1 and write.component not in CARRIED)
         return position in reads if beside else position <= reads[-1]
 

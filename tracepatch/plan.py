@@ -174,6 +174,7 @@ class Job:
         start: The first position that differs from the base; what stands before it need not be computed.
         birth: The first layer that differs from the base.
         reads: The live values that it saves.
+        raw: Whether it is a row's raw trace instead of edits.
     """
 
     row: int
@@ -183,6 +184,7 @@ class Job:
     start: int
     birth: int
     reads: tuple[Read, ...] = ()
+    raw: bool = False
 
     @property
     def seats(self) -> int:
@@ -195,9 +197,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One traced forward: an unpatched witness, then one batch element a job."""
+    """One traced forward: an unpatched witness, then one batch element a job. A raw trace is alone, after a witness."""
 
     jobs: tuple[Job, ...]
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is one row's raw trace."""
+        return self.jobs[0].raw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -308,6 +315,7 @@ class Plan:
             if counts[proof]:
                 lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
         largest = max((sum(j.seats for j in b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
+        raw = sum(b.raw for g in self.groups for b in g.batches)
         shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
@@ -317,6 +325,8 @@ class Plan:
             f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
             f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
         ]
+        if raw:
+            lines.append(f"  raw traces   {raw:,} of these runs, each of one row, beside an unpatched run of its own")
         if shadows:
             lines.append(f"  shadows      {shadows:,} rows more, of which single heads read an edited stream")
         reads = [read for g in self.groups for b in g.batches for j in b.jobs for read in j.reads]

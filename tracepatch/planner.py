@@ -102,6 +102,9 @@ def make_plan(
         jobs[pair] = []
         for number, (writes, proof) in enumerate(lowered[profile]):
             proofs[number, pair] = proof
+            if rows[number].raw is not None:
+                jobs[pair].append(Job(number, pair, rows[number].base, (), 0, 0, raw=True))
+                continue
             if proof != Proof.NONE:
                 continue
             reads = saving[profile].get(number, ())
@@ -293,15 +296,16 @@ def _pack(
                 if batch_size is None
                 else batch_size
             )
-            split = parts(ready, read_by, max(1, len(ready)))
-            batches = tuple(batch for part in split for batch in _batches(part, most))
+            split = parts([job for job in ready if not job.raw], read_by, max(1, len(ready)))
+            batches = [batch for part in split for batch in _batches(part, most)]
+            batches += [Batch((job,)) for job in ready if job.raw]
             lengths = {len(side[pair]) for side in encoded.encoder for pair in chunk}
             yield Group(
                 length,
                 tuple(chunk),
                 tuple(sorted(reads)),
                 frozenset(used),
-                batches,
+                tuple(batches),
                 worlds_of(chunk),
                 max(1, len(lengths)),
             )

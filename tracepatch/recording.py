@@ -16,12 +16,24 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError, SiteError
-from tracepatch.rows import RESERVED, Edit, EditedWorld, Label, Row, Save, counted_from_0, require_label
+from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.rows import (
+    RESERVED,
+    Edit,
+    EditedWorld,
+    Label,
+    Row,
+    Save,
+    counted_from_0,
+    require_apart,
+    require_label,
+    takes_one,
+)
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
     SCALES,
+    SIDES,
     SPLIT_READERS,
     Component,
     Select,
@@ -147,11 +159,40 @@ class Recorder:
         """
         if self._open is None:
             raise RecipeError(f"{value} is saved outside a row. Write p.save(...) inside `with p.row(...):`.")
+        if self._open.raw is not None:
+            raise RecipeError("A raw trace saves what it likes itself, with nnsight.save; p.save is for rows of edits.")
         site = value.site if isinstance(value, Value) else None
         shapes = [dims for n in self.lengths if site and (dims := self._shape(site, n)) is not None]
         save = saved(self._open, value, reduce, name or (site.component if site else ""), shapes)
         self._open.saves.append(save)
         return save
+
+    def trace(self, function: Callable[[Any], Any], *, world: World | None = None) -> None:
+        """Makes the open row a raw trace: ``function(model)`` is called inside an nnsight trace of one prompt.
+
+        What it does to the model's activations, in the order of the forward, is the row; what it returns is ignored.
+        The metrics are read afterwards, as for any row. Nothing is known of it, so it is never pruned and never shares
+        a run with other rows.
+
+        Args:
+            function: Takes the nnsight model. Activations have one row: ``[1, pos, …]``.
+            world: Whose prompts are run: the corrupted ones, where there are any, unless said otherwise.
+
+        Raises:
+            RecipeError: There is no open row, or it has edits or a raw trace already.
+        """
+        row = self._open
+        if row is None:
+            raise RecipeError("p.trace is called outside a row: write it inside `with p.row(name=…):`, one for each.")
+        if row.edits or row.saves or row.raw is not None:
+            has = "edits" if row.edits else "saves" if row.saves else "a raw trace"
+            raise RecipeError(f"row({row.described}) has {has} already. A raw trace is a row of its own.")
+        if not takes_one(function):
+            raise RecipeError(f"p.trace takes a function of the model, not {function!r}.")
+        given = world if world is not None else self.clean if self.encoded.corrupted is None else self.corrupted
+        if given not in (self.clean, self._corrupted):
+            raise RecipeError(f"world is p.clean or p.corrupted, not {given!r}.")
+        row.base, row.raw = given._name, function
 
     @overload
     def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
@@ -226,6 +267,10 @@ class Recorder:
             raise RecipeError(
                 f"{world} has been used already, so {world}.{site} cannot be edited any more: its standing edits come "
                 "before the first row or world that uses it."
+            )
+        if row is not None and row.raw is not None:
+            raise RecipeError(
+                f"row({row.described}) is a raw trace, so {world}.{site} cannot be edited in it. Open another row."
             )
         add = isinstance(given, Increment)
         if isinstance(given, Increment):
@@ -305,7 +350,9 @@ class Recorder:
         if given is None:
             return
         ends = [component(s.component).dims[-1] for s in (site, value.site)]
-        if ends[0] != ends[1]:
+        if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
+            given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
+        elif ends[0] != ends[1]:
             raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
         for dim, count in given:
             if count not in (1, target.get(dim, 1)):
@@ -340,7 +387,7 @@ class Recorder:
             raise RecipeError(
                 f"row({row.described}) renormalizes patterns and edits none. (Scores need it not: the softmax does it.)"
             )
-        if not row.edits and not row.saves:
+        if not row.edits and not row.saves and row.raw is None:
             raise RecipeError(
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base. (It may look at its base with p.save.)"
@@ -355,6 +402,7 @@ class Recorder:
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self.lengths)
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
+        require_apart(row, self.architecture)
         key = tuple(row.labels.items())
         if key in self._taken:
             labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
@@ -386,7 +434,38 @@ class World:
             found = self._components[name] = _Activations(self._recorder, self._name, component(name))
         return found
 
+    def input(self, path: str) -> _Activations:
+        """What a module takes, by its path, waiting for positions: ``world.input("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several arguments it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it takes does not have one vector a position.
+        """
+        return self._module(path, "input")
+
+    def output(self, path: str) -> _Activations:
+        """What a module gives, by its path, waiting for positions: ``world.output("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several values it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it gives does not have one vector a position.
+        """
+        return self._module(path, "output")
+
+    def _module(self, path: str, side: str) -> _Activations:
+        if not isinstance(path, str) or not path:
+            raise ComponentError(
+                f"Say whose {side}: pass a module's path, such as 'transformer.h.3.mlp', not {path!r}."
+            )
+        name = f"{path}.{side}"
+        self._recorder.architecture.modules.tap(name)
+        return self.__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in SIDES:
+            raise RecipeError(f"Say whose, and where: {self._name}.{name}('PATH OF A MODULE')[pos] = ….")
         index = ", ".join(component(name).index)
         raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
 
@@ -453,6 +532,8 @@ class _Activations:
             )
         (layer,) = layers_of(kind, layers, len(architecture))
         architecture.require(kind.name, layer)
+        if kind.module:
+            layer = architecture.modules.tap(kind.name).layer
         if kind.unit:
             units_of(kind, layer, units, architecture.units(kind.name, layer))
         site = Site(kind.name, layer, pos, units, srcs)

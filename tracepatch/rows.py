@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -113,6 +114,7 @@ class Row:
     base: WorldName = "clean"
     edits: list[Edit] = field(default_factory=list)
     renormalize: bool = False
+    raw: Callable[[Any], Any] | None = None  # the body of a trace, instead of edits
     saves: list[Save] = field(default_factory=list)
     _script: Callable[[Row, int, str | None], str] | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -163,11 +165,29 @@ class Row:
         return self._script(self, pair, metric)
 
     def __str__(self) -> str:
+        if self.raw is not None:
+            return f"row({self.described}): trace({called(self.raw)}) of {self.base}"
         return f"row({self.described}): " + "; ".join(_done(self))
 
 
 def _done(row: Row) -> list[str]:
     return [f"{row.base}.{e}" for e in row.edits] + [str(s) for s in row.saves]
+
+
+def called(function: Callable[..., Any]) -> str:
+    """What to call a function in messages."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def takes_one(function: Any) -> bool:
+    """Whether something can be called with one argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin does not say
+        return callable(function)
+    return True
 
 
 def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture) -> Label:
@@ -187,6 +207,8 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
     Raises:
         RecipeError: The label contradicts the edits.
     """
+    if row.raw is not None:  # what it touches is not known
+        return
     if name == "layer":
         touched = any(label in (site.layer, site.layer - len(architecture)) for site in row.sites)
     elif name == "component":
@@ -205,6 +227,26 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
             f"The label {name}={label!r} contradicts the row's {what}, none of which touches it: "
             + "; ".join(_done(row)[:3])
         )
+
+
+def require_apart(row: Row, architecture: Architecture) -> None:
+    """Refuses an edit of what a module takes or gives inside the span of another edit, where both claim one place.
+
+    Raises:
+        RecipeError: The order of the two is not that of the forward.
+    """
+    modules = [e.site for e in row.edits if component(e.site.component).module]
+    for site in modules:
+        moment = architecture.modules.tap(site.component).place.order
+        for other in (e.site for e in row.edits if not component(e.site.component).module):
+            first, last = architecture.span(other.component, other.layer)
+            # resid_mid is written at its first place and belongs to the last.
+            inside = first < moment < last or (other.component == "resid_mid" and first == moment)
+            if inside:
+                raise RecipeError(
+                    f"{row.base}.{other} and {row.base}.{site} cannot be edited in one row: {other.component} acts "
+                    "from before to after that module. Edit them in rows of their own, or edit modules alone."
+                )
 
 
 def _selects(picked: Select, label: Any, length: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Component:
 
     @property
     def unit(self) -> str | None:
-        """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron`` or nothing."""
+        """The dim that splits the component at one position: ``head``, ``kv_head``, ``neuron``, ``expert`` or none."""
         return next((dim for dim in self.index if dim in UNITS), None)
 
     @property
@@ -53,6 +53,11 @@ class Component:
     def layered(self) -> bool:
         """Whether every layer has one."""
         return self.index[0] == "layer"
+
+    @property
+    def module(self) -> bool:
+        """Whether it is a module's input or output, named by its path."""
+        return "." in self.name
 
 
 UNITS: Final = ("head", "kv_head", "neuron", "expert")
@@ -80,6 +85,10 @@ _ALL = (
     Component("resid_mid", _POS, ("pos", "d_model"), "residual stream between attention and MLP"),
     Component("mlp_in", _POS, ("pos", "d_model"), "what the MLP alone reads of the stream, before its norm"),
     Component("mlp_in_scale", _POS, ("pos", "scale"), "what the norm that the MLP reads through divides by"),
+    Component(
+        "router_logits", (*_POS, "expert"), ("pos", "expert"), "what the router gives each expert, before the choice"
+    ),
+    Component("experts_out", _POS, ("pos", "d_model"), "what the routed experts add, before shared ones"),
     Component("mlp_act", (*_POS, "neuron"), ("pos", "neuron"), "neurons: input of the MLP's last projection"),
     Component("mlp_out_scale", _POS, ("pos", "scale"), "what the norm that the MLP writes through divides by"),
     Component("mlp_out", _POS, ("pos", "d_model"), "what the MLP adds to the stream"),
@@ -96,18 +105,40 @@ SPLIT_READERS: Final = {"q_in": "q", "k_in": "k", "v_in": "v"}
 """What single heads read of the stream, and what they make of it. Pristine, it is ``attn_in``, the same for all."""
 
 
+SIDES: Final[tuple[Literal["input", "output"], ...]] = ("input", "output")
+
+
+def stage(name: str) -> int:
+    """The stage of a component; a module's input or output comes after whatever else is written at its place."""
+    return STAGES.get(name, len(STAGES))
+
+
+@lru_cache(maxsize=1 << 12)
+def _module(name: str) -> Component:
+    path, _, side = name.rpartition(".")
+    meaning = f"what {path} {'takes' if side == 'input' else 'gives'}"
+    return Component(name, ("pos",), ("pos", "width"), meaning)
+
+
 def component(name: str) -> Component:
-    """The component of that name.
+    """The component of that name: a key of ``COMPONENTS``, or a module's path with ``.input`` or ``.output``.
 
     Raises:
         ComponentError: The name is unknown.
     """
-    try:
-        return COMPONENTS[name]
-    except KeyError:
-        close = get_close_matches(name, COMPONENTS, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.") from None
+    found = COMPONENTS.get(name)
+    if found is not None:
+        return found
+    path, _, side = name.rpartition(".")
+    if path and side in SIDES:
+        return _module(name)
+    if path:
+        raise ComponentError(
+            f"There is no component {name!r}. A module's activations are {name}.input and {name}.output."
+        )
+    close = get_close_matches(name, COMPONENTS, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +245,7 @@ class Site:
     src: Select = ALL
 
     def __str__(self) -> str:
-        kind = COMPONENTS[self.component]
+        kind = component(self.component)
         picks = {"layer": self.layer, kind.place: self.pos, "src": self.src, kind.unit: self.unit}
         return f"{self.component}[{', '.join(str(picks[dim]) for dim in kind.index)}]"
 

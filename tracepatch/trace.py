@@ -58,6 +58,32 @@ def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, t
     return {"input_ids": ids} if encoder is None else {"input_ids": encoder, "decoder_input_ids": ids}
 
 
+def raw(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    function: Any,
+    reads: torch.Tensor,
+    measures: tuple[Any, ...],
+    remote: Any = False,
+) -> torch.Tensor:
+    """A traced forward in which a function, or nothing, acts: the metrics' values ``[row, column]``."""
+    with torch.no_grad():
+        with model.trace(**inputs, use_cache=False, remote=remote):
+            if function is not None:
+                function(model)
+            scores = nnsight.save(scored(model.output.logits[:, reads.to(model.output.logits.device)], measures))
+    return scores  # type: ignore[no-any-return]  # nnsight has no types
+
+
+def scored(logits: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
+    """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``."""
+    scores = []
+    for function, at, given in measures:
+        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
+        scores.append(found if found.ndim == 2 else found[:, None])
+    return torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+
+
 def inside(
     model: Any,
     length: int,
@@ -80,12 +106,8 @@ def inside(
     if logit_edits:
         kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
     retain(("logits", 0), keep_logits, logits, kept)
-    scores = []
-    for function, at, given in measures:
-        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
-        scores.append(found if found.ndim == 2 else found[:, None])
     kept = {key: value for key, value in kept.items() if key[0] != "aside"}  # what this forward alone needed
-    return kept, torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+    return kept, scored(logits, measures)
 
 
 def read(model: Any, places: list[Any], ids: torch.Tensor, encoder: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -152,7 +174,7 @@ def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:
 def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:
     """A tuple or mapping with one entry exchanged."""
     if isinstance(key, str):
-        return {**values, key: value}
+        return type(values)(**{**values, key: value})
     return (*values[:key], value, *values[key + 1 :])
 
 
