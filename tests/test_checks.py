@@ -14,7 +14,7 @@ from slow import made_up_pairs
 from tiny_models import build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, executors, lowering, trace
+from tracepatch import errors, executors, lowering, trace, writing
 from tracepatch.architecture import architecture_of
 
 WORDS = [f"w{i}" for i in range(30, 60)]
@@ -237,7 +237,7 @@ def test_worlds_that_depend_on_each_other(gpt2: Any) -> None:
 
 
 def test_patches_that_change_nothing(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "edited", lambda x, writes, known: x.clone() if writes else x)
+    monkeypatch.setattr(writing, "edited", lambda x, writes, known: x.clone() if writes else x)
     with pytest.warns(errors.MeasurementWarning, match="The patches change nothing: all 24 rows") as seen:
         result = tp.patch(gpt2, ioi_pairs(2), "z")
     assert result.attrs["checks"].endswith("patches change nothing: all 24 rows exactly unchanged")

@@ -284,3 +284,12 @@ def test_others_may_read_a_result(tmp_path: Path, gpt2: Any, pairs: tp.Pairs) ->
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     with pytest.raises(errors.ResultError, match="is a folder; pass the file to write"):
         tp.save_result(tp.patch(gpt2, pairs, "z"), tmp_path)
+
+
+def test_the_stream_leaving_a_layer_is_edited_before_the_same_one_entering_the_next(gpt2: Any, pairs: tp.Pairs) -> None:
+    """Two names of one place, written down in the other order."""
+    with tp.patching(gpt2, pairs, prune=False) as p, p.row():
+        p.corrupted.resid_pre[1, :] = p.clean.resid_pre[1, :]
+        p.corrupted.resid_post[0, 13:] = p.corrupted.resid_post[0, 13:]
+    result = p.run()
+    np.testing.assert_allclose(result["value"].values.ravel(), result["clean"], atol=1e-4)

@@ -64,7 +64,7 @@ def without_weights(configuration: Any, dtype: torch.dtype = torch.float32) -> A
 
 def facts(architecture: tp.Architecture) -> dict[str, Any]:
     """Everything an architecture says but what was measured in numbers; places in their order, not by their clock."""
-    found = {k: v for k, v in vars(architecture).items() if k not in ("eager_error", "logit_scale", "twin")}
+    found = {k: v for k, v in vars(architecture).items() if k not in ("eager_error", "logit_scale", "twin", "modules")}
     clock = {order: rank for rank, order in enumerate(sorted(set(orders(found))))}
     offered = {c: [architecture.why_not(c, i) for i in range(len(architecture))] for c in tp.COMPONENTS}
     units = {c: [architecture.units(c, i) for i in range(len(architecture))] for c in tp.COMPONENTS}

@@ -14,23 +14,19 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from tracepatch.calls import ENCODED, POSITIONS, Attended, Call, Key, Place, Side, record
+from tracepatch.attention import INSIDE, Inside
+from tracepatch.calls import ENCODED, POSITIONS, Attended, Call, Place, record
 from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
 from tracepatch.experts import ROUTED, Experts, Search
 from tracepatch.models import Model, eager_attention, module_of, weightless
 from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
-from tracepatch.trace import named, norm_parts, read
+from tracepatch.trace import named
 from tracepatch.twins import Twin
+from tracepatch.writing import norm_parts
 
 ROWS = 3  # prompts of the probe
-# The call that takes q, k and v, with the place of q among its arguments. nnsight counts assignments of a name too, so
-# the number varies. Which of these names a class has is tried, and the values are compared with those of the probe.
-CALLS = (*((f"attention_interface_{n}", 1) for n in range(4)), ("self__attn_0", 0))
-SOFTMAX = ("nn_functional_softmax_0", "F_softmax_0", "F_softmax_1", "torch_cat_0")  # the last where a sink is added
-WEIGHTED = ("nn_functional_dropout_0", "self_attn_dropout_0", "self_attention_dropout_0", "F_softmax_0", "F_softmax_1")
-INSIDE = ("q", "k", "v", "scores", "pattern")
 EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
 END = 10**9  # after all that passes by in the stack
 READERS = ("attn_in", "q_in", "k_in", "v_in", "mlp_in")
@@ -149,7 +145,8 @@ class Architecture:
                 self._read(module, calls, attended, logits, overrides)
                 search = Search(self._model, calls, ids)
                 self._experts = [None if self.encodes else search.layer(layer) for layer in self.layers]
-                self._inside = [self._inside_attention(module, layer, ids) for layer in self.layers]
+                inside = Inside(self._model, ids, self._encoder)
+                self._inside = [inside.layer(module, layer) if self._traced else {} for layer in self.layers]
             self._experiments(module, ids, logits, plain)
             self.modules = self._see_modules(module, ids, calls)
         finally:
@@ -159,7 +156,6 @@ class Architecture:
     def _read(
         self, module: Any, calls: list[Call], attended: list[Attended], logits: Any, overrides: Overrides
     ) -> None:
-        self._inside_of: dict[type, dict[str, tuple[str, Side, Key]]] = {}
         self.model_type, self.name = module.config.model_type, type(module).__name__
         self.dtype = next(module.parameters()).dtype
         path, count = _stack(module, overrides.stack)
@@ -227,56 +223,6 @@ class Architecture:
         if attention.post_norm and not _is_scaling(blocks.by_name[attention.post_norm]):
             return "the norm after the projection is no pure scaling"
         return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
-
-    def _inside_attention(self, module: Any, layer: Layer, ids: torch.Tensor) -> dict[str, Place]:
-        """Where q, k, v, scores and pattern pass by inside a layer's attention, as far as a trace can go there."""
-        attention = layer.sublayer("attn")
-        seen = attention.attended if attention else None
-        if seen is None or not self._traced:
-            return {}
-        kind = type(module.get_submodule(seen.name))
-        if kind not in self._inside_of:  # a class has one forward, so that the names are the same in every layer
-            self._inside_of[kind] = self._find_inside(seen, ids)
-        times = dict.fromkeys(("q", "k", "v", "scores"), seen.began) | {"pattern": seen.ended}
-        return {
-            name: Place(seen.name, side, key, times[name] + INSIDE.index(name) / 10, operation=operation)
-            for name, (operation, side, key) in self._inside_of[kind].items()
-        }
-
-    def _find_inside(self, seen: Attended, ids: torch.Tensor) -> dict[str, tuple[str, Side, Key]]:
-        found: dict[str, tuple[str, Side, Key]] = {}
-        prefixes = [""]
-        for operation, first in CALLS:
-            values = self._values(seen.name, [(operation, "input", first + i) for i in range(3)], ids)
-            if all(_alike(a, b) for a, b in zip(values, (seen.queries, seen.keys, seen.values), strict=True)):
-                found |= {name: (operation, "input", first + i) for i, name in enumerate("qkv")}
-                prefixes = [operation + ".", ""]
-                break
-        pattern = seen.pattern
-        if pattern is None:
-            return found
-        normed = pattern / pattern.sum(-1, keepdim=True)  # with a sink the weights sum to less than 1
-        for prefix in prefixes:
-            for name in SOFTMAX:
-                (scores,) = self._values(seen.name, [(prefix + name, "input", 0)], ids)
-                alike = scores is not None and _alike(scores.float().softmax(-1).to(normed.dtype), normed)
-                if "scores" not in found and alike:
-                    found["scores"] = prefix + name, "input", 0
-            for name in WEIGHTED:
-                (weights,) = self._values(seen.name, [(prefix + name, "output", None)], ids)
-                if "pattern" not in found and _alike(weights, pattern):
-                    found["pattern"] = prefix + name, "output", None
-        return found
-
-    def _values(
-        self, path: str, spots: list[tuple[str, Side, Key]], ids: torch.Tensor
-    ) -> list[torch.Tensor] | list[None]:
-        """What passes by inside a module's forward; ``None`` where a trace cannot get there."""
-        places = [(path, operation, side, key, False) for operation, side, key in spots]
-        try:
-            return read(self._model, places, ids, self._encoder)
-        except Exception:  # no such call, an assignment of that name, a branch not taken, a forward without source
-            return [None] * len(spots)
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
         self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
@@ -742,10 +688,6 @@ def _is_division(norm: Call) -> bool:
         spread = (x.float() - x.float().mean(-1, keepdim=True) if centred else x.float()) * weight
         factor = ((y.float() - bias) * spread).sum(-1, keepdim=True) / (spread * spread).sum(-1, keepdim=True)
     return _close(factor * spread + bias, y.float(), 4 * resolution(x.dtype))
-
-
-def _alike(a: torch.Tensor | None, b: torch.Tensor) -> bool:
-    return a is not None and a.shape == b.shape and _close(a, b, resolution(b.dtype))
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

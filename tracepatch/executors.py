@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tracepatch import trace
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, TracepatchError, listing
-from tracepatch.firing import each_once, failure, named, require_fired
-from tracepatch.layout import Seats, columns, read_columns, shadow_columns, stops
+from tracepatch.firing import each_once, failure, named, once, require_fired
+from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
 from tracepatch.plan import Group, Job, Plan, Proof, parts
@@ -91,13 +91,8 @@ class _Run:
         checks: bool,
         witness: bool,
     ) -> None:
-        self.model, self.architecture, self.encoded, self.plan, self.advance = (
-            model,
-            architecture,
-            encoded,
-            plan,
-            advance,
-        )
+        self.model, self.architecture, self.encoded = model, architecture, encoded
+        self.plan, self.advance = plan, advance
         self.checks, self.witness = checks, witness
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
@@ -244,12 +239,12 @@ class _Run:
         reads, saving = read_columns(jobs, seats)
         shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs), reads=reads)
         logit_edits = tuple(
-            self._at_reads(group, w) for key, found in writes.items() if key[0] == "logits" for w in found
+            at_reads(group.reads, w) for key, found in writes.items() if key[0] == "logits" for w in found
         )
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
         visited = stops(self.architecture, keep, elsewhere, shadows, reads)
         saved_logits = tuple(
-            self._saved_at_reads(group, r) for key, found in reads.items() if key[0] == "logits" for r in found
+            saved_at_reads(group.reads, r) for key, found in reads.items() if key[0] == "logits" for r in found
         )
         rows = [*jobs, *[jobs[0]] * count]
         measures = self._measures(metrics, group, rows, known)
@@ -294,26 +289,6 @@ class _Run:
         # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
         self.values[job.row, job.pair] = base + (found - witness)
 
-    @staticmethod
-    def _at_reads(group: Group, write: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A write of logits, counted among the positions that are read."""
-        add, (rows, slots, *_), terms, constant, function, _ = write
-        place = {p: i for i, p in enumerate(group.reads)}
-        inside = torch.tensor([p in place for p in slots.tolist()])
-        kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
-        chosen = tuple((f, n, (w[inside], p[inside], u, s), lift) for f, n, (w, p, u, s), lift in terms)
-        if constant is not None and constant.ndim:
-            constant = constant[inside]
-        if function is not None and not inside.all():
-            raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
-        return add, (rows[inside], kept, None, None), chosen, constant, function, False
-
-    @staticmethod
-    def _saved_at_reads(group: Group, read: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A read of logits, counted among the positions whose logits are computed."""
-        number, (rows, slots, *rest), *how = read
-        return number, (rows, torch.searchsorted(torch.tensor(group.reads), slots), *rest), *how
-
     def _forward(
         self,
         group: Group,
@@ -330,9 +305,10 @@ class _Run:
         tokens = torch.tensor(ids, device=self.device)
         remote, encoder = remote_of(self.model), self._read_by(rows)
         places = [path for (path, *_), _ in visited]
+        counted = once(visited, self.architecture) if self.checks and not remote else ()
         given = (tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote, encoder)
         try:
-            with each_once(module_of(self.model), self._once(visited) if self.checks and not remote else ()):
+            with each_once(module_of(self.model), counted):
                 return trace.forward(self.model, *given)
         except TracepatchError:
             raise
@@ -349,16 +325,6 @@ class _Run:
     def _root(self, job: Job) -> WorldName:
         """The pristine world whose prompts a run has."""
         return self.roots.get(job.base, job.base)
-
-    def _once(self, visited: tuple[Any, ...]) -> set[str]:
-        """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
-        paths = {path for (path, *_), _ in visited}
-        for layer in {name[1] for _, tasks in visited for kind, name, *_ in tasks if kind == "head_out"}:
-            how = self.architecture.head_projection(layer)
-            paths = (paths - {how.projection, how.post_norm}) | {self.architecture.layers[layer].path}
-        for task in (task for _, tasks in visited for task in tasks if task[0] in ("reader", "shadows", "scale")):
-            paths -= {task[4 if task[0] == "shadows" else 5]}
-        return paths
 
     def _measures(
         self, metrics: Iterable[Metric], group: Group, rows: Sequence[Job], known: dict[Any, torch.Tensor]

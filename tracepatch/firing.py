@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
+from tracepatch.layout import Stop
 from tracepatch.plan import Group, Job, Write
 from tracepatch.rows import Row
 
@@ -95,6 +97,17 @@ def each_once(module: torch.nn.Module, paths: Iterable[str]) -> Iterator[None]:
             f"{listing(several)}\nPatch components that live elsewhere (print(tp.Architecture(model)) shows where); if "
             "the first time is what you mean, pass checks=False."
         )
+
+
+def once(visited: Sequence[Stop], architecture: Architecture) -> set[str]:
+    """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
+    paths = {path for (path, *_), _ in visited}
+    for layer in {name[1] for _, tasks in visited for kind, name, *_ in tasks if kind == "head_out"}:
+        how = architecture.head_projection(layer)
+        paths = (paths - {how.projection, how.post_norm}) | {architecture.layers[layer].path}
+    for task in (task for _, tasks in visited for task in tasks if task[0] in ("reader", "shadows", "scale")):
+        paths -= {task[4 if task[0] == "shadows" else 5]}  # the norm
+    return paths
 
 
 def failure(error: Exception, places: Sequence[str], of: str, ran: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,17 +16,18 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
+from tracepatch.errors import MeasurementError
 from tracepatch.plan import EAGER, Job, Read, Term, Write, streams
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
 
 Columns: TypeAlias = tuple[Any, ...]
-"""``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``trace.edited``."""
+"""``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``writing.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
 Shadows: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
-"""What is edited, which shadow rows read it, and what is taken from those; see ``trace.shadows``."""
+"""What is edited, which shadow rows read it, and what is taken from those; see ``writing.shadows``."""
 FIRST, LAST = -1, 99  # before and after whatever is written at a place
 
 
@@ -197,7 +198,7 @@ def read_columns(
     """What the rows of a batch save: one indexed read for all that save the same cells.
 
     Returns:
-        (component, layer) → ``(number, cells, swap, dropped, reduce)`` as ``trace.retain`` takes them, and for each
+        (component, layer) → ``(number, cells, swap, dropped, reduce)`` as ``writing.retain`` takes them, and for each
         number the (job's number, its save's number) of its rows.
     """
     alike: dict[Read, list[tuple[int, int]]] = defaultdict(list)
@@ -219,6 +220,26 @@ def read_columns(
         at = tuple(i for i, dim in enumerate(dims, start=1) if dropped[dim])
         found[read.component, read.layer].append((order, cells, kind.attends, at, read.reduce))
     return {key: tuple(several) for key, several in found.items()}, list(alike.values())
+
+
+def at_reads(reads: Sequence[int], write: Columns) -> Columns:
+    """A write of logits, counted among the positions that are read."""
+    add, (rows, slots, *_), terms, constant, function, _ = write
+    place = {p: i for i, p in enumerate(reads)}
+    inside = torch.tensor([p in place for p in slots.tolist()])
+    kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
+    chosen = tuple((f, n, (w[inside], p[inside], u, s), lift) for f, n, (w, p, u, s), lift in terms)
+    if constant is not None and constant.ndim:
+        constant = constant[inside]
+    if function is not None and not inside.all():
+        raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
+    return add, (rows[inside], kept, None, None), chosen, constant, function, False
+
+
+def saved_at_reads(reads: Sequence[int], read: Columns) -> Columns:
+    """A read of logits, counted among the positions whose logits are computed."""
+    number, (rows, slots, *rest), *how = read
+    return number, (rows, torch.searchsorted(torch.tensor(reads), slots), *rest), *how
 
 
 def shadow_columns(

@@ -30,6 +30,7 @@ from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_scale", "k", "v"})
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
+LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,12 @@ class Lowering:
             found.append(Read(number, name, layer, positions, units, srcs, scalar, save.reduce, size))
         return tuple(found)
 
-    def _moment(self, edit: Edit) -> tuple[float, int]:
-        """When an edit acts in the forward."""
+    def _moment(self, edit: Edit) -> tuple[float, int, int]:
+        """When an edit acts in the forward; the stream leaving a layer comes before the same one entering the next."""
         site = edit.site
-        return self.architecture.span(site.component, site.layer)[1], stage(site.component)
+        last = site.component in LAST or component(site.component).module
+        layer = self.depth if last else site.layer
+        return self.architecture.span(site.component, site.layer)[1], layer, stage(site.component)
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)

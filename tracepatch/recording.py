@@ -6,8 +6,8 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from types import TracebackType
 from typing import Any, overload
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.errors import RecipeError, SiteError
 from tracepatch.rows import (
     RESERVED,
     Edit,
@@ -27,28 +27,24 @@ from tracepatch.rows import (
     counted_from_0,
     require_apart,
     require_label,
+    require_separate,
     takes_one,
 )
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
-    SCALES,
-    SIDES,
-    SPLIT_READERS,
     Component,
-    Select,
     Site,
     component,
-    hashable,
     layers_of,
     select,
     shape_of,
-    split_index,
     units_of,
 )
-from tracepatch.sources import Function, Increment, Noise, Sum, Value, WorldName, as_source
+from tracepatch.sources import Function, Increment, Noise, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
-from tracepatch.trials import fits, require_result, saved
+from tracepatch.trials import require_fit, require_plain, require_result, saved
+from tracepatch.worlds import World
 
 
 class Recorder:
@@ -69,7 +65,7 @@ class Recorder:
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
         self.edited: dict[WorldName, EditedWorld] = {}
-        self._open: Row | None = None
+        self.opened: Row | None = None
         self._ended = False
         self._tried: set[tuple[Any, ...]] = set()
         self._taken: set[tuple[Any, ...]] = set()
@@ -157,14 +153,14 @@ class Recorder:
         Raises:
             RecipeError: No row is open, the world is not the row's, or `reduce` fails on made-up values.
         """
-        if self._open is None:
+        if self.opened is None:
             raise RecipeError(f"{value} is saved outside a row. Write p.save(...) inside `with p.row(...):`.")
-        if self._open.raw is not None:
+        if self.opened.raw is not None:
             raise RecipeError("A raw trace saves what it likes itself, with nnsight.save; p.save is for rows of edits.")
         site = value.site if isinstance(value, Value) else None
         shapes = [dims for n in self.lengths if site and (dims := self._shape(site, n)) is not None]
-        save = saved(self._open, value, reduce, name or (site.component if site else ""), shapes)
-        self._open.saves.append(save)
+        save = saved(self.opened, value, reduce, name or (site.component if site else ""), shapes)
+        self.opened.saves.append(save)
         return save
 
     def trace(self, function: Callable[[Any], Any], *, world: World | None = None) -> None:
@@ -181,7 +177,7 @@ class Recorder:
         Raises:
             RecipeError: There is no open row, or it has edits or a raw trace already.
         """
-        row = self._open
+        row = self.opened
         if row is None:
             raise RecipeError("p.trace is called outside a row: write it inside `with p.row(name=…):`, one for each.")
         if row.edits or row.saves or row.raw is not None:
@@ -257,7 +253,7 @@ class Recorder:
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
-        row, standing = self._open, self.edited.get(world)
+        row, standing = self.opened, self.edited.get(world)
         if row is None and (standing is None or self._ended):
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
@@ -289,14 +285,15 @@ class Recorder:
         if isinstance(source, Function):
             self._require_result(site, source)
         elif not (isinstance(source, Value) and source.site == site):
-            self._require_shape(site, source.terms())
+            for length in self.lengths:
+                require_fit(site, source.terms(), length, partial(self._shape, length=length))
         taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
         for other in (self.edited[name] for name in taken if name in self.edited):
             if row is None and other is standing:
                 raise RecipeError(f"{world}.{site}: a standing edit of {world} cannot take {world}'s own values.")
             other.used = True
         if not isinstance(source, Function):
-            self._require_plain(source.terms())
+            require_plain(source.terms(), self.edited)
         if row is None:
             assert standing is not None
             standing.edits.append(Edit(site, source, add))
@@ -305,18 +302,6 @@ class Recorder:
             standing.used = True
         row.base = world
         row.edits.append(Edit(site, source, add, row.renormalize and site.component == "pattern"))
-
-    def _require_plain(self, source: Sum) -> None:
-        """What single heads read is the stream of all; where a world edits it for some, it has no one value."""
-        for _, value in source.values:
-            place, edited = (value.site.component, value.site.layer), self.edited.get(value.world)
-            while edited is not None:
-                if place[0] in SPLIT_READERS and any((e.site.component, e.site.layer) == place for e in edited.edits):
-                    raise RecipeError(
-                        f"{value} cannot be a source: {edited.name} edits {place[0]} of layer {place[1]} itself. "
-                        "Write the source that it was edited with."
-                    )
-                edited = self.edited.get(edited.of)
 
     def _require_result(self, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""
@@ -327,40 +312,6 @@ class Recorder:
             require_result(source, site, dims)
             self._tried.add((source.function, dims))
 
-    def _require_shape(self, site: Site, source: Sum) -> None:
-        for length in self.lengths:
-            target = self._shape(site, length)
-            if target is None:
-                continue
-            for _, value in source.values:
-                self._require_value(site, value, length)
-            if source.constant is None:
-                continue
-            shape = tuple(source.constant.tensor.shape)
-            sizes = tuple(n for _, n in target)
-            if not fits(shape, sizes):
-                dims = ", ".join(f"{dim} {n}" for dim, n in target)
-                raise RecipeError(
-                    f"A tensor of shape {list(shape)} does not fit {site}, which is [{dims}] in prompts of "
-                    f"{length} tokens."
-                )
-
-    def _require_value(self, site: Site, value: Value, length: int) -> None:
-        target, given = dict(self._shape(site, length) or ()), self._shape(value.site, length)
-        if given is None:
-            return
-        ends = [component(s.component).dims[-1] for s in (site, value.site)]
-        if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
-            given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
-        elif ends[0] != ends[1]:
-            raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
-        for dim, count in given:
-            if count not in (1, target.get(dim, 1)):
-                raise RecipeError(
-                    f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
-                    f"(in prompts of {length} tokens)."
-                )
-
     def _shape(self, site: Site, length: int) -> tuple[tuple[str, int], ...] | None:
         """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions."""
         return shape_of(
@@ -369,17 +320,6 @@ class Recorder:
             self.architecture.units(site.component, site.layer),
             self.architecture.width(site.component, site.layer),
         )
-
-    @staticmethod
-    def _require_separate(row: Row) -> None:
-        """What a head writes is taken with the live scale of the norm after it, so that cannot be edited beside it."""
-        names = {(e.site.component, e.site.layer) for e in row.edits}
-        both = [layer for name, layer in names if name == "head_out" and ("attn_out_scale", layer) in names]
-        if both:
-            raise RecipeError(
-                f"row({row.described}): head_out and attn_out_scale of layer {both[0]} cannot be edited in one row, as "
-                "what a head writes depends on that scale. Edit z instead of head_out."
-            )
 
     def finish(self, row: Row) -> None:
         """Checks a finished row and keeps it."""
@@ -392,7 +332,7 @@ class Recorder:
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base. (It may look at its base with p.save.)"
             )
-        self._require_separate(row)
+        require_separate(row)
         for save in row.saves:
             if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
                 raise RecipeError(
@@ -413,134 +353,6 @@ class Recorder:
         self.rows.append(row)
 
 
-class World:
-    """One world of a recorder: ``world.component[layer, pos, head]``."""
-
-    __slots__ = ("_components", "_name", "_recorder")
-    _components: dict[str, _Activations]
-    _name: WorldName
-    _recorder: Recorder
-
-    def __init__(self, recorder: Recorder, name: WorldName) -> None:
-        object.__setattr__(self, "_recorder", recorder)
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_components", {})
-
-    def __getattr__(self, name: str) -> _Activations:
-        found = self._components.get(name)
-        if found is None:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            found = self._components[name] = _Activations(self._recorder, self._name, component(name))
-        return found
-
-    def input(self, path: str) -> _Activations:
-        """What a module takes, by its path, waiting for positions: ``world.input("transformer.h.3.mlp.c_fc")[pos]``.
-
-        Of several arguments it is the first activation.
-
-        Raises:
-            ComponentError: There is no such module, or what it takes does not have one vector a position.
-        """
-        return self._module(path, "input")
-
-    def output(self, path: str) -> _Activations:
-        """What a module gives, by its path, waiting for positions: ``world.output("transformer.h.3.mlp.c_fc")[pos]``.
-
-        Of several values it is the first activation.
-
-        Raises:
-            ComponentError: There is no such module, or what it gives does not have one vector a position.
-        """
-        return self._module(path, "output")
-
-    def _module(self, path: str, side: str) -> _Activations:
-        if not isinstance(path, str) or not path:
-            raise ComponentError(
-                f"Say whose {side}: pass a module's path, such as 'transformer.h.3.mlp', not {path!r}."
-            )
-        name = f"{path}.{side}"
-        self._recorder.architecture.modules.tap(name)
-        return self.__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in SIDES:
-            raise RecipeError(f"Say whose, and where: {self._name}.{name}('PATH OF A MODULE')[pos] = ….")
-        index = ", ".join(component(name).index)
-        raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
-
-    def freeze(self, *names: str, at: World | None = None, layers: Any = ALL) -> None:
-        """Holds components at a world's values: in a row, or as standing edits of an edited world.
-
-        Args:
-            names: Components, such as ``"pattern"``; ``"norms"`` for what every norm of the model divides by.
-            at: The world whose values are held; without it, those of the world that is edited.
-            layers: Which layers, as an index; all that have the component by default.
-
-        Raises:
-            ComponentError: No layer has it.
-        """
-        recorder, standing = self._recorder, self._recorder.edited.get(self._name)
-        if at is None:
-            at = World(recorder, standing.of) if standing and recorder._open is None else self
-        architecture = recorder.architecture
-        for name in itertools.chain.from_iterable(SCALES if name == "norms" else (name,) for name in names):
-            kind = component(name)
-            picked = layers if isinstance(layers, Select) else select(layers, "layer")
-            chosen = layers_of(kind, picked, len(architecture))
-            offered = [layer for layer in chosen if architecture.offers(name, layer)]
-            if not offered and "norms" not in names:
-                architecture.require(name, chosen[0])
-            for layer in offered:
-                index = (layer, *[slice(None)] * (len(kind.index) - 1)) if kind.layered else slice(None)
-                getattr(self, name)[index] = getattr(at, name)[index]
-
-    def __dir__(self) -> list[str]:
-        return ["freeze", *COMPONENTS]
-
-
-class _Activations:
-    """One component of a world, waiting for an index."""
-
-    __slots__ = ("kind", "recorder", "sites", "world")
-
-    def __init__(self, recorder: Recorder, world: WorldName, kind: Component) -> None:
-        self.recorder, self.world, self.kind = recorder, world, kind
-        self.sites: dict[Any, Site] = {}
-
-    def __getitem__(self, index: Any) -> Value:
-        return Value(self.world, self._site(index))
-
-    def __setitem__(self, index: Any, given: Any) -> None:
-        self.recorder.write(self.world, self._site(index), given)
-
-    def _site(self, index: Any) -> Site:
-        key = hashable(index)
-        found = self.sites.get(key)
-        if found is None:
-            found = self._resolve(index)
-            if key is not None:
-                self.sites[key] = found
-        return found
-
-    def _resolve(self, index: Any) -> Site:
-        architecture, kind = self.recorder.architecture, self.kind
-        layers, pos, units, srcs = split_index(kind, index)
-        if not layers.scalar:
-            raise SiteError(
-                f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
-            )
-        (layer,) = layers_of(kind, layers, len(architecture))
-        architecture.require(kind.name, layer)
-        if kind.module:
-            layer = architecture.modules.tap(kind.name).layer
-        if kind.unit:
-            units_of(kind, layer, units, architecture.units(kind.name, layer))
-        site = Site(kind.name, layer, pos, units, srcs)
-        self.recorder.encoded.require_positions(site)
-        return site
-
-
 class _RowBlock:
     """The block of one row."""
 
@@ -558,15 +370,15 @@ class _RowBlock:
         self.row = Row(len(recorder.rows), named, renormalize=renormalize)
 
     def __enter__(self) -> Row:
-        if self.recorder._open is not None:
+        if self.recorder.opened is not None:
             raise RecipeError("A row cannot be opened inside another; a joint patch is several edits in one row.")
-        self.recorder._open = self.row
+        self.recorder.opened = self.row
         return self.row
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.recorder._open = None
+        self.recorder.opened = None
         if error is None:
             self.recorder.finish(self.row)
 

@@ -229,6 +229,21 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         )
 
 
+def require_separate(row: Row) -> None:
+    """Refuses head_out beside attn_out_scale: what a head writes is taken with the live scale of the norm after it.
+
+    Raises:
+        RecipeError: Both are edited in one layer.
+    """
+    names = {(e.site.component, e.site.layer) for e in row.edits}
+    both = [layer for name, layer in names if name == "head_out" and ("attn_out_scale", layer) in names]
+    if both:
+        raise RecipeError(
+            f"row({row.described}): head_out and attn_out_scale of layer {both[0]} cannot be edited in one row, as "
+            "what a head writes depends on that scale. Edit z instead of head_out."
+        )
+
+
 def require_apart(row: Row, architecture: Architecture) -> None:
     """Refuses an edit of what a module takes or gives inside the span of another edit, where both claim one place.
 

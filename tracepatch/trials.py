@@ -5,7 +5,7 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tracepatch.errors import RecipeError
-from tracepatch.rows import RESERVED, Row, Save
-from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, Value
+from tracepatch.rows import RESERVED, EditedWorld, Row, Save
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
+from tracepatch.sources import Function, Sum, Value, WorldName
 
 Dims: TypeAlias = tuple[tuple[str, int], ...]
 """Names and sizes, as indexing a site gives them."""
@@ -117,6 +117,60 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     names = [claim[0] if len(claim) == 1 and claims.count(claim) == 1 else "" for claim in claims]
     left = iter(range(len(names)))
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
+
+
+def require_fit(site: Site, source: Sum, length: int, shape: Callable[[Site], Dims | None]) -> None:
+    """Refuses values and tensors that do not fit a site in prompts of some length.
+
+    Raises:
+        RecipeError: With the dims of both.
+    """
+    target = shape(site)
+    if target is None:
+        return
+    for _, value in source.values:
+        _require_value(site, value, length, dict(target), shape(value.site))
+    if source.constant is None:
+        return
+    given = tuple(source.constant.tensor.shape)
+    if not fits(given, tuple(n for _, n in target)):
+        dims = ", ".join(f"{dim} {n}" for dim, n in target)
+        raise RecipeError(
+            f"A tensor of shape {list(given)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+        )
+
+
+def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
+    if given is None:
+        return
+    ends = [component(s.component).dims[-1] for s in (site, value.site)]
+    if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
+        given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
+    elif ends[0] != ends[1]:
+        raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
+    for dim, count in given:
+        if count not in (1, target.get(dim, 1)):
+            raise RecipeError(
+                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
+                f"(in prompts of {length} tokens)."
+            )
+
+
+def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
+    """Refuses what single heads read in a world that edits it: it has no one value there, as it has elsewhere.
+
+    Raises:
+        RecipeError: With the world.
+    """
+    for _, value in source.values:
+        place, world = (value.site.component, value.site.layer), edited.get(value.world)
+        while world is not None:
+            if place[0] in SPLIT_READERS and any((e.site.component, e.site.layer) == place for e in world.edits):
+                raise RecipeError(
+                    f"{value} cannot be a source: {world.name} edits {place[0]} of layer {place[1]} itself. Write the "
+                    "source that it was edited with."
+                )
+            world = edited.get(world.of)
 
 
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

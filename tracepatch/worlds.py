@@ -1,0 +1,174 @@
+"""What recipes index: worlds, and the components of a world waiting for an index."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Protocol
+
+from tracepatch.architecture import Architecture
+from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sites import (
+    ALL,
+    COMPONENTS,
+    SCALES,
+    SIDES,
+    Component,
+    Select,
+    Site,
+    component,
+    hashable,
+    layers_of,
+    select,
+    split_index,
+    units_of,
+)
+from tracepatch.sources import Value, WorldName
+from tracepatch.tokens import EncodedPairs
+
+
+class Records(Protocol):
+    """What a world asks of the recording that it belongs to.
+
+    Attributes:
+        architecture: Of the model.
+        encoded: The pairs, as tokens.
+        edited: The edited worlds, by name.
+        opened: The row that is being written down, if any.
+    """
+
+    architecture: Architecture
+    encoded: EncodedPairs
+    edited: dict[WorldName, EditedWorld]
+    opened: Row | None
+
+    def write(self, world: WorldName, site: Site, given: Any) -> None:
+        """Records one assignment."""
+
+
+class World:
+    """One world of a recording: ``world.component[layer, pos, head]``."""
+
+    __slots__ = ("_components", "_name", "_recorder")
+    _components: dict[str, Activations]
+    _name: WorldName
+    _recorder: Records
+
+    def __init__(self, recorder: Records, name: WorldName) -> None:
+        object.__setattr__(self, "_recorder", recorder)
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_components", {})
+
+    def __getattr__(self, name: str) -> Activations:
+        found = self._components.get(name)
+        if found is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            found = self._components[name] = Activations(self._recorder, self._name, component(name))
+        return found
+
+    def input(self, path: str) -> Activations:
+        """What a module takes, by its path, waiting for positions: ``world.input("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several arguments it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it takes does not have one vector a position.
+        """
+        return self._module(path, "input")
+
+    def output(self, path: str) -> Activations:
+        """What a module gives, by its path, waiting for positions: ``world.output("transformer.h.3.mlp.c_fc")[pos]``.
+
+        Of several values it is the first activation.
+
+        Raises:
+            ComponentError: There is no such module, or what it gives does not have one vector a position.
+        """
+        return self._module(path, "output")
+
+    def _module(self, path: str, side: str) -> Activations:
+        if not isinstance(path, str) or not path:
+            raise ComponentError(
+                f"Say whose {side}: pass a module's path, such as 'transformer.h.3.mlp', not {path!r}."
+            )
+        name = f"{path}.{side}"
+        self._recorder.architecture.modules.tap(name)
+        return self.__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SIDES:
+            raise RecipeError(f"Say whose, and where: {self._name}.{name}('PATH OF A MODULE')[pos] = ….")
+        index = ", ".join(component(name).index)
+        raise RecipeError(f"Say where: {self._name}.{name}[{index}] = … (`:` for everywhere).")
+
+    def freeze(self, *names: str, at: World | None = None, layers: Any = ALL) -> None:
+        """Holds components at a world's values: in a row, or as standing edits of an edited world.
+
+        Args:
+            names: Components, such as ``"pattern"``; ``"norms"`` for what every norm of the model divides by.
+            at: The world whose values are held; without it, those of the world that is edited.
+            layers: Which layers, as an index; all that have the component by default.
+
+        Raises:
+            ComponentError: No layer has it.
+        """
+        recorder, standing = self._recorder, self._recorder.edited.get(self._name)
+        if at is None:
+            at = World(recorder, standing.of) if standing and recorder.opened is None else self
+        architecture = recorder.architecture
+        for name in itertools.chain.from_iterable(SCALES if name == "norms" else (name,) for name in names):
+            kind = component(name)
+            picked = layers if isinstance(layers, Select) else select(layers, "layer")
+            chosen = layers_of(kind, picked, len(architecture))
+            offered = [layer for layer in chosen if architecture.offers(name, layer)]
+            if not offered and "norms" not in names:
+                architecture.require(name, chosen[0])
+            for layer in offered:
+                index = (layer, *[slice(None)] * (len(kind.index) - 1)) if kind.layered else slice(None)
+                getattr(self, name)[index] = getattr(at, name)[index]
+
+    def __dir__(self) -> list[str]:
+        return ["freeze", *COMPONENTS]
+
+
+class Activations:
+    """One component of a world, waiting for an index."""
+
+    __slots__ = ("kind", "recorder", "sites", "world")
+
+    def __init__(self, recorder: Records, world: WorldName, kind: Component) -> None:
+        self.recorder, self.world, self.kind = recorder, world, kind
+        self.sites: dict[Any, Site] = {}
+
+    def __getitem__(self, index: Any) -> Value:
+        return Value(self.world, self._site(index))
+
+    def __setitem__(self, index: Any, given: Any) -> None:
+        self.recorder.write(self.world, self._site(index), given)
+
+    def _site(self, index: Any) -> Site:
+        key = hashable(index)
+        found = self.sites.get(key)
+        if found is None:
+            found = self._resolve(index)
+            if key is not None:
+                self.sites[key] = found
+        return found
+
+    def _resolve(self, index: Any) -> Site:
+        architecture, kind = self.recorder.architecture, self.kind
+        layers, pos, units, srcs = split_index(kind, index)
+        if not layers.scalar:
+            raise SiteError(
+                f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
+            )
+        (layer,) = layers_of(kind, layers, len(architecture))
+        architecture.require(kind.name, layer)
+        if kind.module:
+            layer = architecture.modules.tap(kind.name).layer
+        if kind.unit:
+            units_of(kind, layer, units, architecture.units(kind.name, layer))
+        site = Site(kind.name, layer, pos, units, srcs)
+        self.recorder.encoded.require_positions(site)
+        return site
