@@ -15,11 +15,14 @@ from slow import made_up_pairs
 from tiny_models import ALL, ENCODER_DECODER, build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, scripts, spelling
+from tracepatch import errors, literals, scripts, spelling
 from tracepatch.calls import Place
+from tracepatch.sites import SCALES
 from tracepatch.sources import OTHER
 
-NINE = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "granite", "opt", "bloom", "mixtral")
+# Multipliers, norms behind attention or only there, tuples, flat MLPs, grouped heads, experts, attention sinks.
+TINY = ("gemma2", "gpt_oss", "opt")
+MORE = ("gpt2", "llama", "gpt_neox", "olmo2", "granite", "bloom", "mixtral")
 
 
 def run(text: str, file: Path, model: Any, **given: Any) -> tuple[float, torch.Tensor]:
@@ -64,58 +67,74 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
     return float(np.ptp(wanted))
 
 
-def record(p: tp.Patching, name: str, base: str) -> None:
-    """Rows that set, add and zero a component: all positions in its first layer, single and several ones in its last."""
-    kind, live, other = tp.COMPONENTS[name], getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+def sites_of(p: tp.Patching, name: str) -> list[Any]:
+    """Indices: all positions in its first layer, single and several ones in its last."""
+    kind, found = tp.COMPONENTS[name], []
     layers = [n for n in range(len(p.architecture)) if p.architecture.offers(name, n)]
-    sites: list[Any] = []
     for number, (pos, layer) in enumerate(((slice(None), layers[0]), (-1, layers[-1]), ([0, 4], layers[-1]))):
         units = p.architecture.units(name, layer)
         unit = (units - 1, [0, units - 1] if units > 1 else 0, slice(None))[number]
-        sites.append((*((layer,) if kind.layered else ()), pos, *((unit,) if kind.unit else ())))
-    for number, site in enumerate(sites):
-        with p.row(number=3 * number):
-            live[site] = other[site]
-        if number == 2:
-            break
-        with p.row(number=3 * number + 1):
-            live[site] += 0.5 * other[site] - 0.5 * live[site]
-        with p.row(number=3 * number + 2):
-            live[site] = 0
+        if kind.attends:
+            found.append((layer, unit, pos, (slice(None), slice(2, None), [0, 3])[number]))
+        else:
+            found.append((*((layer,) if kind.layered else ()), pos, *((unit,) if kind.unit else ())))
+    return found
 
 
-def every_component(model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path) -> list[str]:
-    """The scripts of all components that are offered, against the plan; returns those that moved the metric."""
+def record(p: tp.Patching, name: str, base: str, thin: bool) -> None:
+    """Rows that set, add and zero a component at its sites; thinned out, one of each."""
+    live, other = getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+    for number, site in enumerate(sites_of(p, name)):
+        if number == 0 or not thin:
+            with p.row(number=3 * number):
+                live[site] = other[site]
+        if number == 1 or not thin:
+            with p.row(number=3 * number + 1):
+                live[site] += 0.5 * other[site] - 0.5 * live[site]
+        if number == 2 or not thin:
+            with p.row(number=3 * number + 2):
+                live[site] = 2 if name in SCALES else 0
+
+
+def every_component(
+    model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path, thin: bool = False
+) -> tuple[list[str], list[str]]:
+    """The scripts of all components that are offered, against the plan; returns those, and which moved the metric."""
+    offered = [n for n in tp.COMPONENTS if any(tp.Architecture(model).offers(n, i) for i in range(2))]
     moved = []
-    for name in tp.COMPONENTS:
-        if not any(tp.Architecture(model).offers(name, n) for n in range(2)):
-            continue
+    for name in offered:
         with tp.patching(model, pairs) as p:
-            record(p, name, base)
+            record(p, name, base, thin)
         (folder / name).mkdir()
-        if agree(p, pair, folder / name, shortest=True) > 1e-3:
+        if agree(p, pair, folder / name, shortest=True) > 1e-4:
             moved.append(name)
-    return moved
+    return offered, moved
 
 
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_every_component_of_the_toys(name: str, tmp_path: Path) -> None:
+    offered, moved = every_component(toy(name), ioi_pairs(2), ("corrupted", "clean")[name > "gpt2"], 1, tmp_path, True)
+    assert moved == offered
+    assert len(offered) >= 23
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["corrupted", "clean"])
-def test_every_component_in_both_directions(base: str, tmp_path: Path) -> None:
-    assert every_component(toy("gpt2"), ioi_pairs(2), base, 1, tmp_path) == list(tp.COMPONENTS)
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_every_component_of_the_toys_in_both_directions(name: str, base: str, tmp_path: Path) -> None:
+    offered, moved = every_component(toy(name), ioi_pairs(2), base, 0, tmp_path)
+    assert moved == offered
 
 
-@pytest.mark.parametrize(("name", "base"), [("gpt_neox", "clean"), ("llama", "corrupted"), ("gemma2", "clean")])
-def test_every_component_of_the_other_toys(name: str, base: str, tmp_path: Path) -> None:
-    assert len(every_component(toy(name), ioi_pairs(2), base, 0, tmp_path)) >= 12
-
-
-@pytest.mark.parametrize(("model_type", "base"), [(t, ("corrupted", "clean")[i % 2]) for i, t in enumerate(NINE)])
-def test_every_component_of_nine_architectures(model_type: str, base: str, tmp_path: Path) -> None:
-    """Multipliers, norms behind attention, blocks that return tuples, flat MLPs, grouped heads, experts."""
+@pytest.mark.parametrize(
+    "model_type", [t if t in TINY else pytest.param(t, marks=pytest.mark.slow) for t in (*TINY, *MORE)]
+)
+def test_every_component_of_other_architectures(model_type: str, tmp_path: Path) -> None:
     model = tp.load(build(model_type, layers=2), tokenizer())
-    moved = every_component(
-        model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, (0, 2)[base == "clean"], tmp_path
-    )
-    assert len(moved) >= 9, moved
+    base = ("corrupted", "clean")[model_type == "gpt_oss"]
+    pairs = made_up_pairs([f"w{i}" for i in range(30, 60)])
+    _, moved = every_component(model, pairs, base, 0 if base == "corrupted" else 2, tmp_path, model_type in TINY)
+    assert len(moved) >= 15, moved
 
 
 @pytest.mark.slow
@@ -123,7 +142,9 @@ def test_every_component_of_nine_architectures(model_type: str, base: str, tmp_p
 @pytest.mark.parametrize("model_type", [t for t in ALL if t not in ENCODER_DECODER])
 def test_every_component_of_all_decoders(model_type: str, base: str, tmp_path: Path) -> None:
     model = tp.load(build(model_type, layers=2), tokenizer())
-    assert every_component(model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, 2, tmp_path)
+    offered, moved = every_component(model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, 2, tmp_path)
+    assert offered
+    assert moved
 
 
 def test_every_component_has_words() -> None:
@@ -380,7 +401,7 @@ def test_places_that_few_models_have(place: Place, read: str, put: list[str]) ->
     ],
 )  # fmt: skip
 def test_indices_as_one_would_write_them(indices: tuple[int, ...], scalar: bool, text: str) -> None:
-    found = spelling.along(indices, scalar, 10)
+    found = literals.along(indices, scalar, 10)
     assert found == text
     if not scalar:
         assert tuple(eval(f"torch.arange(10)[{found}]").tolist()) == indices

@@ -113,7 +113,7 @@ class Forward:
             value = stop.value
             if edits:
                 lines.append(f"{name} = {value}  # [{stop.dims}]")
-                lines += [line for owner, edit in edits for line in (*self._edit(owner, edit), *stop.after)]
+                lines += [line for owner, edit in edits for line in self._edit(owner, edit, stop.after)]
                 value = f"{name}.clone()"
             if (name, layer) in wanted:
                 lines.append(f"{self.common.kept(self.world, name, layer)} = nnsight.save({value})")
@@ -152,7 +152,7 @@ class Forward:
 
     # ------------------------------------------------------------------------------------------------ one edit
 
-    def _edit(self, owner: WorldName, edit: Edit) -> list[str]:
+    def _edit(self, owner: WorldName, edit: Edit, after: tuple[str, ...]) -> list[str]:
         site, source, name = edit.site, edit.source, edit.site.component
         common, positions, about = self.common, site.pos.resolve(self.length) or (), ""
         ids = common.encoded.world(common.root(self.world))[common.pair]
@@ -167,7 +167,7 @@ class Forward:
         made = self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit)
         if together and edit.add:
             made = f"{name}[{live}] + {made}"
-        lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}"]
+        lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}", *after]
         if edit.renormalize:
             at = joined("0", self._weight_parts(site)[:2])
             lines = ["kept = pattern.sum(-1, keepdim=True)", *lines]

@@ -22,10 +22,10 @@ from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
 EAGER = [
-    "    attention = model._module.config._attn_implementation",
+    "    usual = model._module.config._attn_implementation",
     '    model._module.set_attn_implementation("eager")  # step by step, where scores and patterns can be seen',
 ]
-BACK = "    model._module.set_attn_implementation(attention)"
+BACK = "    model._module.set_attn_implementation(usual)"
 
 
 def script(

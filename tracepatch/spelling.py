@@ -120,10 +120,7 @@ def _weights(spot: Spot) -> Stop:
     place, name, allowed = spot.place, spot.name, f"allowed_{spot.layer}"
     scores = spot.architecture.place("scores", spot.layer)
     found = "step.output" if place.side == "output" else f"step.inputs[0][{place.key}]{_listed(place)}"
-    unmasked = (
-        f"{allowed} = {_step(scores)}.inputs[0][{scores.key}]{_listed(scores)} "
-        f"> torch.finfo({spot.architecture.dtype}).min / 2"
-    )
+    mask = f"{allowed} = step.inputs[0][{scores.key}]{_listed(scores)} > torch.finfo({spot.architecture.dtype}).min / 2"
     if place.side == "output":
         back: tuple[str, ...] = (f"step.output = {name}",)
     else:
@@ -136,7 +133,7 @@ def _weights(spot: Spot) -> Stop:
         (f"step = {_step(place)}",),
         (f"{name} = torch.where({allowed}, {name}, {found})  # masked keys stay",),
         back,
-        ((scores.order, (unmasked,)),) if spot.edited else (),
+        ((scores.order, (f"step = {_step(scores)}", mask)),) if spot.edited else (),
     )
 
 
@@ -190,10 +187,10 @@ def _split_reader(spot: Spot) -> Stop:
     call, kind = spot.architecture.place(made, spot.layer), COMPONENTS[spot.name].unit
     back: tuple[str, ...] = ()
     if spot.shadows:
-        several = "rows of their own" if len(spot.shadows) > 1 else "a row of its own"
+        several = "other rows of the batch" if len(spot.shadows) > 1 else "another row of the batch"
         taken = [(row, along(heads, len(heads) == 1, spot.units)) for row, heads in spot.shadows]
         back = (
-            f"# No call takes what single heads read: {several} of the batch reads it, for {made} to be taken from.",
+            f"# The heads of a row read one stream, so this one is read by {several}, from which {made} is then taken.",
             *(f"{variable}[{row}] = {spot.name}[0, :, {heads[0]}]" for row, heads in spot.shadows),
             *_put(place, _normed(norm, variable), 1, spot.rows),
         )
