@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny_models import ALL, ENCODER_DECODER, build, tokenizer
 
 import tracepatch as tp
 from tracepatch import errors, literals, scripts, spelling
+from tracepatch.architecture import architecture_of
 from tracepatch.calls import Place
 from tracepatch.sites import SCALES
 from tracepatch.sources import OTHER
@@ -44,6 +46,14 @@ def values(p: tp.Patching, pair: int, metric: str | None = None) -> np.ndarray:
     return (found if metric is None else found.sel(metric=metric)).sel(pair=pair).values
 
 
+def handed(p: tp.Patching, row: Any) -> dict[str, Any]:
+    """What a script may ask to be passed, by name."""
+    of_worlds = {
+        f"{name}_{what}": getattr(w, what) for name, w in p.edited.items() for what in ("functions", "tensors")
+    }
+    return {"functions": row.functions, "tensors": row.tensors, **of_worlds}
+
+
 def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metric: str | None = None) -> float:
     """Runs every row's script; the largest difference between two rows' numbers says that there was something to see."""
     wanted = values(p, pair, metric)
@@ -58,7 +68,7 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
         if shortest:
             assert text.count("\n") < 60, text
         file = folder / f"row_{row.number}_pair_{pair}_{row.base}_{metric}.py"
-        given = {n: v for n, v in (("functions", row.functions), ("tensors", row.tensors)) if f"{n}=" in text}
+        given = {n: v for n, v in handed(p, row).items() if re.search(rf"[( ]{n}=", text)}
         if "metric=" in text:
             given["metric"] = p.metrics[[m.name for m in p.metrics].index(metric) if metric else 0]
         found, logits = run(text, file, p.model, **given)
@@ -100,7 +110,8 @@ def every_component(
     model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path, thin: bool = False
 ) -> tuple[list[str], list[str]]:
     """The scripts of all components that are offered, against the plan; returns those, and which moved the metric."""
-    offered = [n for n in tp.COMPONENTS if any(tp.Architecture(model).offers(n, i) for i in range(2))]
+    found = architecture_of(model)
+    offered = [n for n in tp.COMPONENTS if any(found.offers(n, i) for i in range(2))]
     moved = []
     for name in offered:
         with tp.patching(model, pairs) as p:
@@ -151,17 +162,24 @@ def test_every_component_has_words() -> None:
     assert set(spelling.STOPS) == set(tp.COMPONENTS)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "granite", "mixtral"])
-@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize(
+    ("model_type", "base"),
+    [
+        ("gpt2", "corrupted"),
+        ("gemma2", "clean"),
+        *(pytest.param(t, b, marks=pytest.mark.slow) for t in ("granite", "mixtral", "opt") for b in OTHER),
+    ],
+)
 def test_many_edits_in_one_row(model_type: str, base: str, tmp_path: Path) -> None:
     """Every component at once, written in the wrong order; several edits at one place, of which later ones see earlier."""
     model = tp.load(build(model_type, layers=3), tokenizer())
     with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
         mine, other = getattr(p, base), getattr(p, OTHER[base])
-        found = [n for n in tp.COMPONENTS if p.architecture.offers(n, 1)]
+        found = [n for n in tp.COMPONENTS if p.architecture.offers(n, 1) and n != "attn_out_scale"]
         with p.row(number=0):
             for name in reversed(found):
-                site = (1, slice(2, None)) if tp.COMPONENTS[name].layered else (slice(2, None),)
+                late = (slice(None), slice(2, None)) if tp.COMPONENTS[name].attends else (slice(2, None),)
+                site = (1, *late) if tp.COMPONENTS[name].layered else late
                 getattr(mine, name)[site] += 0.3 * getattr(other, name)[site]
         with p.row(number=1):
             mine.resid_pre[2, 4] += 0.5 * other.resid_pre[2, 4]  # the same place as resid_post[1]
@@ -182,6 +200,98 @@ def test_many_edits_in_one_row(model_type: str, base: str, tmp_path: Path) -> No
             mine.q[1, 1:, 0] = 2 * other.q[2, 1:, 1]
             mine.logits[-1] = 3 * mine.logits[-1] - other.logits[0]
     assert agree(p, 2, tmp_path) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", pytest.param("llama", marks=pytest.mark.slow)])
+def test_what_readers_and_weights_do_beside_each_other(model_type: str, tmp_path: Path) -> None:
+    """Streams of heads, some shared; scales of norms that they go through; masks, sums of weights, other layers."""
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
+        mine, other = p.corrupted, p.clean
+        last = p.architecture.units("v_in", 1) - 1
+        with p.row(number=0):  # heads 0 and 3 read one stream, 1 another, and 2 its own; one row is enough in layer 0
+            mine.q_in[1, 2:] = other.q_in[1, 2:]
+            mine.q_in[1, 4, [1, 2]] += other.head_out[0, 4, [1, 2]] - mine.head_out[0, 4, [1, 2]]
+            mine.k_in[1, 3:, 0] += 0.5 * other.attn_in[1, -1]
+            mine.v_in[0, :, last] = other.resid_pre[1, :]
+        with p.row(number=1):
+            mine.attn_in[1, 2:] += other.mlp_out[0, 2:]
+            mine.v_in[1, 3:, last] = 0
+            mine.q_in[1, -1, :] = other.k_in[1, -1, 0] - other.v_in[1, 4, [last]]
+            mine.attn_in_scale[1, 4:] = other.attn_in_scale[1, 4:]
+            mine.attn_in_scale[1, [3, 5]] += 0.5 * mine.attn_in_scale[1, [3, 5]]
+            mine.attn_in_scale[1, :] = lambda live: live.flip(1)
+        with p.row(number=2, renormalize=True):
+            mine.pattern[1, [1, 3], [3, -1], [0, 2]] = 0.25
+            mine.pattern[1, [1, 3], :, [1, 2]] += torch.tensor([[[0.5, 0.2]]])
+            mine.pattern[1, 2, -1, :] = lambda live, clean, corrupted: clean + live.flip(1)
+            mine.pattern[1, 0, 2:, 1:4] = other.pattern[0, 3, 2:, 1:4] + 0.1 * other.pattern[1, 0, [-1], [0]]
+        with p.row(number=3):
+            mine.scores[0, :] = 3
+            mine.scores[0, :, :, :] = lambda live: live + torch.tensor(live.shape[-1]).sqrt()
+            mine.scores[1, 2, -1, :5] = other.scores[1, 1, -1, [3]] + torch.arange(5.0)
+            mine.q[0, 3:, 1] = other.q[0, 3:, 1]
+        with p.row(number=4):
+            mine.mlp_in[1, 2:] = other.mlp_in[1, 2:]
+            mine.mlp_in_scale[1, 3] = lambda live, clean, corrupted: (live + clean + corrupted) / 2
+            mine.logits_in[:] += other.resid_pre[1, :]
+            mine.logits_in_scale[-1] = 2 * other.logits_in_scale[0]
+            mine.resid_post[1, -1] = mine.logits_in[0] + 0.5
+        with p.row(number=5):
+            mine.k_in[1, :, [0, last]] = lambda live, clean, corrupted: 0.5 * clean + live.flip(1, 2)
+            mine.q_in[1, 3, [0, 2]] = torch.tensor([[1.0], [0.5]])
+            mine.z[1, 3:, 1] = lambda live: 2 * live
+    assert agree(p, 2, tmp_path) > 1e-3
+    assert ".repeat(5, 1)" in p.rows[0].as_nnsight(2)
+    assert ".repeat" not in p.rows[4].as_nnsight(2)
+
+
+def same(live: torch.Tensor) -> torch.Tensor:
+    return 1.5 * live
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_rows_of_edited_worlds(name: str, tmp_path: Path) -> None:
+    """As base and as source, one upon another; noise, functions and tensors of their own."""
+    with tp.patching(toy(name), ioi_pairs(2)) as p:
+        noised = p.world("noised", of=p.clean)
+        noised.embed[2:5] += p.gaussian(0.5, seed=1)
+        noised.z[0, -1, :] += 2 * p.gaussian(0.2) - p.clean.z[0, 3, :] + p.gaussian(0.1)
+        off = p.world("off", of=p.corrupted)
+        off.z[0, :, 1] = 0
+        off.v_in[1, 3:, 0] = p.clean.v_in[1, 3:, 0]
+        off.resid_mid[1, 3] += torch.linspace(-1, 1, p.architecture.d_model)
+        off.mlp_out[0, :] = same
+        both = p.world("both", of=off)
+        both.attn_out[1, -1] = p.clean.attn_out[1, -1] - off.attn_out[1, -1]
+        both.resid_pre[1, 3:] += p.gaussian(0.1) + noised.resid_pre[1, 3:]
+        held = p.world("held", of=p.corrupted)
+        held.freeze("pattern", "mlp_in_scale", at=noised, layers=[0])
+        both.mlp_in[1, 2:] = lambda live, clean, corrupted: live + clean - corrupted
+        with p.row(number=0):
+            noised.resid_pre[1, 4] = p.clean.resid_pre[1, 4]
+        with p.row(number=1):
+            off.z[0, :, :] = p.clean.z[0, :, :]
+            off.v_in[1, 4:, 0] += noised.attn_in[1, 4:]
+            off.mlp_out[0, -1] = same
+            off.mlp_out[1, :] += torch.linspace(-1, 1, p.architecture.d_model)
+        with p.row(number=2):
+            both.resid_pre[0, 4:7] = p.clean.resid_pre[0, 4:7]
+        with p.row(number=3):
+            p.clean.resid_post[1, :] = both.resid_post[1, :]
+            p.clean.resid_pre[0, 2:5] += 0.5 * both.attn_out[0, 2:5]
+        with p.row(number=4):
+            held.z[1, :, 0] = held.z[1, :, 0] + off.z[0, :, 1]
+        with p.row(number=5):
+            both.logits[-1] = off.logits[-1] - noised.logits[-1]
+        with p.row(number=6):
+            p.corrupted.attn_in[1, :] = noised.attn_in[1, :]
+            p.corrupted.scores[1, :, -1] = off.scores[1, :, -1]
+            p.corrupted.mlp_in_scale[1, :] = both.mlp_in_scale[1, :]
+    assert agree(p, 1, tmp_path) > 0.1
+    text = p.rows[2].as_nnsight(1)
+    assert "patched(model, both_functions=p.edited['both'].functions, off_functions=p.edited['off'].functions," in text
+    assert "off is corrupted with z[0, :, 1] = 0" in text
 
 
 def test_dims_line_up_as_in_a_recipe(gpt2: Any, tmp_path: Path) -> None:
