@@ -222,8 +222,8 @@ def test_what_readers_and_weights_do_beside_each_other(model_type: str, tmp_path
             mine.attn_in_scale[1, [3, 5]] += 0.5 * mine.attn_in_scale[1, [3, 5]]
             mine.attn_in_scale[1, :] = lambda live: live.flip(1)
         with p.row(number=2, renormalize=True):
-            mine.pattern[1, [1, 3], [3, -1], [0, 2]] = 0.25
-            mine.pattern[1, [1, 3], :, [1, 2]] += torch.tensor([[[0.5, 0.2]]])
+            mine.pattern[1, [1, 3], [3, -1], [0, 2]] = torch.arange(1.0, 9).view(2, 2, 2) / 10
+            mine.pattern[1, [1, 3], :, [0, 2]] += torch.tensor([[[0.5, 0.2]]])
             mine.pattern[1, 2, -1, :] = lambda live, clean, corrupted: clean + live.flip(1)
             mine.pattern[1, 0, 2:, 1:4] = other.pattern[0, 3, 2:, 1:4] + 0.1 * other.pattern[1, 0, [-1], [0]]
         with p.row(number=3):
@@ -241,6 +241,9 @@ def test_what_readers_and_weights_do_beside_each_other(model_type: str, tmp_path
             mine.k_in[1, :, [0, last]] = lambda live, clean, corrupted: 0.5 * clean + live.flip(1, 2)
             mine.q_in[1, 3, [0, 2]] = torch.tensor([[1.0], [0.5]])
             mine.z[1, 3:, 1] = lambda live: 2 * live
+        with p.row(number=6):  # a norm of nothing
+            mine.embed[3] = 0
+            mine.attn_in_scale[0, 4:] += 0.5
     assert agree(p, 2, tmp_path) > 1e-3
     assert ".repeat(5, 1)" in p.rows[0].as_nnsight(2)
     assert ".repeat" not in p.rows[4].as_nnsight(2)

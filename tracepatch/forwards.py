@@ -142,8 +142,6 @@ class Forward:
         """Whether every head is made to read the same."""
         if isinstance(edit.source, Function):
             return False
-        if edit.site.unit.scalar:
-            return True
         source = edit.source.terms()
         sites = [v.site for _, v in source.values if v.site.component not in SPLIT_READERS]
         one = [len(s.unit.resolve(self.architecture.units(s.component, s.layer)) or (0,)) == 1 for s in sites]
