@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from slow import made_up_pairs
 from tiny_models import ALL, ENCODER_DECODER, build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, scripts, spelling
+from tracepatch import errors, literals, scripts, spelling
+from tracepatch.architecture import architecture_of
 from tracepatch.calls import Place
+from tracepatch.sites import SCALES
 from tracepatch.sources import OTHER
 
-NINE = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "granite", "opt", "bloom", "mixtral")
+# Multipliers, norms behind attention or only there, tuples, flat MLPs, grouped heads, experts, attention sinks.
+TINY = ("gemma2", "gpt_oss", "opt")
+MORE = ("gpt2", "llama", "gpt_neox", "olmo2", "granite", "bloom", "mixtral")
 
 
 def run(text: str, file: Path, model: Any, **given: Any) -> tuple[float, torch.Tensor]:
@@ -41,6 +46,14 @@ def values(p: tp.Patching, pair: int, metric: str | None = None) -> np.ndarray:
     return (found if metric is None else found.sel(metric=metric)).sel(pair=pair).values
 
 
+def handed(p: tp.Patching, row: Any) -> dict[str, Any]:
+    """What a script may ask to be passed, by name."""
+    of_worlds = {
+        f"{name}_{what}": getattr(w, what) for name, w in p.edited.items() for what in ("functions", "tensors")
+    }
+    return {"functions": row.functions, "tensors": row.tensors, **of_worlds}
+
+
 def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metric: str | None = None) -> float:
     """Runs every row's script; the largest difference between two rows' numbers says that there was something to see."""
     wanted = values(p, pair, metric)
@@ -55,7 +68,7 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
         if shortest:
             assert text.count("\n") < 60, text
         file = folder / f"row_{row.number}_pair_{pair}_{row.base}_{metric}.py"
-        given = {n: v for n, v in (("functions", row.functions), ("tensors", row.tensors)) if f"{n}=" in text}
+        given = {n: v for n, v in handed(p, row).items() if re.search(rf"[( ]{n}=", text)}
         if "metric=" in text:
             given["metric"] = p.metrics[[m.name for m in p.metrics].index(metric) if metric else 0]
         found, logits = run(text, file, p.model, **given)
@@ -64,58 +77,75 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
     return float(np.ptp(wanted))
 
 
-def record(p: tp.Patching, name: str, base: str) -> None:
-    """Rows that set, add and zero a component: all positions in its first layer, single and several ones in its last."""
-    kind, live, other = tp.COMPONENTS[name], getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+def sites_of(p: tp.Patching, name: str) -> list[Any]:
+    """Indices: all positions in its first layer, single and several ones in its last."""
+    kind, found = tp.COMPONENTS[name], []
     layers = [n for n in range(len(p.architecture)) if p.architecture.offers(name, n)]
-    sites: list[Any] = []
     for number, (pos, layer) in enumerate(((slice(None), layers[0]), (-1, layers[-1]), ([0, 4], layers[-1]))):
         units = p.architecture.units(name, layer)
         unit = (units - 1, [0, units - 1] if units > 1 else 0, slice(None))[number]
-        sites.append((*((layer,) if kind.layered else ()), pos, *((unit,) if kind.unit else ())))
-    for number, site in enumerate(sites):
-        with p.row(number=3 * number):
-            live[site] = other[site]
-        if number == 2:
-            break
-        with p.row(number=3 * number + 1):
-            live[site] += 0.5 * other[site] - 0.5 * live[site]
-        with p.row(number=3 * number + 2):
-            live[site] = 0
+        if kind.attends:
+            found.append((layer, unit, pos, (slice(None), slice(2, None), [0, 3])[number]))
+        else:
+            found.append((*((layer,) if kind.layered else ()), pos, *((unit,) if kind.unit else ())))
+    return found
 
 
-def every_component(model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path) -> list[str]:
-    """The scripts of all components that are offered, against the plan; returns those that moved the metric."""
+def record(p: tp.Patching, name: str, base: str, thin: bool) -> None:
+    """Rows that set, add and zero a component at its sites; thinned out, one of each."""
+    live, other = getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
+    for number, site in enumerate(sites_of(p, name)):
+        if number == 0 or not thin:
+            with p.row(number=3 * number):
+                live[site] = other[site]
+        if number == 1 or not thin:
+            with p.row(number=3 * number + 1):
+                live[site] += 0.5 * other[site] - 0.5 * live[site]
+        if number == 2 or not thin:
+            with p.row(number=3 * number + 2):
+                live[site] = 2 if name in SCALES else 0
+
+
+def every_component(
+    model: Any, pairs: tp.Pairs, base: str, pair: int, folder: Path, thin: bool = False
+) -> tuple[list[str], list[str]]:
+    """The scripts of all components that are offered, against the plan; returns those, and which moved the metric."""
+    found = architecture_of(model)
+    offered = [n for n in tp.COMPONENTS if any(found.offers(n, i) for i in range(2))]
     moved = []
-    for name in tp.COMPONENTS:
-        if not any(tp.Architecture(model).offers(name, n) for n in range(2)):
-            continue
+    for name in offered:
         with tp.patching(model, pairs) as p:
-            record(p, name, base)
+            record(p, name, base, thin)
         (folder / name).mkdir()
-        if agree(p, pair, folder / name, shortest=True) > 1e-3:
+        if agree(p, pair, folder / name, shortest=True) > 1e-4:
             moved.append(name)
-    return moved
+    return offered, moved
 
 
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_every_component_of_the_toys(name: str, tmp_path: Path) -> None:
+    offered, moved = every_component(toy(name), ioi_pairs(2), ("corrupted", "clean")[name > "gpt2"], 1, tmp_path, True)
+    assert moved == offered
+    assert len(offered) >= 23
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["corrupted", "clean"])
-def test_every_component_in_both_directions(base: str, tmp_path: Path) -> None:
-    assert every_component(toy("gpt2"), ioi_pairs(2), base, 1, tmp_path) == list(tp.COMPONENTS)
+@pytest.mark.parametrize("name", tp.toys.NAMES)
+def test_every_component_of_the_toys_in_both_directions(name: str, base: str, tmp_path: Path) -> None:
+    offered, moved = every_component(toy(name), ioi_pairs(2), base, 0, tmp_path)
+    assert moved == offered
 
 
-@pytest.mark.parametrize(("name", "base"), [("gpt_neox", "clean"), ("llama", "corrupted"), ("gemma2", "clean")])
-def test_every_component_of_the_other_toys(name: str, base: str, tmp_path: Path) -> None:
-    assert len(every_component(toy(name), ioi_pairs(2), base, 0, tmp_path)) >= 12
-
-
-@pytest.mark.parametrize(("model_type", "base"), [(t, ("corrupted", "clean")[i % 2]) for i, t in enumerate(NINE)])
-def test_every_component_of_nine_architectures(model_type: str, base: str, tmp_path: Path) -> None:
-    """Multipliers, norms behind attention, blocks that return tuples, flat MLPs, grouped heads, experts."""
+@pytest.mark.parametrize(
+    "model_type", [t if t in TINY else pytest.param(t, marks=pytest.mark.slow) for t in (*TINY, *MORE)]
+)
+def test_every_component_of_other_architectures(model_type: str, tmp_path: Path) -> None:
     model = tp.load(build(model_type, layers=2), tokenizer())
-    moved = every_component(
-        model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, (0, 2)[base == "clean"], tmp_path
-    )
-    assert len(moved) >= 9, moved
+    base = ("corrupted", "clean")[model_type == "gpt_oss"]
+    pairs = made_up_pairs([f"w{i}" for i in range(30, 60)])
+    _, moved = every_component(model, pairs, base, 0 if base == "corrupted" else 2, tmp_path, model_type in TINY)
+    assert len(moved) >= 15, moved
 
 
 @pytest.mark.slow
@@ -123,24 +153,33 @@ def test_every_component_of_nine_architectures(model_type: str, base: str, tmp_p
 @pytest.mark.parametrize("model_type", [t for t in ALL if t not in ENCODER_DECODER])
 def test_every_component_of_all_decoders(model_type: str, base: str, tmp_path: Path) -> None:
     model = tp.load(build(model_type, layers=2), tokenizer())
-    assert every_component(model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, 2, tmp_path)
+    offered, moved = every_component(model, made_up_pairs([f"w{i}" for i in range(30, 60)]), base, 2, tmp_path)
+    assert offered
+    assert moved
 
 
 def test_every_component_has_words() -> None:
     assert set(spelling.STOPS) == set(tp.COMPONENTS)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "granite", "mixtral"])
-@pytest.mark.parametrize("base", ["corrupted", "clean"])
+@pytest.mark.parametrize(
+    ("model_type", "base"),
+    [
+        ("gpt2", "corrupted"),
+        ("gemma2", "clean"),
+        *(pytest.param(t, b, marks=pytest.mark.slow) for t in ("granite", "mixtral", "opt") for b in OTHER),
+    ],
+)
 def test_many_edits_in_one_row(model_type: str, base: str, tmp_path: Path) -> None:
     """Every component at once, written in the wrong order; several edits at one place, of which later ones see earlier."""
     model = tp.load(build(model_type, layers=3), tokenizer())
     with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
         mine, other = getattr(p, base), getattr(p, OTHER[base])
-        found = [n for n in tp.COMPONENTS if p.architecture.offers(n, 1)]
+        found = [n for n in tp.COMPONENTS if p.architecture.offers(n, 1) and n != "attn_out_scale"]
         with p.row(number=0):
             for name in reversed(found):
-                site = (1, slice(2, None)) if tp.COMPONENTS[name].layered else (slice(2, None),)
+                late = (slice(None), slice(2, None)) if tp.COMPONENTS[name].attends else (slice(2, None),)
+                site = (1, *late) if tp.COMPONENTS[name].layered else late
                 getattr(mine, name)[site] += 0.3 * getattr(other, name)[site]
         with p.row(number=1):
             mine.resid_pre[2, 4] += 0.5 * other.resid_pre[2, 4]  # the same place as resid_post[1]
@@ -161,6 +200,101 @@ def test_many_edits_in_one_row(model_type: str, base: str, tmp_path: Path) -> No
             mine.q[1, 1:, 0] = 2 * other.q[2, 1:, 1]
             mine.logits[-1] = 3 * mine.logits[-1] - other.logits[0]
     assert agree(p, 2, tmp_path) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", pytest.param("llama", marks=pytest.mark.slow)])
+def test_what_readers_and_weights_do_beside_each_other(model_type: str, tmp_path: Path) -> None:
+    """Streams of heads, some shared; scales of norms that they go through; masks, sums of weights, other layers."""
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
+        mine, other = p.corrupted, p.clean
+        last = p.architecture.units("v_in", 1) - 1
+        with p.row(number=0):  # heads 0 and 3 read one stream, 1 another, and 2 its own; one row is enough in layer 0
+            mine.q_in[1, 2:] = other.q_in[1, 2:]
+            mine.q_in[1, 4, [1, 2]] += other.head_out[0, 4, [1, 2]] - mine.head_out[0, 4, [1, 2]]
+            mine.k_in[1, 3:, 0] += 0.5 * other.attn_in[1, -1]
+            mine.v_in[0, :, last] = other.resid_pre[1, :]
+        with p.row(number=1):
+            mine.attn_in[1, 2:] += other.mlp_out[0, 2:]
+            mine.v_in[1, 3:, last] = 0
+            mine.q_in[1, -1, :] = other.k_in[1, -1, 0] - other.v_in[1, 4, [last]]
+            mine.attn_in_scale[1, 4:] = other.attn_in_scale[1, 4:]
+            mine.attn_in_scale[1, [3, 5]] += 0.5 * mine.attn_in_scale[1, [3, 5]]
+            mine.attn_in_scale[1, :] = lambda live: live.flip(1)
+        with p.row(number=2, renormalize=True):
+            mine.pattern[1, [1, 3], [3, -1], [0, 2]] = torch.arange(1.0, 9).view(2, 2, 2) / 10
+            mine.pattern[1, [1, 3], :, [0, 2]] += torch.tensor([[[0.5, 0.2]]])
+            mine.pattern[1, 2, -1, :] = lambda live, clean, corrupted: clean + live.flip(1)
+            mine.pattern[1, 0, 2:, 1:4] = other.pattern[0, 3, 2:, 1:4] + 0.1 * other.pattern[1, 0, [-1], [0]]
+        with p.row(number=3):
+            mine.scores[0, :] = 3
+            mine.scores[0, :, :, :] = lambda live: live + torch.tensor(live.shape[-1]).sqrt()
+            mine.scores[1, 2, -1, :5] = other.scores[1, 1, -1, [3]] + torch.arange(5.0)
+            mine.q[0, 3:, 1] = other.q[0, 3:, 1]
+        with p.row(number=4):
+            mine.mlp_in[1, 2:] = other.mlp_in[1, 2:]
+            mine.mlp_in_scale[1, 3] = lambda live, clean, corrupted: (live + clean + corrupted) / 2
+            mine.logits_in[:] += other.resid_pre[1, :]
+            mine.logits_in_scale[-1] = 2 * other.logits_in_scale[0]
+            mine.resid_post[1, -1] = mine.logits_in[0] + 0.5
+        with p.row(number=5):
+            mine.k_in[1, :, [0, last]] = lambda live, clean, corrupted: 0.5 * clean + live.flip(1, 2)
+            mine.q_in[1, 3, [0, 2]] = torch.tensor([[1.0], [0.5]])
+            mine.z[1, 3:, 1] = lambda live: 2 * live
+        with p.row(number=6):  # a norm of nothing
+            mine.embed[3] = 0
+            mine.attn_in_scale[0, 4:] += 0.5
+    assert agree(p, 2, tmp_path) > 1e-3
+    assert ".repeat(5, 1)" in p.rows[0].as_nnsight(2)
+    assert ".repeat" not in p.rows[4].as_nnsight(2)
+
+
+def same(live: torch.Tensor) -> torch.Tensor:
+    return 1.5 * live
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_rows_of_edited_worlds(name: str, tmp_path: Path) -> None:
+    """As base and as source, one upon another; noise, functions and tensors of their own."""
+    with tp.patching(toy(name), ioi_pairs(2)) as p:
+        noised = p.world("noised", of=p.clean)
+        noised.embed[2:5] += p.gaussian(0.5, seed=1)
+        noised.z[0, -1, :] += 2 * p.gaussian(0.2) - p.clean.z[0, 3, :] + p.gaussian(0.1)
+        off = p.world("off", of=p.corrupted)
+        off.z[0, :, 1] = 0
+        off.v_in[1, 3:, 0] = p.clean.v_in[1, 3:, 0]
+        off.resid_mid[1, 3] += torch.linspace(-1, 1, p.architecture.d_model)
+        off.mlp_out[0, :] = same
+        both = p.world("both", of=off)
+        both.attn_out[1, -1] = p.clean.attn_out[1, -1] - off.attn_out[1, -1]
+        both.resid_pre[1, 3:] += p.gaussian(0.1) + noised.resid_pre[1, 3:]
+        held = p.world("held", of=p.corrupted)
+        held.freeze("pattern", "mlp_in_scale", at=noised, layers=[0])
+        both.mlp_in[1, 2:] = lambda live, clean, corrupted: live + clean - corrupted
+        with p.row(number=0):
+            noised.resid_pre[1, 4] = p.clean.resid_pre[1, 4]
+        with p.row(number=1):
+            off.z[0, :, :] = p.clean.z[0, :, :]
+            off.v_in[1, 4:, 0] += noised.attn_in[1, 4:]
+            off.mlp_out[0, -1] = same
+            off.mlp_out[1, :] += torch.linspace(-1, 1, p.architecture.d_model)
+        with p.row(number=2):
+            both.resid_pre[0, 4:7] = p.clean.resid_pre[0, 4:7]
+        with p.row(number=3):
+            p.clean.resid_post[1, :] = both.resid_post[1, :]
+            p.clean.resid_pre[0, 2:5] += 0.5 * both.attn_out[0, 2:5]
+        with p.row(number=4):
+            held.z[1, :, 0] = held.z[1, :, 0] + off.z[0, :, 1]
+        with p.row(number=5):
+            both.logits[-1] = off.logits[-1] - noised.logits[-1]
+        with p.row(number=6):
+            p.corrupted.attn_in[1, :] = noised.attn_in[1, :]
+            p.corrupted.scores[1, :, -1] = off.scores[1, :, -1]
+            p.corrupted.mlp_in_scale[1, :] = both.mlp_in_scale[1, :]
+    assert agree(p, 1, tmp_path) > 0.1
+    text = p.rows[2].as_nnsight(1)
+    assert "patched(model, both_functions=p.edited['both'].functions, off_functions=p.edited['off'].functions," in text
+    assert "off is corrupted with z[0, :, 1] = 0" in text
 
 
 def test_dims_line_up_as_in_a_recipe(gpt2: Any, tmp_path: Path) -> None:
@@ -380,7 +514,7 @@ def test_places_that_few_models_have(place: Place, read: str, put: list[str]) ->
     ],
 )  # fmt: skip
 def test_indices_as_one_would_write_them(indices: tuple[int, ...], scalar: bool, text: str) -> None:
-    found = spelling.along(indices, scalar, 10)
+    found = literals.along(indices, scalar, 10)
     assert found == text
     if not scalar:
         assert tuple(eval(f"torch.arange(10)[{found}]").tolist()) == indices

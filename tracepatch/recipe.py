@@ -84,6 +84,7 @@ class Patching(Recorder):
                 encoded=self.encoded,
                 metrics=self.metrics,
                 model=name_of(self.model),
+                edited=self.edited,
             )
             for row in self.rows:
                 row._script = write

@@ -64,6 +64,16 @@ class EditedWorld:
     edits: list[Edit] = field(default_factory=list)
     used: bool = False
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
+        return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def functions(self) -> list[Callable[..., torch.Tensor]]:
+        """The functions of its edits, in the order of the edits."""
+        return [e.source.function for e in self.edits if isinstance(e.source, Function)]
+
     def __str__(self) -> str:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))
 
@@ -144,7 +154,8 @@ class Row:
         The text is a Python module that needs torch and nnsight only. Its ``patched(model)`` takes the nnsight model
         and returns the metric's value, the plan's up to rounding, and the logits ``[pos, vocab]``. What cannot be
         written down is passed: ``tensors=row.tensors`` (those of more than a few numbers),
-        ``functions=row.functions``, and ``metric=p.metrics[0]`` where it is a function of yours; the text says so.
+        ``functions=row.functions``, the same of edited worlds, and ``metric=p.metrics[0]`` where it is a function of
+        yours; the text says so. Noise is drawn again by its seed.
 
         Write it to a file and import that: nnsight reads the source of a trace from its file, so ``exec`` does not do,
         and it reads a file once in a session, so that every script needs a name of its own.

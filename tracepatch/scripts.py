@@ -7,24 +7,25 @@ whose values are written run first, then the edits in the order of the forward, 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
-from typing import TypeAlias, get_args
+from collections.abc import Iterable, Mapping
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, listing, plural
+from tracepatch.forwards import NAMED, PRISTINE, WIDTH, Common, Forward, comment, indented, safe, written
+from tracepatch.literals import along
 from tracepatch.metrics import Metric
-from tracepatch.rows import Edit, Row
-from tracepatch.sites import COMPONENTS, STAGES, Site
-from tracepatch.sources import Function, Sum, Value, WorldName
-from tracepatch.spelling import READINGS, STOPS, Read, Stop, along, joined, literal, number, plus
+from tracepatch.readings import READINGS, Read
+from tracepatch.rows import Edit, EditedWorld, Row
+from tracepatch.sites import COMPONENTS, Site
+from tracepatch.sources import Function, WorldName
+from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
-WIDTH = 120
-INLINE = 8  # numbers of a tensor that are written out
-NAMED = 3  # positions whose tokens are named beside an edit
-WORLDS: tuple[WorldName, ...] = get_args(WorldName)
-Visit: TypeAlias = tuple[tuple[float, int, int, int], list[str]]
-"""Lines of a trace with their moment: what passes by is edited first, then taken for later."""
+EAGER = [
+    "    usual = model._module.config._attn_implementation",
+    '    model._module.set_attn_implementation("eager")  # step by step, where scores and patterns can be seen',
+]
+BACK = "    model._module.set_attn_implementation(usual)"
 
 
 def script(
@@ -36,6 +37,7 @@ def script(
     encoded: EncodedPairs,
     metrics: tuple[Metric, ...],
     model: str,
+    edited: Mapping[WorldName, EditedWorld],
 ) -> str:
     """The script of a row on a pair; ``Row.as_nnsight`` describes it.
 
@@ -47,6 +49,7 @@ def script(
         encoded: The pairs.
         metrics: What is read.
         model: What the model is called.
+        edited: The edited worlds.
 
     Raises:
         RecipeError: There is no such pair or metric, the pair lacks the row's positions, or the row holds what no
@@ -57,30 +60,42 @@ def script(
     names = [m.name for m in metrics]
     if metric is not None and metric not in names:
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
-    _require_words(row)
-    _require_present(row, pair, encoded)
+    common = Common(row, pair, architecture, encoded, dict(edited))
+    worlds = _worlds(common, {row.base, *_sources(row.edits)})
+    edits = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
+    _require_words(edits)
+    _require_present(edits, pair, encoded)
     which = 0 if metric is None else names.index(metric)
-    return _Script(row, pair, which, metrics[which], architecture, encoded).text(model)
+    return _Script(common, worlds, which, metrics[which]).text(model)
 
 
-def _require_words(row: Row) -> None:
-    unknown = [e for e in row.edits if any(s.component not in STOPS for s in _sites(e))]
+def _worlds(common: Common, given: Iterable[WorldName]) -> list[WorldName]:
+    """Worlds with all that they rest on, each after those that it takes values of; clean and corrupted in front."""
+    found = list(PRISTINE)
+
+    def add(world: WorldName) -> None:
+        if world not in found:
+            for other in (common.edited[world].of, *sorted(_sources(common.edited[world].edits))):
+                add(other)
+            found.append(world)
+
+    for world in sorted(given, key=[*PRISTINE, *common.edited].index):
+        add(world)
+    return found
+
+
+def _require_words(edits: list[Edit]) -> None:
+    unknown = [e for e in edits if any(s.component not in STOPS for s in _sites(e))]
     if unknown:
         raise RecipeError(
             f"{plural(len(unknown), 'edit')} of this row cannot be written as a plain script.\n"
             f"{listing([str(e) for e in unknown])}\nScripts are written for {', '.join(STOPS)}."
         )
-    worlds = {row.base, *(v.world for e in row.edits for v in _values(e))} - set(WORLDS)
-    if worlds:
-        raise RecipeError(
-            f"The row uses {', '.join(sorted(worlds))}, which is no run of a prompt as it is. Scripts are written for "
-            f"rows of the worlds {', '.join(WORLDS)}."
-        )
 
 
-def _require_present(row: Row, pair: int, encoded: EncodedPairs) -> None:
-    sites = [site for edit in row.edits for site in _sites(edit)]
-    absent = [[str(s) for s in sites if not s.pos.resolve(n)] for n in encoded.lengths]
+def _require_present(edits: list[Edit], pair: int, encoded: EncodedPairs) -> None:
+    sites = [site for edit in edits for site in _sites(edit)]
+    absent = [[str(s) for s in sites if not (s.pos.resolve(n) and s.src.resolve(n))] for n in encoded.lengths]
     if absent[pair]:
         lacking, tokens = ", ".join(dict.fromkeys(absent[pair])), plural(encoded.lengths[pair], "token")
         having = ", ".join(str(i) for i, missing in enumerate(absent) if not missing) or "none"
@@ -90,57 +105,64 @@ def _require_present(row: Row, pair: int, encoded: EncodedPairs) -> None:
         )
 
 
-@dataclass
 class _Script:
     """One script in the making."""
 
-    row: Row
-    pair: int
-    which: int
-    metric: Metric
-    architecture: Architecture
-    encoded: EncodedPairs
-    parameters: dict[str, str] = field(default_factory=dict)
-    wanted: dict[tuple[WorldName, str, int], Stop] = field(default_factory=dict)
-    defines: dict[str, None] = field(default_factory=dict)
+    def __init__(self, common: Common, worlds: list[WorldName], which: int, metric: Metric) -> None:
+        self.common, self.worlds, self.which, self.metric = common, worlds, which, metric
+        self.row, self.pair, self.encoded, self.length = common.row, common.pair, common.encoded, common.length
 
     def text(self, model: str) -> str:
         """All of it; what the edits and the metric take from other runs is known only when they have been written."""
-        patched, value = self._patched(), self._value()
-        taken = [world for world in WORLDS if any(key[0] == world for key in self.wanted)]
-        unpatched = [self._unpatched(world) for world in taken]
-        body = [line for part in (*unpatched, patched, value) for line in (*part, "")][:-1]
-        tokens = [self._tokens(world) for world in WORLDS if world in (*taken, self.row.base)]
-        names = sorted(self.parameters)
+        patched, value, common = self._patched(), self._value(), self.common
+        runs = [self._run(world) for world in reversed(self.worlds) if common.wanted[world]]
+        body = [line for part in (*reversed(runs), patched) for line in (*part, "")]
+        used = {
+            common.root(world)
+            for world in (self.row.base, *self.worlds)
+            if world == self.row.base or common.wanted[world]
+        }
+        tokens = [self._tokens(world) for world in PRISTINE if world in used]
+        names = sorted(common.parameters)
+        body = [*EAGER, "", *indented(body[:-1]), BACK] if self._eager() else indented(body[:-1])
         lines = [
             *self._header(model, names),
             *("", "import nnsight", "import torch", ""),
             *(line for part in tokens for line in part),
-            *(line for text in self.defines for line in ("", "", *text.splitlines())),
+            *(line for text in common.defines for line in ("", "", *text.splitlines())),
             *("", "", f"def patched({', '.join(['model', *names])}):"),
-            f'    """The {_safe(self.metric.name)} of the patched run, and its logits [pos, vocab]."""',
-            *_indented([*body, "return value.item(), logits"]),
+            f'    """The {safe(self.metric.name)} of the patched run, and its logits [pos, vocab]."""',
+            *body,
+            "",
+            *indented([*value, "return value.item(), logits"]),
         ]
         return "\n".join(lines) + "\n"
 
-    @property
-    def length(self) -> int:
-        """Tokens of the pair's prompts."""
-        return self.encoded.lengths[self.pair]
+    def _eager(self) -> bool:
+        """Whether attention must be computed step by step."""
+        wanted = (name for keys in self.common.wanted.values() for name, _ in keys)
+        edits = [*self.row.edits, *(edit for _, edit in self._standing())]
+        return any(COMPONENTS[name].attends for name in (*wanted, *(e.site.component for e in edits)))
+
+    def _standing(self) -> list[tuple[WorldName, Edit]]:
+        worlds = [world for world in self.worlds if world == self.row.base or self.common.wanted[world]]
+        return [pair for world in worlds for pair in self.common.standing(world)]
 
     # ------------------------------------------------------------------------------------------------ what it is about
 
     def _header(self, model: str, names: list[str]) -> list[str]:
         row, file = self.row, f"row_{self.row.number}_pair_{self.pair}"
-        call = ", ".join(["model", *(f"{name}={self.parameters[name]}" for name in names)])
-        edits = listing([f"{row.base}.{_written(e)}" for e in row.edits])
+        call = ", ".join(["model", *(f"{name}={self.common.parameters[name]}" for name in names)])
+        used = dict.fromkeys(world for world, _ in self._standing())
+        edits = [f"{row.base}.{written(e)}" for e in row.edits]
+        edits = [*edits, *(line for world in used for line in self._described(world))]
         return [
-            *_comment(
+            *comment(
                 f"Row {row.number} ({row.described or 'without labels'}) on pair {self.pair} in plain nnsight. The "
-                f"model: {_safe(model)}, layers 0 to {len(self.architecture) - 1}."
+                f"model: {safe(model)}, layers 0 to {len(self.common.architecture) - 1}."
             ),
-            *(f"# {line}" for line in edits.splitlines()),
-            *_comment(
+            *(f"# {line}" for line in listing(edits).splitlines()),
+            *comment(
                 f"Save it as {file}.py: nnsight reads a trace from its file, and a file once in a session. Then run"
             ),
             f"#   from {file} import patched",
@@ -150,122 +172,37 @@ class _Script:
     def _tokens(self, world: WorldName) -> list[str]:
         ids = list(self.encoded.world(world)[self.pair])
         return [
-            *_comment(repr(self.encoded.tokenizer.decode(ids, clean_up_tokenization_spaces=False))),
+            *comment(repr(self.encoded.tokenizer.decode(ids, clean_up_tokenization_spaces=False))),
             *textwrap.wrap(f"{world}_tokens = torch.tensor([{ids}])", WIDTH, subsequent_indent=" " * 4),
         ]
 
+    def _described(self, world: WorldName) -> list[str]:
+        """What an edited world is."""
+        here = self.common.edited[world]
+        return [f"{world} is {here.of} with {written(edit)}" for edit in here.edits]
+
     # ------------------------------------------------------------------------------------------------ the forwards
 
-    def _unpatched(self, world: WorldName) -> list[str]:
+    def _run(self, world: WorldName) -> list[str]:
         """The run whose values are written, or compared with."""
-        visits: list[Visit] = []
-        for (_, name, layer), stop in ((key, stop) for key, stop in self.wanted.items() if key[0] == world):
-            visits += _taken(stop)
-            self.defines |= dict.fromkeys(stop.defines)
-            keep = f"{_variable(world, name, layer)} = nnsight.save({stop.value})"
-            visits.append(((stop.order, 0, layer, STAGES[name]), [*stop.before, keep]))
+        about = f"The unpatched {world} run."
+        if world in self.common.edited:
+            about = f"The {world} run: {self.common.edited[world].of} with its standing edits."
         return [
-            f"# The unpatched {world} run. Values are cloned: a model may change in place what has passed by.",
-            *_trace(world, visits),
+            *comment(f"{about} Values are cloned: a model may change in place what has passed by.", WIDTH - 4),
+            *Forward(self.common, world, self.common.standing(world)).lines(),
         ]
 
     def _patched(self) -> list[str]:
         """The run with the edits."""
-        visits: list[Visit] = []
-        groups: dict[tuple[str, int], list[Edit]] = {}
-        for edit in self.row.edits:
-            groups.setdefault((edit.site.component, edit.site.layer), []).append(edit)
-        for (name, layer), edits in groups.items():
-            stop = STOPS[name](self.architecture, name, layer)
-            visits += _taken(stop)
-            self.defines |= dict.fromkeys(stop.defines)
-            lines = [*stop.before, f"{name} = {stop.value}  # [{stop.dims}]"]
-            lines += [line for edit in edits for line in self._edit(edit)]
-            visits.append(((stop.order, 0, layer, STAGES[name]), [*lines, *stop.back]))
-        last = "logits[0]" if ("logits", 0) in groups else "model.output.logits[0].clone()"
-        visits.append(((float("inf"), 1, 0, 0), [f"logits = nnsight.save({last})"]))
+        common, base = self.common, self.row.base
+        edits = [*common.standing(base), *(("", edit) for edit in self.row.edits)]
+        of_logits = any(edit.site.component == "logits" for _, edit in edits)
+        last = "logits[0]" if of_logits else "model.output.logits[0].clone()"
         return [
-            f"# The {self.row.base} run, edited: each activation where it passes by, in the order of the forward.",
-            *_trace(self.row.base, visits),
+            f"# The {base} run, edited: each activation where it passes by, in the order of the forward.",
+            *Forward(common, base, edits).lines(f"logits = nnsight.save({last})"),
         ]
-
-    def _kept(self, world: WorldName, name: str, layer: int) -> str:
-        """The variable with a value of an unpatched run, which is taken from now on."""
-        self.wanted.setdefault((world, name, layer), STOPS[name](self.architecture, name, layer))
-        return _variable(world, name, layer)
-
-    # ------------------------------------------------------------------------------------------------ one edit
-
-    def _edit(self, edit: Edit) -> list[str]:
-        site, source, name = edit.site, edit.source, edit.site.component
-        ids, positions, about = self.encoded.world(self.row.base)[self.pair], site.pos.resolve(self.length) or (), ""
-        if len(positions) <= NAMED:
-            words = self.encoded.words(ids[p] for p in positions)
-            about = ": " + ", ".join(f"position {p} is {w!r}" for p, w in zip(positions, words, strict=True))
-        if isinstance(source, Function):
-            cells = self._index(site, ":")
-            made = self._made(edit, source, cells)
-        else:
-            cells = self._index(site)
-            made = self._sum(edit, source.terms())
-        comment = _comment(f"{_written(edit)}{about}", WIDTH - 8)
-        return [*comment, f"{name}[{cells}] {'+=' if edit.add else '='} {made}"]
-
-    def _made(self, edit: Edit, source: Function, cells: str) -> str:
-        """A call of a function with the live value, or with the worlds' as well; rows in front."""
-        site, which = edit.site, [e is edit for e in self.row.edits if isinstance(e.source, Function)].index(True)
-        self.parameters["functions"] = f"p.rows[{self.row.number}].functions"
-        worlds = WORLDS[: source.arguments - 1]
-        values = [
-            "None"
-            if world == "corrupted" and self.encoded.corrupted is None
-            else f"{self._kept(world, site.component, site.layer)}[{cells}]"
-            for world in worlds
-        ]
-        return f"functions[{which}]({', '.join([f'{site.component}[{cells}]', *values])})"
-
-    def _sum(self, edit: Edit, source: Sum) -> str:
-        found = ""
-        for factor, value in source.values:
-            kept = self._kept(value.world, value.site.component, value.site.layer)
-            same = value.site == edit.site
-            term = f"{kept}[{self._index(value.site) if same else self._aligned(value.site, edit.site)}]"
-            found = plus(found, factor, term if abs(factor) == 1 else f"{number(abs(factor))} * {term}")
-        constant, name = source.constant, edit.site.component
-        if constant is None:
-            return found
-        tensor = constant.tensor
-        if not tensor.shape:
-            return plus(found, float(tensor), number(abs(float(tensor)))) if tensor or not found else found
-        if tensor.numel() <= INLINE:
-            return plus(found, 1, f"{name}.new_tensor({literal(tensor.tolist())})")
-        self.parameters["tensors"] = f"p.rows[{self.row.number}].tensors"
-        which = [e is edit for e in self.row.edits if e.tensor is not None].index(True)
-        return plus(found, 1, f"tensors[{which}].to({name})")
-
-    def _index(self, site: Site, rows: str = "0") -> str:
-        """A site's cells, with the dims that the recorded index gives."""
-        parts = [along(site.pos.resolve(self.length) or (), site.pos.scalar, self.length)]
-        if COMPONENTS[site.component].unit:
-            parts.append(self._units(site, site.unit.scalar))
-        return joined(rows, parts)
-
-    def _aligned(self, site: Site, target: Site) -> str:
-        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast."""
-        positions = site.pos.resolve(self.length) or ()
-        # Where the target has several heads, a dim for them has to stand behind the positions.
-        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and len(positions) > 1
-        parts = [along(positions, len(positions) == 1, self.length)]
-        if COMPONENTS[site.component].unit:
-            count = self.architecture.units(site.component, site.layer)
-            parts.append(self._units(site, len(site.unit.resolve(count) or ()) == 1 and not behind))
-        elif behind:
-            parts.append("None")
-        return joined("0", parts)
-
-    def _units(self, site: Site, scalar: bool) -> str:
-        count = self.architecture.units(site.component, site.layer)
-        return along(site.unit.resolve(count) or (), scalar, count)
 
     # ------------------------------------------------------------------------------------------------ the metric
 
@@ -281,7 +218,7 @@ class _Script:
                 f"{name} = logits[{-1 if last else at}].float()  # [{'position, ' if several else ''}vocab]",
                 f"value = {READINGS[metric.function](read)}{self._named(metric)}",
             ]
-        self.parameters["metric"] = f"p.metrics[{self.which}]"
+        self.common.parameters["metric"] = f"p.metrics[{self.which}]"
         at, given = along(positions, False, self.length), []
         for need in metric.needs:
             what = self._given(need, positions, f":, {at}")
@@ -303,10 +240,8 @@ class _Script:
 
     def _given(self, need: str, positions: tuple[int, ...], at: str) -> tuple[int, ...] | str:
         """What a metric needs of the pair: ids, or another run's log-probabilities as code."""
-        if need in WORLDS:
-            return (
-                f"{self._kept('clean' if need == 'clean' else 'corrupted', 'logits', 0)}[{at}].float().log_softmax(-1)"
-            )
+        if need in PRISTINE:
+            return f"{self.common.kept(need, 'logits', 0)}[{at}].float().log_softmax(-1)"
         found: tuple[int, ...] = getattr(self.encoded, "clean" if need == "next" else need)[self.pair]
         if need == "next":  # after the last token the answer
             follow = (*found[1:], *(self.encoded.answer[self.pair][:1] or (0,)))
@@ -314,43 +249,11 @@ class _Script:
         return found
 
 
-# ------------------------------------------------------------------------------------------------------ pieces of text
-
-
-def _trace(world: WorldName, visits: list[Visit]) -> list[str]:
-    lines = [line for _, part in sorted(visits, key=lambda visit: visit[0]) for line in part]
-    return [f"with torch.no_grad(), model.trace(input_ids={world}_tokens, use_cache=False):", *_indented(lines)]
-
-
-def _taken(stop: Stop) -> list[Visit]:
-    return [((order, 1, 0, 0), [line]) for order, line in stop.asides]
-
-
-def _variable(world: WorldName, name: str, layer: int) -> str:
-    return f"{world}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
-
-
-def _values(edit: Edit) -> list[Value]:
-    return [] if isinstance(edit.source, Function) else [value for _, value in edit.source.terms().values]
+def _sources(edits: Iterable[Edit]) -> set[WorldName]:
+    """The worlds whose values edits take."""
+    return {v.world for e in edits if not isinstance(e.source, Function) for _, v in e.source.terms().values}
 
 
 def _sites(edit: Edit) -> list[Site]:
-    return [edit.site, *(value.site for value in _values(edit))]
-
-
-def _written(edit: Edit) -> str:
-    return _safe(str(edit)).replace("·", " * ").replace("…", "...")
-
-
-def _safe(text: str) -> str:
-    """A name in one line that ends no string."""
-    return " ".join(text.splitlines()).replace("\\", "/").replace('"', "'")
-
-
-def _comment(text: str, width: int = WIDTH) -> list[str]:
-    lines = textwrap.wrap(text, width - 2, break_long_words=False, break_on_hyphens=False)
-    return [f"# {line}" for line in lines]
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return ["    " + line if line else "" for line in lines]
+    values = () if isinstance(edit.source, Function) else edit.source.terms().values
+    return [edit.site, *(value.site for _, value in values)]

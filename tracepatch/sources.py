@@ -128,9 +128,13 @@ class Noise(Source):
 
     def draw(self, place: str, shape: Sequence[int]) -> torch.Tensor:
         """The noise of a shape at a place (any text), in float32."""
-        digest = hashlib.blake2b(f"{self.seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        generator = torch.Generator().manual_seed(self.seed_at(place, shape))
         return self.scale * torch.randn(tuple(shape), generator=generator)
+
+    def seed_at(self, place: str, shape: Sequence[int]) -> int:
+        """The generator's seed for a shape at a place."""
+        digest = hashlib.blake2b(f"{self.seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big")
 
     def __str__(self) -> str:
         return f"gaussian({self.scale:g}, seed={self.seed})"

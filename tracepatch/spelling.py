@@ -1,22 +1,55 @@
-"""How a plain nnsight script reads and writes each component, and computes each metric: one function of code for each.
+"""How a plain nnsight script reads and writes each component: one function of code for each.
 
 The same lines take a component's value in an unpatched run and make it editable in a patched one. To give another
-component a script, write its function and add it to ``STOPS``; a metric without one in ``READINGS`` is passed to the
-script.
+component a script, write its function and add it to ``STOPS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-import torch
-
-from tracepatch import metrics
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.sites import COMPONENTS
+from tracepatch.literals import along, number
+from tracepatch.sites import COMPONENTS, SPLIT_READERS
+
+Moments: TypeAlias = tuple[tuple[float, tuple[str, ...]], ...]
+"""Lines, each with when they are due."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A component of one layer in one forward of a script.
+
+    Attributes:
+        architecture: Where the components live.
+        name: The component.
+        layer: Its layer.
+        rows: Of the batch: the run itself, then those that read what only single heads of it read.
+        edited: Whether it is edited there, and not only kept.
+        shadows: For what single heads read: such a row, and the heads that read the same.
+    """
+
+    architecture: Architecture
+    name: str
+    layer: int
+    rows: int = 1
+    edited: bool = False
+    shadows: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def place(self) -> Place:
+        """Where it passes by."""
+        if self.name == "logits_in":
+            return self.architecture.stream(len(self.architecture))
+        return self.architecture.place(self.name, self.layer)
+
+    @property
+    def units(self) -> int:
+        """Its heads or neurons."""
+        return self.architecture.units(self.name, self.layer)
 
 
 @dataclass(frozen=True)
@@ -28,8 +61,10 @@ class Stop:
         value: A fresh tensor with its value.
         dims: Of that tensor.
         before: Lines that the value needs.
+        after: Lines behind each edit.
         back: Lines that give the variable, named like the component, back to the model.
-        asides: When, and by which line, something is taken that passes by earlier.
+        first: What is done at other moments, before anything is edited there.
+        asides: What is taken at other moments, after everything that is edited there.
         defines: Functions that the lines call.
     """
 
@@ -37,36 +72,150 @@ class Stop:
     value: str
     dims: str
     before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     back: tuple[str, ...] = ()
-    asides: tuple[tuple[float, str], ...] = ()
+    first: Moments = ()
+    asides: Moments = ()
     defines: tuple[str, ...] = ()
 
 
-def _plain(architecture: Architecture, name: str, layer: int) -> Stop:
+def _plain(spot: Spot) -> Stop:
     """Read and written as it stands."""
-    place = architecture.place(name, layer)
-    return Stop(place.order, _read(place), "batch, pos, " + COMPONENTS[name].dims[-1], back=_put(place, name))
+    place, dims = spot.place, "batch, pos, " + COMPONENTS[spot.name].dims[-1]
+    return Stop(place.order, _read(place, spot.rows), dims, back=_put(place, spot.name, rows=spot.rows))
 
 
-def _z(architecture: Architecture, name: str, layer: int) -> Stop:
+def _z(spot: Spot) -> Stop:
     """Heads lie side by side in one dim."""
-    place = architecture.place(name, layer)
-    heads = f".unflatten(-1, ({architecture.units(name, layer)}, {architecture.width(name, layer)}))"
-    return Stop(place.order, _read(place) + heads, "batch, pos, head, d_head", back=_put(place, f"{name}.flatten(-2)"))
+    place = spot.architecture.place("z", spot.layer)
+    heads = f".unflatten(-1, ({spot.units}, {spot.architecture.width('z', spot.layer)}))"
+    back = _put(place, "z.flatten(-2)", rows=spot.rows)
+    return Stop(place.order, _read(place, spot.rows) + heads, "batch, pos, head, d_head", back=back)
 
 
-def _taken_by_attention(architecture: Architecture, name: str, layer: int) -> Stop:
+def _taken_by_attention(spot: Spot) -> Stop:
     """An argument of the call that computes attention, ``[batch, head, pos, d_head]``."""
-    place = architecture.place(name, layer)
-    assert isinstance(place.key, int)
-    before = f"attention = {_module(place.path)}.source.{place.operation}  # (module, q, k, v, ...)"
-    given = f"(*given[:{place.key}], {name}.transpose(1, 2), *given[{place.key + 1}:])"
+    place, name = spot.place, spot.name
     return Stop(
         place.order,
         f"attention.inputs[0][{place.key}].transpose(1, 2).clone()",
         f"batch, pos, {COMPONENTS[name].unit}, d_head",
-        (before,),
-        ("given, options = attention.inputs", f"attention.inputs = ({given}, options)"),
+        (_call(place),),
+        back=_given_to_attention(place, f"{name}.transpose(1, 2)"),
+    )
+
+
+def _call(place: Place) -> str:
+    return f"attention = {_module(place.path)}.source.{place.operation}  # (module, q, k, v, ...)"
+
+
+def _given_to_attention(place: Place, value: str) -> tuple[str, str]:
+    assert isinstance(place.key, int)
+    given = f"(*given[:{place.key}], {value}, *given[{place.key + 1}:])"
+    return "given, options = attention.inputs", f"attention.inputs = ({given}, options)"
+
+
+def _weights(spot: Spot) -> Stop:
+    """Scores and patterns, ``[batch, head, dest, src]``, inside attention computed step by step."""
+    place, name, allowed = spot.place, spot.name, f"allowed_{spot.layer}"
+    scores = spot.architecture.place("scores", spot.layer)
+    found = "step.output" if place.side == "output" else f"step.inputs[0][{place.key}]{_listed(place)}"
+    mask = f"{allowed} = step.inputs[0][{scores.key}]{_listed(scores)} > torch.finfo({spot.architecture.dtype}).min / 2"
+    if place.side == "output":
+        back: tuple[str, ...] = (f"step.output = {name}",)
+    else:
+        given = f"[{name}, *given[0][1:]]" if _listed(place) else name
+        back = "given, options = step.inputs", f"step.inputs = (({given}, *given[1:]), options)"
+    return Stop(
+        place.order,
+        f"{found}.clone()",
+        "batch, head, dest, src",
+        (f"step = {_step(place)}",),
+        (f"{name} = torch.where({allowed}, {name}, {found})  # masked keys stay",),
+        back,
+        ((scores.order, (f"step = {_step(scores)}", mask)),) if spot.edited else (),
+    )
+
+
+def _step(place: Place) -> str:
+    """A call inside attention, or inside one of its calls."""
+    return f"{_module(place.path)}.source.{place.operation.replace('.', '.source.')}"
+
+
+def _listed(place: Place) -> str:
+    """Whether the value is the first of a list that is put together: the scores, with an attention sink behind them."""
+    return "[0]" if place.operation.endswith("cat_0") and place.side == "input" else ""
+
+
+APART = '''\
+def apart(norm, x):
+    """A norm's input x [batch, pos, d_model] weighted, but not divided yet; what it is divided by; the norm's bias."""
+    bias = norm(torch.zeros_like(x)).float()
+    if torch.allclose(norm(torch.ones_like(x)).float(), bias, atol=1e-3):  # it subtracts the mean
+        x = x - x.mean(-1, keepdim=True)
+    size = x.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
+    weighted = (norm((100 / size * x).to(x)) - bias) * size  # at the size 100 the norm's eps is nothing
+    scale = weighted.square().sum(-1, keepdim=True) / (weighted * (norm(x) - bias)).sum(-1, keepdim=True)
+    return weighted, scale.nan_to_num(1.0), bias
+'''
+
+
+def _reading(spot: Spot) -> tuple[str, str, Place, Moments]:
+    """What a norm takes: its variable, the norm, where what the norm gives is written, and when it is taken."""
+    look = spot.architecture.scaled if spot.name.endswith("_scale") else spot.architecture.reader
+    stream, norm, place = look(spot.name, spot.layer)
+    verb, branch = "writes" if "_out" in spot.name else "reads", "mlp" if spot.name.startswith("mlp") else "attn"
+    variable = "final_reads" if spot.name == "logits_in_scale" else f"{branch}_{verb}_{spot.layer}"
+    return variable, norm, place, ((stream.order, (f"{variable} = {_passing(stream, spot.rows)}.clone()",)),)
+
+
+def _normed(norm: str, value: str) -> str:
+    return f"{_module(norm)}({value})" if norm else value
+
+
+def _reader(spot: Spot) -> Stop:
+    """The stream that enters a branch's norm, edited for that branch alone."""
+    variable, norm, place, first = _reading(spot)
+    back = _put(place, _normed(norm, spot.name), 1, spot.rows)
+    return Stop(place.order, variable, "batch, pos, d_model", back=back, first=first)
+
+
+def _split_reader(spot: Spot) -> Stop:
+    """The stream once for each head; other rows read the edited ones, and queries, keys or values come from those."""
+    variable, norm, place, first = _reading(spot)
+    made = SPLIT_READERS[spot.name]
+    call, kind = spot.architecture.place(made, spot.layer), COMPONENTS[spot.name].unit
+    back: tuple[str, ...] = ()
+    if spot.shadows:
+        several = "other rows of the batch" if len(spot.shadows) > 1 else "another row of the batch"
+        taken = [(row, along(heads, len(heads) == 1, spot.units)) for row, heads in spot.shadows]
+        back = (
+            f"# The heads of a row read one stream, so this one is read by {several}, from which {made} is then taken.",
+            *(f"{variable}[{row}] = {spot.name}[0, :, {heads[0]}]" for row, heads in spot.shadows),
+            *_put(place, _normed(norm, variable), 1, spot.rows),
+        )
+        lines = (
+            _call(call),
+            f"{made} = attention.inputs[0][{call.key}].clone()  # [batch, {kind}, pos, d_head]",
+            *(f"{made}[0, {at}] = {made}[{row}, {at}]" for row, at in taken),
+            *_given_to_attention(call, made),
+        )
+        first = (*first, (call.order, lines))
+    value = f"{variable}[:, :, None].repeat(1, 1, {spot.units}, 1)"
+    return Stop(place.order, value, f"batch, pos, {kind}, d_model", back=back, first=first)
+
+
+def _scale(spot: Spot) -> Stop:
+    """What a norm divides by: the norm is written out behind the division."""
+    variable, norm, place, first = _reading(spot)
+    return Stop(
+        place.order,
+        "scale",
+        "batch, pos, 1",
+        (f"weighted, scale, bias = apart({_module(norm)}, {variable})",),
+        back=_put(place, f"(weighted / {spot.name} + bias).to({variable})", 1, spot.rows),
+        first=first,
+        defines=(APART,),
     )
 
 
@@ -84,55 +233,76 @@ def frozen(norm):
 '''
 
 
-def _head_out(architecture: Architecture, name: str, layer: int) -> Stop:
+def _head_out(spot: Spot) -> Stop:
     """Each head's z through the output projection alone; a changed head changes the sum of all by as much."""
-    how, out = architecture.head_projection(layer), architecture.place("attn_out", layer)
-    z = _z(architecture, "z", layer)
-    asides = [(z.order, f"z_{layer} = {z.value}")]
+    how, out = spot.architecture.head_projection(spot.layer), spot.architecture.place("attn_out", spot.layer)
+    z = _z(replace(spot, name="z"))
+    asides = [(z.order, (f"z_{spot.layer} = {z.value}",))]
     factor = _times(out.scale)
     defines = [HEADS]
     if how.post_norm:
         # A norm without submodules starts one tick before it ends.
-        asides.append((out.order - 1, f"factor_{layer} = frozen({_module(how.post_norm)})"))
-        factor += f" * factor_{layer}"
+        asides.append((out.order - 1, (f"factor_{spot.layer} = frozen({_module(how.post_norm)})",)))
+        factor += f" * factor_{spot.layer}"
         defines.append(FROZEN)
-    before = (f"each = heads({_module(how.projection)}, z_{layer}){factor}",)
-    after = f"attn_out = {_passing(out)} + ({name} - each).sum(2){_over(out.scale)}"
-    back = (after, *_put(out, "attn_out", scale=1))
-    dims = "batch, pos, head, d_model"
-    return Stop(out.order, "each.clone()", dims, before, back, tuple(asides), tuple(defines))
-
-
-def _resid_mid(architecture: Architecture, name: str, layer: int) -> Stop:
-    """No module gives it: the stream entering the block plus what attention adds, and written as the latter."""
-    stream, out, entering = architecture.stream(layer), architecture.place("attn_out", layer), f"entering_{layer}"
+    before = (f"each = heads({_module(how.projection)}, z_{spot.layer}){factor}",)
+    after = f"attn_out = {_passing(out, spot.rows)} + ({spot.name} - each).sum(2){_over(out.scale)}"
     return Stop(
         out.order,
-        f"{entering} + {_passing(out)}{_times(out.scale)}",
-        "batch, pos, d_model",
-        back=_put(out, f"({name} - {entering})" if out.scale != 1 else f"{name} - {entering}"),
-        asides=((stream.order, f"{entering} = {_read(stream)}"),),
+        "each.clone()",
+        "batch, pos, head, d_model",
+        before,
+        back=(after, *_put(out, "attn_out", 1, spot.rows)),
+        asides=tuple(asides),
+        defines=tuple(defines),
     )
 
 
-def _logits(architecture: Architecture, name: str, layer: int) -> Stop:
+def _resid_mid(spot: Spot) -> Stop:
+    """No module gives it: the stream entering the block plus what attention adds, and written as the latter."""
+    stream, out = spot.architecture.stream(spot.layer), spot.architecture.place("attn_out", spot.layer)
+    name, entering = spot.name, f"entering_{spot.layer}"
+    value = f"({name} - {entering})" if out.scale != 1 else f"{name} - {entering}"
+    return Stop(
+        out.order,
+        f"{entering} + {_passing(out, spot.rows)}{_times(out.scale)}",
+        "batch, pos, d_model",
+        back=_put(out, value, rows=spot.rows),
+        asides=((stream.order, (f"{entering} = {_read(stream, spot.rows)}",)),),
+    )
+
+
+def _logits(spot: Spot) -> Stop:
     """The end of the forward: what is read of them is the edited copy."""
     return Stop(float("inf"), "model.output.logits.clone()", "batch, pos, vocab")
 
 
-STOPS: dict[str, Callable[[Architecture, str, int], Stop]] = {
+STOPS: dict[str, Callable[[Spot], Stop]] = {
     "embed": _plain,
     "resid_pre": _plain,
+    "attn_in": _reader,
+    "q_in": _split_reader,
+    "k_in": _split_reader,
+    "v_in": _split_reader,
+    "attn_in_scale": _scale,
     "q": _taken_by_attention,
     "k": _taken_by_attention,
     "v": _taken_by_attention,
+    "scores": _weights,
+    "pattern": _weights,
     "z": _z,
+    "attn_out_scale": _scale,
     "head_out": _head_out,
     "attn_out": _plain,
     "resid_mid": _resid_mid,
+    "mlp_in": _reader,
+    "mlp_in_scale": _scale,
     "mlp_act": _plain,
+    "mlp_out_scale": _scale,
     "mlp_out": _plain,
     "resid_post": _plain,
+    "logits_in": _plain,
+    "logits_in_scale": _scale,
     "logits": _logits,
 }
 
@@ -142,7 +312,7 @@ def _module(path: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
 
 
-def _passing(place: Place) -> str:
+def _passing(place: Place, rows: int = 1) -> str:
     """What passes by at a place, with rows and positions apart."""
     module = _module(place.path)
     if place.side == "output":
@@ -151,18 +321,20 @@ def _passing(place: Place) -> str:
         found = f"{module}.input"
     else:
         found = f"{module}.inputs[{int(isinstance(place.key, str))}][{place.key!r}]"
-    return found + ("[None]" if place.flat else "")  # rows and positions are one dim there
+    apart = "[None]" if rows == 1 else f".unflatten(0, ({rows}, -1))"
+    return found + (apart if place.flat else "")  # rows and positions are one dim there
 
 
-def _read(place: Place) -> str:
-    return f"{_passing(place)}.clone()" if place.scale == 1 else f"({_passing(place)}{_times(place.scale)})"
+def _read(place: Place, rows: int = 1) -> str:
+    found = _passing(place, rows)
+    return f"{found}.clone()" if place.scale == 1 else f"({found}{_times(place.scale)})"
 
 
-def _put(place: Place, value: str, scale: float = 0) -> tuple[str, ...]:
+def _put(place: Place, value: str, scale: float = 0, rows: int = 1) -> tuple[str, ...]:
     """The lines that replace what passes by."""
     value += _over(scale or place.scale)
     if place.flat:
-        value = f"({value})[0]" if " " in value else f"{value}[0]"
+        value = (f"({value})" if " " in value else value) + ("[0]" if rows == 1 else ".flatten(0, 1)")
     module, key = _module(place.path), place.key
     if key is None:
         return (f"{module}.{place.side} = {value}",)
@@ -183,102 +355,3 @@ def _times(scale: float) -> str:
 
 def _over(scale: float) -> str:
     return "" if scale == 1 else f" / {number(scale)}"
-
-
-# ----------------------------------------------------------------------------------------------------------- metrics
-
-
-@dataclass(frozen=True)
-class Read:
-    """The logits that a metric reads, as a variable ``[vocab]``, or ``[position, vocab]`` where it reads several.
-
-    Attributes:
-        name: The variable.
-        several: Whether it has the dim of positions.
-        given: What the metric needs of the pair: ids, or log-probabilities as code.
-    """
-
-    name: str
-    several: bool
-    given: dict[str, Any]
-
-    def at(self, need: str, step: str = "", over: str = "") -> str:
-        """Entries at the given ids, after a step; where there are several ids, what becomes of them."""
-        ids = self.given[need]
-        picked = str(list(ids)) if len(ids) > 1 else str(ids[0])
-        return f"{self.name}{step}[{':, ' if self.several else ''}{picked}]" + (over if len(ids) > 1 else "")
-
-    @property
-    def mean(self) -> str:
-        """The mean over positions, where there are several."""
-        return ".mean()" if self.several else ""
-
-
-def _logit(read: Read, need: str = "answer") -> str:
-    return read.at(need, over=".mean(-1)") + read.mean
-
-
-def _rank(read: Read) -> str:
-    best = read.at("answer", over=".max(-1).values")
-    return (
-        f"({read.name} > {best}[:, None]).sum(-1).float().mean()" if read.several else f"({read.name} > {best}).sum()"
-    )
-
-
-def _kl(read: Read) -> str:
-    clean, here = read.given["clean"], f"{read.name}.log_softmax(-1)"
-    return f"torch.nn.functional.kl_div({here}, {clean}, reduction='none', log_target=True).sum(-1){read.mean}"
-
-
-def _cross_entropy(read: Read) -> str:
-    ids = list(read.given["next"]) if read.several else read.given["next"][0]
-    return f"torch.nn.functional.cross_entropy({read.name}, torch.tensor({ids}).to({read.name}.device))"
-
-
-READINGS: dict[Callable[..., torch.Tensor], Callable[[Read], str]] = {
-    metrics.logit_diff.function: lambda read: f"{_logit(read)} - {_logit(read, 'wrong')}",
-    metrics.logit.function: _logit,
-    metrics.prob.function: lambda read: read.at("answer", ".softmax(-1)", ".sum(-1)") + read.mean,
-    metrics.log_prob.function: lambda read: read.at("answer", ".log_softmax(-1)", ".logsumexp(-1)") + read.mean,
-    metrics.rank.function: _rank,
-    metrics.kl.function: _kl,
-    metrics.cross_entropy.function: _cross_entropy,
-}
-
-
-# ------------------------------------------------------------------------------------------------- numbers and indices
-
-
-def number(value: float) -> str:
-    """A number as short as it can be written exactly."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def along(indices: tuple[int, ...], scalar: bool, size: int) -> str:
-    """Indices along a dim as one would write them: a number, a slice, or a list."""
-    if scalar:
-        return str(indices[0])
-    step = indices[1] - indices[0] if len(indices) > 1 else 1
-    if step < 1 or (step > 1 and len(indices) < 3) or indices != tuple(range(indices[0], indices[-1] + 1, step)):
-        return str(list(indices))
-    stop = "" if indices[-1] + step >= size else str(indices[-1] + 1)
-    return f"{indices[0] or ''}:{stop}" + (f":{step}" if step > 1 else "")
-
-
-def joined(rows: str, parts: list[str]) -> str:
-    """An index; two lists pick every combination."""
-    if sum(part.startswith("[") for part in parts) > 1:
-        parts = ["[" + ", ".join(f"[{i}]" for i in parts[0][1:-1].split(", ")) + "]", *parts[1:]]
-    return ", ".join([rows, *parts])
-
-
-def plus(before: str, factor: float, term: str) -> str:
-    """A sum with one more term, of which only the factor's sign is written here."""
-    if not before:
-        return f"-{term}" if factor < 0 else term
-    return f"{before} {'-' if factor < 0 else '+'} {term}"
-
-
-def literal(value: Any) -> str:
-    """Nested lists of numbers as code."""
-    return f"[{', '.join(map(literal, value))}]" if isinstance(value, list) else number(value)
