@@ -67,9 +67,13 @@ MUTANTS = (
     Mutant("the BOS token stands there twice", "tokens", "return ids if policy.prefix and ids[: len(policy.prefix)] == policy.prefix else policy.prefix + ids", "return policy.prefix + ids", ("test_prompts.py",)),
     Mutant("a script counts the bias for every head", "spelling", " - project(torch.zeros_like(alone).flatten(-2))", "", ("test_scripts.py",)),
     Mutant("a script forgets multipliers when it writes", "spelling", "    value += _over(scale or place.scale)\n", "", ("test_scripts.py",)),
-    Mutant("a script sets where a row adds", "scripts", "{'+=' if edit.add else '='}", "=", ("test_scripts.py",)),
-    Mutant("a script visits places in the order of the edits", "scripts", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
-    Mutant("heads and positions of a source fall together in a script", "scripts", " and len(positions) > 1", " and False", ("test_scripts.py",)),
+    Mutant("a script sets where a row adds", "forwards", "{'+=' if edit.add and not together else '='}", "=", ("test_scripts.py",)),
+    Mutant("a script visits places in the order of the edits", "forwards", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
+    Mutant("heads and positions of a source fall together in a script", "forwards", " and len(positions) > 1", " and False", ("test_scripts.py",)),
+    Mutant("a script writes masked keys", "spelling", "torch.where({allowed}, {name}, {found})", "{name}", ("test_scripts.py",)),
+    Mutant("a script's norm keeps the mean", "spelling", "x = x - x.mean(-1, keepdim=True)", "pass", ("test_scripts.py",)),
+    Mutant("a script reads all heads' streams in one row", "forwards", "None if same[i] else unit", "None", ("test_scripts.py",)),
+    Mutant("a script forgets the world below an edited one", "forwards", "*self.standing(here.of), ", "", ("test_scripts.py",)),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
 )  # fmt: skip
 

@@ -16,8 +16,8 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``trace``, ``models``, ``sites``,
 ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``probe``, ``architecture``, ``rows``,
-``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``executors``, ``spelling``, ``scripts``, ``results``,
-``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``executors``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``scripts``, ``results``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

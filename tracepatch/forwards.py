@@ -204,7 +204,7 @@ class Forward:
         units, width = self.architecture.units(name, layer), self.architecture.width(name, layer)
         shape = [size for _, size in shape_of(site, self.length, units, width) or ()]
         seed = noise.seed_at(f"pair {self.common.pair}, {site}", shape)
-        sizes = ", ".join(map(str, shape))
+        sizes = ", ".join(map(str, shape)) or "()"
         drawn = f"torch.randn({sizes}, generator=torch.Generator().manual_seed({seed})).to({name})"
         return f"{number(factor * noise.scale)} * {drawn}"
 

@@ -62,9 +62,8 @@ def script(
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
     common = Common(row, pair, architecture, encoded, dict(edited))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
-    edits = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
-    _require_words(edits)
-    _require_present(edits, pair, encoded)
+    _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
+    _require_present(row.edits, pair, encoded)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     return _Script(common, worlds, which, metrics[which]).text(model)
 
