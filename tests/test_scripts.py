@@ -19,12 +19,13 @@ import tracepatch as tp
 from tracepatch import errors, literals, scripts, spelling
 from tracepatch.architecture import architecture_of
 from tracepatch.calls import Place
+from tracepatch.models import module_of
 from tracepatch.sites import SCALES
 from tracepatch.sources import OTHER
 
 # Multipliers, norms behind attention or only there, tuples, flat MLPs, grouped heads, experts, attention sinks.
-TINY = ("gemma2", "gpt_oss", "opt")
-MORE = ("gpt2", "llama", "gpt_neox", "olmo2", "granite", "bloom", "mixtral")
+TINY = ("gemma2", "gpt_oss", "opt", "granite")
+MORE = ("gpt2", "llama", "gpt_neox", "olmo2", "bloom", "mixtral")
 
 
 def run(text: str, file: Path, model: Any, **given: Any) -> tuple[float, torch.Tensor]:
@@ -57,7 +58,7 @@ def handed(p: tp.Patching, row: Any) -> dict[str, Any]:
 def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metric: str | None = None) -> float:
     """Runs every row's script; the largest difference between two rows' numbers says that there was something to see."""
     wanted = values(p, pair, metric)
-    scale = 1 + np.abs(wanted).max()
+    scale, attention = 1 + np.abs(wanted).max(), module_of(p.model).config._attn_implementation
     for row, number in zip(p.rows, wanted, strict=True):
         text = row.as_nnsight(pair, metric)
         assert "tracepatch" not in text.split("import torch\n")[1], "the code needs nothing of ours"
@@ -72,6 +73,7 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
         if "metric=" in text:
             given["metric"] = p.metrics[[m.name for m in p.metrics].index(metric) if metric else 0]
         found, logits = run(text, file, p.model, **given)
+        assert module_of(p.model).config._attn_implementation == attention, "what was switched is put back"
         assert logits.shape == (p.encoded.lengths[pair], p.architecture.vocab)
         assert abs(found - number) < 1e-5 * scale, f"{row}: {found} instead of {number}\n{text}"
     return float(np.ptp(wanted))
@@ -162,6 +164,19 @@ def test_every_component_has_words() -> None:
     assert set(spelling.STOPS) == set(tp.COMPONENTS)
 
 
+def test_an_encoder_reads_in_a_script_too(tmp_path: Path) -> None:
+    model = tp.load(build("t5", layers=2), tokenizer())
+    pairs = tp.Pairs(["w30 w31 w32"], ["w30 w41 w32 w33"], ["w35"], ["w40"], decoder=["w5 w6"])
+    for base in ("corrupted", "clean"):
+        (tmp_path / base).mkdir()
+        with tp.patching(model, pairs) as p:
+            live, other = getattr(p, base), getattr(p, OTHER[base])
+            for i, name in enumerate(("cross_attn_out", "resid_pre", "z")):
+                with p.row(number=i):
+                    getattr(live, name)[1, :] = getattr(other, name)[1, :]
+        assert agree(p, 0, tmp_path / base) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("model_type", "base"),
     [
@@ -230,6 +245,7 @@ def test_what_readers_and_weights_do_beside_each_other(model_type: str, tmp_path
             mine.scores[0, :] = 3
             mine.scores[0, :, :, :] = lambda live: live + torch.tensor(live.shape[-1]).sqrt()
             mine.scores[1, 2, -1, :5] = other.scores[1, 1, -1, [3]] + torch.arange(5.0)
+            mine.scores[1, 3, -1, 2] += p.gaussian(0.5)
             mine.q[0, 3:, 1] = other.q[0, 3:, 1]
         with p.row(number=4):
             mine.mlp_in[1, 2:] = other.mlp_in[1, 2:]
@@ -470,6 +486,10 @@ def test_rows_that_a_pair_lacks(tmp_path: Path) -> None:
             p.clean.resid_pre[1, 7] = p.corrupted.resid_pre[1, 7]
         with p.row(number=1):
             p.clean.resid_pre[1, -1] = p.corrupted.resid_pre[1, -1]
+        with p.row(number=2):
+            p.clean.pattern[1, 0, -1, 7] = 0
+    with pytest.raises(errors.RecipeError, match=r"too few for pattern\[1, 0, -1, 7\]\. Pairs .*positions: 2\."):
+        p.rows[2].as_nnsight()
     with pytest.raises(errors.RecipeError, match=r"7 tokens, which are too few for resid_pre\[1, 7\].*positions: 2\."):
         p.rows[0].as_nnsight()
     run(p.rows[0].as_nnsight(2), tmp_path / "seven.py", model)

@@ -17,8 +17,9 @@
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``trace``, ``models``,
 ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``,
 ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``plan``,
-``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``spelling``, ``scripts``, ``results``,
-``saves``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``scripts``, ``results``, ``saves``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``,
+``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -125,7 +125,11 @@ class Forward:
             visits[(float("inf"), 1, 0, 0), (last,)] = None
         ids = f"{self.common.root(self.world)}_tokens" + (f".repeat({self.rows}, 1)" if self.rows > 1 else "")
         found = [line for _, part in sorted(visits, key=lambda visit: visit[0]) for line in part]
-        return [f"with torch.no_grad(), model.trace(input_ids={ids}, use_cache=False):", *indented(found)]
+        given = f"input_ids={ids}"
+        if self.common.encoded.encoder:
+            read = ids.replace("_tokens", "_read")
+            given = f"input_ids={read}, decoder_input_ids={ids}"
+        return [f"with torch.no_grad(), model.trace({given}, use_cache=False):", *indented(found)]
 
     def _shadows(self, edits: list[tuple[WorldName, Edit]]) -> list[tuple[int, tuple[int, ...]]]:
         """Rows of the batch from 1 on, with the heads that read the same stream in each."""
@@ -204,7 +208,7 @@ class Forward:
         units, width = self.architecture.units(name, layer), self.architecture.width(name, layer)
         shape = [size for _, size in shape_of(site, self.length, units, width) or ()]
         seed = noise.seed_at(f"pair {self.common.pair}, {site}", shape)
-        sizes = ", ".join(map(str, shape))
+        sizes = ", ".join(map(str, shape)) or "()"
         drawn = f"torch.randn({sizes}, generator=torch.Generator().manual_seed({seed})).to({name})"
         return f"{number(factor * noise.scale)} * {drawn}"
 

@@ -55,6 +55,8 @@ def script(
         RecipeError: There is no such pair or metric, the pair lacks the row's positions, or the row holds what no
             script is written for.
     """
+    if row.raw is not None:
+        raise RecipeError(f"{row} is plain nnsight already: the function that it was given.")
     if type(pair) is not int or not 0 <= pair < len(encoded):
         raise RecipeError(f"There is no pair {pair!r}: pairs are numbered 0 to {len(encoded) - 1}.")
     names = [m.name for m in metrics]
@@ -62,9 +64,8 @@ def script(
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
     common = Common(row, pair, architecture, encoded, dict(edited))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
-    edits = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
-    _require_words(edits)
-    _require_present(edits, pair, encoded)
+    _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
+    _require_present(row.edits, pair, encoded)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     return _Script(common, worlds, which, metrics[which]).text(model)
 
@@ -170,11 +171,14 @@ class _Script:
         ]
 
     def _tokens(self, world: WorldName) -> list[str]:
-        ids = list(self.encoded.world(world)[self.pair])
-        return [
-            *comment(repr(self.encoded.tokenizer.decode(ids, clean_up_tokenization_spaces=False))),
-            *textwrap.wrap(f"{world}_tokens = torch.tensor([{ids}])", WIDTH, subsequent_indent=" " * 4),
-        ]
+        found = {f"{world}_tokens": list(self.encoded.world(world)[self.pair])}
+        if self.encoded.encoder:  # it reads the prompt, and the tokens are the decoder's
+            found = {f"{world}_read": list(self.encoded.encoded(world, self.pair))} | found
+        lines = []
+        for name, ids in found.items():
+            lines += comment(repr(self.encoded.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+            lines += textwrap.wrap(f"{name} = torch.tensor([{ids}])", WIDTH, subsequent_indent=" " * 4)
+        return lines
 
     def _described(self, world: WorldName) -> list[str]:
         """What an edited world is."""

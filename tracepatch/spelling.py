@@ -294,9 +294,12 @@ STOPS: dict[str, Callable[[Spot], Stop]] = {
     "attn_out_scale": _scale,
     "head_out": _head_out,
     "attn_out": _plain,
+    "cross_attn_out": _plain,
     "resid_mid": _resid_mid,
     "mlp_in": _reader,
     "mlp_in_scale": _scale,
+    "router_logits": _plain,
+    "experts_out": _plain,
     "mlp_act": _plain,
     "mlp_out_scale": _scale,
     "mlp_out": _plain,
@@ -312,9 +315,14 @@ def _module(path: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
 
 
+def _at(place: Place) -> str:
+    """A place's module, or the call inside its forward."""
+    return _module(place.path) + "".join(f".source.{name}" for name in place.operation.split(".") if name)
+
+
 def _passing(place: Place, rows: int = 1) -> str:
     """What passes by at a place, with rows and positions apart."""
-    module = _module(place.path)
+    module = _at(place)
     if place.side == "output":
         found = f"{module}.output" + ("" if place.key is None else f"[{place.key!r}]")
     elif place.key is None:
@@ -335,7 +343,7 @@ def _put(place: Place, value: str, scale: float = 0, rows: int = 1) -> tuple[str
     value += _over(scale or place.scale)
     if place.flat:
         value = (f"({value})" if " " in value else value) + ("[0]" if rows == 1 else ".flatten(0, 1)")
-    module, key = _module(place.path), place.key
+    module, key = _at(place), place.key
     if key is None:
         return (f"{module}.{place.side} = {value}",)
     whole = f"{module}.output" if place.side == "output" else "given"
