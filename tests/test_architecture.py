@@ -17,11 +17,12 @@ import tracepatch as tp
 from tracepatch import errors, trace
 from tracepatch.architecture import architecture_of
 from tracepatch.layout import stops
+from tracepatch.sites import SCALES
 
 IDS = torch.tensor([[7, 33, 41, 12, 50, 8, 29]])
 # Single heads read what attention reads; scores and pattern pass by only where attention is computed step by step.
 ELSEWHERE = ("q_in", "k_in", "v_in", "scores", "pattern", "logits_in", "logits")
-CAPTURED = [c for c in tp.COMPONENTS if c not in ELSEWHERE]
+CAPTURED = [c for c in tp.COMPONENTS if c not in (*ELSEWHERE, *SCALES)]
 
 
 def captured(
@@ -46,7 +47,7 @@ def captured(
         {},
         (),
         ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}),),
-        True,
+        (True, ()),
     )
     return kept, kept["logits", 0][0]
 
@@ -131,8 +132,9 @@ GPT2LMHeadModel (gpt2): 3 layers, d_model 64, vocabulary 161, float32
   layers 0–2: transformer.h.N, GPT2Block, sequential
     attn   attn, adds attn.c_proj.output, 4 heads of 16, reads through ln_1
     mlp    mlp, adds mlp.c_proj.output, 256 neurons, reads through ln_2
-    offers embed, resid_pre, attn_in, q_in, k_in, v_in, q, k, v, scores, pattern, z, head_out, attn_out,
-      resid_mid, mlp_in, mlp_act, mlp_out, resid_post, logits_in, logits
+    offers embed, resid_pre, attn_in, q_in, k_in, v_in, attn_in_scale, q, k, v, scores, pattern, z, head_out,
+      attn_out, resid_mid, mlp_in, mlp_in_scale, mlp_act, mlp_out, resid_post, logits_in, logits_in_scale, logits
+    no attn_out_scale, mlp_out_scale: there is no norm
   final norm transformer.ln_f, unembedding lm_head
   residual sum: closes bitwise in 3 of 3 layers, largest error 0
   causal: yes (a changed last token moves nothing before it)
