@@ -24,7 +24,8 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
     kind = tp.COMPONENTS[name]
     live, other = getattr(getattr(p, base), name), getattr(getattr(p, OTHER[base]), name)
     length = p.lengths[0]
-    layers = range(len(p.architecture)) if kind.layered else range(1)
+    count = len(p.architecture) if kind.layered else 1
+    layers = range(count) if count < 4 else (0, 2, count - 1)
     number = 0
     for layer in layers:
         if not p.architecture.offers(name, layer):
@@ -60,9 +61,9 @@ def sweep(p: tp.Patching, name: str, base: str, thin: int = 1) -> None:
 def attending(length: int, heads: int, thin: int) -> list[Any]:
     """Indices [head, dest, src]: single weights, whole destinations, whole heads, lists, and everything."""
     last = length - 1
-    found: list[Any] = [(h, dest, slice(None)) for h in range(heads) for dest in (last, length // 2)]
+    found: list[Any] = [(h, last, slice(None)) for h in range(heads)]
+    found += [(0, length // 2, slice(None)), (heads - 1, slice(None), slice(None))]
     found += [(0, last, src) for src in range(0, length, thin)]
-    found += [(h, slice(None), slice(None)) for h in range(heads)]
     found += [(slice(None), -1, slice(None)), (slice(None), slice(None), slice(None)), ([0, heads - 1], -1, [0, last])]
     return [
         *found,
@@ -82,7 +83,7 @@ def test_every_component_equals_one_forward_per_patch(name: str, base: str) -> N
         if component in SCALES or not any(architecture_of(model).offers(component, i) for i in range(2)):
             continue
         with tp.patching(model, pairs, batch_size=BATCHES[name]) as p:
-            sweep(p, component, base, thin=3)
+            sweep(p, component, base, thin=5)
         compare(model, p, worst)
     assert len(worst) >= 19, worst
 
@@ -113,7 +114,7 @@ def one_architecture(model_type: str, base: str, layers: int) -> None:
                 with p.row():
                     p.clean.resid_pre[0, 0] = 0
                 continue
-            sweep(p, component, base, thin=4 if model_type != "llama" else 7)
+            sweep(p, component, base, thin=4)
         compare(model, p, worst)
 
 

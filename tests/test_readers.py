@@ -196,3 +196,28 @@ def test_a_sweep_over_weights_is_labelled(gpt2: Any, pairs: tp.Pairs) -> None:
         p.clean.pattern[0, 0, 0, 0, 0]
     with pytest.raises(errors.SiteError, match="is in no prompt"):
         p.clean.pattern[0, 0, 0, 99]
+
+
+ROTATED = {
+    "gpt2": [False] * 2,
+    "llama": [True] * 2,
+    "gpt_neox": [True] * 2,
+    "gemma2": [True] * 2,
+    "gpt_oss": [True] * 2,
+}
+
+
+@pytest.mark.parametrize("model_type", ROTATED)
+def test_rotated_queries_stay_where_they_are(model_type: str) -> None:
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    found = architecture_of(model)
+    assert [found.rotated(i) for i in range(2)] == ROTATED[model_type]
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p, p.row():
+        p.corrupted.q[1, 3, 0] = p.clean.q[1, 3, 1]
+        p.corrupted.v[1, 3, 0] = p.clean.v[1, 2, 0]
+        p.corrupted.q_in[1, 3, 0] = p.clean.q_in[1, 2, 0]
+        if model_type == "gpt2":
+            p.corrupted.q[1, 3, 0] = p.clean.q[1, 2, 0]
+            return
+        with pytest.raises(errors.RecipeError, match="turns queries and keys by their position.* Move .*: k_in"):
+            p.corrupted.k[1, 3, 0] = p.clean.k[1, 2, 0]

@@ -143,6 +143,30 @@ def test_random_worlds_equal_the_oracle_pruned_or_not(name: str, seed: int, prun
     agrees(p, model)
 
 
+def test_a_world_may_take_values_of_one_that_was_made_later(gpt2: Any) -> None:
+    with tp.patching(gpt2, ioi_pairs(2)) as p:
+        first, second = p.world("first", of=p.corrupted), p.world("second", of=p.clean)
+        second.z[0, :, 1] = 0
+        first.resid_pre[1, :] = second.resid_pre[1, :]
+        with p.row(name="of the first"):
+            first.z[1, -1, 0] = 0
+        with p.row(name="of the second"):
+            second.z[1, -1, 0] = first.z[1, -1, 0]
+    agrees(p, gpt2)
+
+
+def test_a_heads_write_beside_a_standing_scale() -> None:
+    with tp.patching(toy("gemma2"), ioi_pairs(1)) as p:
+        frozen = p.world("frozen", of=p.clean)
+        frozen.freeze("norms")
+        with pytest.raises(errors.RecipeError, match="head_out and attn_out_scale of layer 0"):
+            frozen.head_out[0, :, 0] = 0
+        with pytest.raises(errors.RecipeError, match="head_out and attn_out_scale of layer 1"), p.row(name="in a row"):
+            frozen.head_out[1, :, 0] = 0
+        with p.row(name="instead"):
+            frozen.z[1, :, 0] = 0
+
+
 def test_mistakes(gpt2: Any, pairs: tp.Pairs) -> None:
     with tp.patching(gpt2, pairs) as p:
         with pytest.raises(errors.RecipeError, match="A world cannot be called 'clean'"):

@@ -147,6 +147,7 @@ class Architecture:
                 self._experts = [None if self.encodes else search.layer(layer) for layer in self.layers]
                 inside = Inside(self._model, ids, self._encoder)
                 self._inside = [inside.layer(module, layer) if self._traced else {} for layer in self.layers]
+                self._rotated = self._rotations(module, ids)
             self._experiments(module, ids, logits, plain)
             self.modules = self._see_modules(module, ids, calls)
         finally:
@@ -223,6 +224,33 @@ class Architecture:
         if attention.post_norm and not _is_scaling(blocks.by_name[attention.post_norm]):
             return "the norm after the projection is no pure scaling"
         return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
+
+    def _rotations(self, module: Any, ids: torch.Tensor) -> list[bool]:
+        """Whether each layer's queries turn with their position: of one token repeated they differ, unlike the stream.
+
+        Where positions are added to the stream, queries differ with it, and are taken not to be rotated as well.
+        """
+        same = named(ids[:, :1].expand_as(ids).contiguous(), self._encoder)
+        calls, attended, _ = record(module, lambda: module(**same, use_cache=False), ROWS)
+        entering = {call.name: call.entering for call in calls}
+        found: list[bool | None] = []
+        for layer in self.layers:
+            attention, stream = layer.sublayer("attn"), entering[layer.path]
+            seen = None if attention is None or attention.attended is None else attention.attended.name
+            queries = next((a.queries for a in attended if a.name == seen), None)
+            if queries is None or stream is None:
+                found.append(False)
+                continue
+            tolerance = 10 * resolution(self.dtype)
+            moved = not _close(queries, queries[:, :, :1].expand_as(queries), tolerance)
+            alike = _close(stream, stream[:, :1].expand_as(stream), tolerance)
+            found.append(moved if alike else None if layer.index else False)
+        # Above an attention with sinks the stream differs even so: then what the other layers do is taken.
+        return [any(found) if one is None else one for one in found]
+
+    def rotated(self, layer: int) -> bool:
+        """Whether queries and keys of a layer are turned by an angle that depends on their position."""
+        return self._rotated[layer]
 
     def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
         self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()

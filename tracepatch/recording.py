@@ -43,7 +43,7 @@ from tracepatch.sites import (
 )
 from tracepatch.sources import Function, Increment, Noise, Value, WorldName, as_source
 from tracepatch.tokens import EncodedPairs
-from tracepatch.trials import require_fit, require_plain, require_result, saved
+from tracepatch.trials import require_fit, require_plain, require_result, require_unmoved, saved
 from tracepatch.worlds import World
 
 
@@ -286,6 +286,7 @@ class Recorder:
             self._require_result(site, source)
         elif not (isinstance(source, Value) and source.site == site):
             for length in self.lengths:
+                require_unmoved(site, source.terms(), length, self.architecture)
                 require_fit(site, source.terms(), length, partial(self._shape, length=length))
         taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
         for other in (self.edited[name] for name in taken if name in self.edited):
@@ -296,12 +297,20 @@ class Recorder:
             require_plain(source.terms(), self.edited)
         if row is None:
             assert standing is not None
-            standing.edits.append(Edit(site, source, add))
+            edit = Edit(site, source, add)
+            require_separate(f"world {world}", [*self._standing(world), edit])
+            standing.edits.append(edit)
+            # After the worlds whose values it takes; none rests on it yet.
+            self.edited[world] = self.edited.pop(world)
             return
         if standing is not None:
             standing.used = True
         row.base = world
         row.edits.append(Edit(site, source, add, row.renormalize and site.component == "pattern"))
+
+    def _standing(self, name: WorldName) -> list[Edit]:
+        world = self.edited.get(name)
+        return [] if world is None else [*self._standing(world.of), *world.edits]
 
     def _require_result(self, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""
@@ -332,7 +341,7 @@ class Recorder:
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base. (It may look at its base with p.save.)"
             )
-        require_separate(row)
+        require_separate(f"row({row.described})", [*self._standing(row.base), *row.edits])
         for save in row.saves:
             if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
                 raise RecipeError(

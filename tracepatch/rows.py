@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -240,18 +240,22 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         )
 
 
-def require_separate(row: Row) -> None:
+def require_separate(what: str, edits: Sequence[Edit]) -> None:
     """Refuses head_out beside attn_out_scale: what a head writes is taken with the live scale of the norm after it.
+
+    Args:
+        what: Whose edits they are.
+        edits: Of a row and the world that it edits.
 
     Raises:
         RecipeError: Both are edited in one layer.
     """
-    names = {(e.site.component, e.site.layer) for e in row.edits}
+    names = {(e.site.component, e.site.layer) for e in edits}
     both = [layer for name, layer in names if name == "head_out" and ("attn_out_scale", layer) in names]
     if both:
         raise RecipeError(
-            f"row({row.described}): head_out and attn_out_scale of layer {both[0]} cannot be edited in one row, as "
-            "what a head writes depends on that scale. Edit z instead of head_out."
+            f"{what}: head_out and attn_out_scale of layer {both[0]} cannot be edited in one row, as what a head "
+            "writes depends on that scale. Edit z instead of head_out."
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
@@ -153,6 +154,23 @@ def _require_value(site: Site, value: Value, length: int, target: dict[str, int]
             raise RecipeError(
                 f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
                 f"(in prompts of {length} tokens)."
+            )
+
+
+def require_unmoved(site: Site, source: Sum, length: int, architecture: Architecture) -> None:
+    """Refuses rotated queries and keys at another position than their own.
+
+    Raises:
+        RecipeError: With what to move instead.
+    """
+    for _, value in source.values:
+        if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
+            continue
+        here, there = site.pos.resolve(length), value.site.pos.resolve(length)
+        if here and there and here != there:
+            raise RecipeError(
+                f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
+                f"something else elsewhere. Move what they are made of: {site.component}_in."
             )
 
 
