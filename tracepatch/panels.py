@@ -14,6 +14,7 @@ from tracepatch.errors import ResultError
 from tracepatch.plan import Status
 from tracepatch.results import over_pairs, require_dataset
 
+PLACES = ("pos", "dest", "src")  # dims along the prompt
 PANELS = ("component", "model", "metric")
 ACROSS = (
     "pos",
@@ -109,7 +110,7 @@ def arrange(
     undefined = bool((data.isnull() & (status != Status.ABSENT)).any())
     names = {"proved": "no effect (proved)", "absent": "absent or undefined" if undefined else "absent"}
     legend = {key: text for key, text in names.items() if any(p.masks[key].any() for p in panels)}
-    words = [dim in ("pos", "row") or data[dim].dtype.kind in "OUT" for dim in chosen]
+    words = [dim in (*PLACES, "row") or data[dim].dtype.kind in "OUT" for dim in chosen]
     return View(name, chosen, columns, words, mean, panels, " · ".join(filter(None, facts)), legend)
 
 
@@ -162,11 +163,13 @@ def scale_words(view: View, title: str) -> list[str]:
 
 def _labels(data: xr.Dataset, dim: str) -> list[Label]:
     """A label for each entry of a dim: for positions the tokens, for the rows of a sparse result what names them."""
-    if dim == "pos" and "token" in data.coords:
-        arrays = [data[side] for side in ("token", "corrupted_token") if side in data.coords]
-        sides = [array.transpose(..., "pos").values.reshape(-1, data.sizes["pos"]).T for array in arrays]
+    prefix = "" if dim == "pos" else f"{dim}_"
+    if dim in PLACES and f"{prefix}token" in data.coords:
+        names = (f"{prefix}token", f"{prefix}corrupted_token")
+        arrays = [data[side] for side in names if side in data.coords]
+        sides = [array.transpose(..., dim).values.reshape(-1, data.sizes[dim]).T for array in arrays]
         found = []
-        for position, clean, corrupted in zip(data["pos"].values, sides[0], sides[-1], strict=True):
+        for position, clean, corrupted in zip(data[dim].values, sides[0], sides[-1], strict=True):
             differs, varies = bool((clean != corrupted).any()), len({*clean}) > 1 or len({*corrupted}) > 1
             if differs and not (clean != corrupted).all():  # no token stands for what all pairs have there
                 found.append(Label(f"{position}…", varies=True))

@@ -222,17 +222,20 @@ def site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encode
         if len(groups) == 1:
             heads, kv_heads = groups.pop()
             dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
-    if "pos" in dataset.coords and all(isinstance(p, int) and p >= 0 for p in dataset["pos"].values.tolist()):
+    for dim in ("pos", "dest", "src"):
+        if dim not in dataset.coords or not all(isinstance(p, int) and p >= 0 for p in dataset[dim].values.tolist()):
+            continue
         sides = (
             {"token": encoded.clean}
             if encoded.corrupted is None
             else {"token": encoded.clean, "corrupted_token": encoded.corrupted}
         )
-        for name, side in sides.items():
-            words = [encoded.words(ids) for ids in side]
-            picked = [[w[p] if p < len(w) else "" for p in dataset["pos"].values] for w in words]
+        for side, prompts in sides.items():
+            name = side if dim == "pos" else f"{dim}_{side}"
+            words = [encoded.words(ids) for ids in prompts]
+            picked = [[w[p] if p < len(w) else "" for p in dataset[dim].values] for w in words]
             shared = all(p == picked[0] for p in picked)
-            dataset = dataset.assign_coords({name: ("pos", picked[0]) if shared else (("pair", "pos"), picked)})
+            dataset = dataset.assign_coords({name: (dim, picked[0]) if shared else (("pair", dim), picked)})
     return dataset
 
 
@@ -307,7 +310,7 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
-    for name in ("token", "corrupted_token"):
+    for name in (str(n) for n in effects.coords if str(n).endswith("token")):
         if name in effects.coords and "pair" in effects[name].dims:
             first = effects[name].isel(pair=0, drop=True)
             shared = (effects[name] == first).all("pair")
