@@ -221,3 +221,35 @@ def test_rotated_queries_stay_where_they_are(model_type: str) -> None:
             return
         with pytest.raises(errors.RecipeError, match="turns queries and keys by their position.* Move .*: k_in"):
             p.corrupted.k[1, 3, 0] = p.clean.k[1, 2, 0]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "gptj", "bloom", "mpt", "llama"])
+def test_attention_in_code_of_its_own(model_type: str) -> None:
+    """Patterns are those that the model returns itself; a head that attends to the first token alone gets its value."""
+    model = tp.load(build(model_type, layers=2), tokenizer())
+    module = tp.models.module_of(model)
+    pairs = made_up_pairs([f"w{i}" for i in range(30, 60)])[:1]
+    with tp.patching(model, pairs, prune=False) as p:
+        with p.row(name="plain"):
+            seen = p.save(p.clean.pattern[0, :, :, :])
+        with p.row(name="to the first"):
+            p.clean.pattern[0, 2, -1, :] = torch.eye(7)[0]
+            moved = p.save(p.clean.z[0, :, :])
+        with p.row(name="scores"):
+            p.clean.scores[0, 2, -1, 1:] = -1e4
+            same = p.save(p.clean.z[0, :, :])
+        chains = [("q", "k", "v"), ("scores", "v"), ("pattern", "v"), ("z",)] if p.architecture.offers("v", 0) else []
+        for parts in chains:
+            with p.row(name=" ".join(parts)):
+                for part in parts:
+                    getattr(p.corrupted, part)[0, :] = getattr(p.clean, part)[0, :]
+    value = p.run()["value"]
+    with tp.models.eager_attention(module), torch.no_grad():
+        ids = torch.tensor([p.encoded.clean[0]])
+        wanted = module(ids, output_attentions=True, use_cache=False).attentions[0]
+    np.testing.assert_allclose(seen.values.values, wanted.numpy(), atol=1e-6)
+    for saved in (moved, same):
+        z = saved.values.values[0]
+        np.testing.assert_allclose(z[-1, 2], z[0, 2], atol=1e-5)
+    for parts in chains:
+        np.testing.assert_allclose(value.sel(name=" ".join(parts)), value.sel(name="z"), atol=1e-5)
