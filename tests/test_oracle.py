@@ -114,6 +114,8 @@ def one_architecture(model_type: str, base: str, layers: int) -> None:
     for component in (c for c in tp.COMPONENTS if c not in SCALES):
         if component in INSIDE and not places.interface:
             continue  # attention in code of its own is beyond the oracle: test_readers has laws for it
+        if component == "attn_in" and not places.attn:
+            continue  # so is what a mixer reads
         with tp.patching(model, pairs) as p:
             if not any(p.architecture.offers(component, i) for i in range(2)):
                 with p.row():

@@ -253,3 +253,16 @@ def test_attention_in_code_of_its_own(model_type: str) -> None:
         np.testing.assert_allclose(z[-1, 2], z[0, 2], atol=1e-5)
     for parts in chains:
         np.testing.assert_allclose(value.sel(name=" ".join(parts)), value.sel(name="z"), atol=1e-5)
+
+
+def test_what_a_mixer_reads_decides_what_it_adds() -> None:
+    model = tp.load(build("mamba", layers=2), tokenizer())
+    with tp.patching(model, made_up_pairs([f"w{i}" for i in range(30, 60)])) as p:
+        for name in ("attn_in", "attn_out"):
+            with p.row(name=name):
+                getattr(p.corrupted, name)[1, :] = getattr(p.clean, name)[1, :]
+        with p.row(name="stream"):
+            p.corrupted.resid_pre[1, :] = p.clean.resid_pre[1, :]
+    value = p.run()["value"]
+    np.testing.assert_allclose(value.sel(name="attn_in"), value.sel(name="attn_out"), atol=1e-5)
+    assert float(abs(value.sel(name="attn_in") - value.sel(name="stream")).max()) > 1e-3
