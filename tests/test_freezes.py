@@ -167,6 +167,8 @@ def test_freezing_what_is_not_there(gpt2: Any, pairs: tp.Pairs) -> None:
     with tp.patching(gpt2, pairs) as p, p.row():
         with pytest.raises(errors.ComponentError, match="no attn_out_scale: there is no norm"):
             p.clean.freeze("attn_out_scale")
+        with pytest.raises(errors.RecipeError, match="Say what is held"):
+            p.clean.freeze()
         p.clean.z[0, 0, 0] = 0
     gemma = toy("gemma2")
     with (

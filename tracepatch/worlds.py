@@ -112,7 +112,10 @@ class World:
 
         Raises:
             ComponentError: No layer has it.
+            RecipeError: Nothing is named.
         """
+        if not names:
+            raise RecipeError(f"Say what is held: {self._name}.freeze('pattern'), or 'norms' for what norms divide by.")
         recorder, standing = self._recorder, self._recorder.edited.get(self._name)
         if at is None:
             at = World(recorder, standing.of) if standing and recorder.opened is None else self
@@ -129,7 +132,7 @@ class World:
                 getattr(self, name)[index] = getattr(at, name)[index]
 
     def __dir__(self) -> list[str]:
-        return ["freeze", *COMPONENTS]
+        return ["freeze", "input", "output", *COMPONENTS]
 
 
 class Activations:
