@@ -11,7 +11,7 @@ import torch
 from reference import PLACES
 from slow import Slow, gap, made_up_pairs
 from test_architecture import captured
-from tiny_models import ALL, EIGHT, ENCODER_DECODER, build, tokenizer
+from tiny_models import ALL, EIGHT, ENCODER_DECODER, EXPERTS, build, tokenizer
 
 import tracepatch as tp
 from tracepatch.architecture import architecture_of
@@ -99,7 +99,9 @@ def test_patched_values_equal_the_oracle(model_type: str, dtype: torch.dtype) ->
     for name in dict.fromkeys(names):
         mine = torch.tensor([n == name for n in names])
         error = (found - wanted)[mine].abs().max()
-        assert error <= 2 * rounding, f"{name}: off by {error:.2g}, where rounding explains {rounding:.2g}"
+        # Where experts are chosen, rounding may turn the choice.
+        allowed = (5 if model_type in EXPERTS else 2) * rounding
+        assert error <= allowed, f"{name}: off by {error:.2g}, where rounding explains {rounding:.2g}"
         assert (wanted - unpatched)[mine].abs().max() > error, f"{name}: patches do no more than rounding does"
 
 

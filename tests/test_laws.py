@@ -248,6 +248,7 @@ def test_random_recipes_equal_the_oracle(name: str, data: st.DataObject) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The patches change nothing")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data())
