@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant("shadow rows divide by their own norm", "writing", "for seat, owner in zip(seats, owners):", "for seat, owner in ():", ("test_freezes.py",)),
     Mutant("a scale forgets the mean", "writing", "entering - entering.mean(-1, keepdim=True) if centred else entering", "entering", ("test_freezes.py",)),
     Mutant("what a function carries is pruned", "lowering", "if carried or self._reaches(write, p)]", "if self._reaches(write, p)]", ("test_functions.py",)),
-    Mutant("what a function takes is dropped as overwritten", "lowering", "if not (write.add or write.function is not None or write.renormalize):", "if not write.add:", ("test_functions.py",)),
+    Mutant("what a function takes is dropped as overwritten", "lowering", "if not (write.add or _depends(write)):", "if not write.add:", ("test_functions.py",)),
     Mutant("what is saved is another row's", "layout", "[seats.row_of(number) for number, _ in whose],", "[seats.row_of(whose[0][0]) for number, _ in whose],", ("test_saves.py",)),
     Mutant("modules of the last layer count as beside the metric", "lowering", "if component(write.component).module:", "if False:", ("test_modules.py",)),
 )  # fmt: skip

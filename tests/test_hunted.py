@@ -293,3 +293,113 @@ def test_the_stream_leaving_a_layer_is_edited_before_the_same_one_entering_the_n
         p.corrupted.resid_post[0, 13:] = p.corrupted.resid_post[0, 13:]
     result = p.run()
     np.testing.assert_allclose(result["value"].values.ravel(), result["clean"], atol=1e-4)
+
+
+def test_what_a_function_has_read_is_not_overwritten_afterwards(gpt2: Any) -> None:
+    """Set, turned round by a function, and set again: the first value has gone elsewhere by then."""
+    values = []
+    for last in (lambda p: p.clean.z[0, 3], lambda p: lambda live, clean, corrupted: clean):
+        for standing in (False, True):
+            with tp.patching(gpt2, ioi_pairs(1), checks=False) as p:
+                world = p.world("w", of=p.corrupted)
+                if standing:
+                    world.z[0, 3] = p.clean.z[0, 3] * 7
+                    world.z[0, :] = lambda live: live.flip(1)
+                    world.z[0, 3] = last(p)
+                with p.row():
+                    if not standing:
+                        world.z[0, 3] = p.clean.z[0, 3] * 7
+                        world.z[0, :] = lambda live: live.flip(1)
+                        world.z[0, 3] = last(p)
+                    world.z[1, 0, 0] += 0.0
+            values.append(p.run()["value"].item())
+    np.testing.assert_allclose(values, values[0], atol=1e-5)
+
+
+def test_a_standing_function_carries_what_a_row_changed(gpt2: Any) -> None:
+    values = []
+    for prune in (True, False):
+        with tp.patching(gpt2, ioi_pairs(2), prune=prune) as p:
+            world = p.world("w", of=p.corrupted)
+            world.resid_pre[1, :] = lambda live: live.mean(1, keepdim=True).expand_as(live)
+            with p.row():
+                world.resid_pre[0, 8] = world.resid_pre[0, 8] * 0.5
+                world.attn_out[1, 3] = world.attn_out[1, 3]
+                world.resid_post[1, -1] = world.resid_post[1, -1]
+        values.append(p.run()["value"].values)
+    np.testing.assert_allclose(*values, atol=1e-5)
+
+
+SAME_PLACE = {
+    "attn_out": ("output", "transformer.h.0.attn.c_proj"),
+    "z": ("input", "transformer.h.0.attn.c_proj"),
+    "resid_post": ("output", "transformer.h.0"),
+    "mlp_out": ("output", "transformer.h.0.mlp.c_proj"),
+    "mlp_act": ("input", "transformer.h.0.mlp.c_proj"),
+    "embed": ("output", "transformer.wte"),
+}
+
+
+@pytest.mark.parametrize("name", SAME_PLACE)
+def test_what_is_kept_at_a_place_is_what_passes_by_in_the_end(gpt2: Any, name: str) -> None:
+    """Whichever of its names it was edited under, as a saved value and as a world's."""
+    side, path = SAME_PLACE[name]
+    site = (0, slice(None)) if tp.COMPONENTS[name].layered else (slice(None),)
+    with tp.patching(gpt2, ioi_pairs(1)) as p:
+        world = p.world("w", of=p.corrupted)
+        getattr(world, side)(path)[:] = 0.0
+        with p.row(name="by the module"):
+            getattr(p.corrupted, side)(path)[:] = 0.0
+            by_name = p.save(getattr(p.corrupted, name)[site])
+        with p.row(name="by the name"):
+            getattr(p.corrupted, name)[site] = 0.0
+            by_module = p.save(getattr(p.corrupted, side)(path)[:])
+        with p.row(name="from the world"):
+            getattr(p.corrupted, name)[site] = getattr(world, name)[site]
+    value = p.run()["value"]
+    assert not by_name.values.values.any()
+    assert not by_module.values.values.any()
+    np.testing.assert_allclose(value, value.sel(name="by the name").broadcast_like(value), atol=1e-5)
+    assert abs(float(value.sel(name="by the name").item()) - float(p.run()["corrupted"].item())) > 1e-3
+
+
+def test_modules_inside_a_components_span_are_refused_beside_it_in_worlds_too(gpt2: Any) -> None:
+    with tp.patching(gpt2, ioi_pairs(1)) as p:
+        world = p.world("w", of=p.corrupted)
+        world.output("transformer.h.0.ln_1")[:] = 0.0
+        with pytest.raises(errors.RecipeError, match="world w: attn_in.* cannot be edited in one row"):
+            world.attn_in[0, :] = 0.0
+        with pytest.raises(errors.RecipeError, match="attn_in.* cannot be edited in one row"), p.row(name="a"):
+            world.attn_in[0, :] = 1.0
+        with p.row(name="b"):
+            world.attn_in[1, :] = 0.0
+
+
+def test_a_function_of_logits_at_any_position(gpt2: Any) -> None:
+    with tp.patching(gpt2, ioi_pairs(1)) as p:
+        with p.row(name="three"):
+            p.corrupted.logits[-3:] = lambda live: live * 2
+        with p.row(name="one"):
+            p.corrupted.logits[-1] = lambda live: live * 2
+    value = p.run()["value"]
+    np.testing.assert_allclose(value.sel(name="three"), value.sel(name="one"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("attn_out", "attn"), ("resid_mid", "attn"), ("head_out", "attn"), ("mlp_out", "mlp")]
+)
+def test_a_value_that_a_module_changes_after_it_has_passed_by_is_not_taken(gpt2: Any, name: str, path: str) -> None:
+    with tp.patching(gpt2, ioi_pairs(1)) as p:
+        world = p.world("w", of=p.corrupted)
+        world.output(f"transformer.h.0.{path}")[:] = 0.0
+        with pytest.raises(
+            errors.RecipeError, match=f"takes {name}.* has passed by when transformer.h.0.{path}.output"
+        ):
+            with p.row(name="source"):
+                getattr(p.corrupted, name)[0, :] = getattr(world, name)[0, :]
+        with pytest.raises(errors.RecipeError, match=f"takes {name}.* has passed by"), p.row(name="saved"):
+            p.corrupted.output(f"transformer.h.0.{path}")[:] = 0.0
+            p.save(getattr(p.corrupted, name)[0, :])
+        with p.row(name="fine"):
+            p.corrupted.resid_post[0, :] = world.resid_post[0, :]
+            p.save(p.corrupted.output(f"transformer.h.0.{path}")[:])

@@ -462,6 +462,17 @@ class Architecture:
         assert found is not None, f"{name} is not offered at layer {layer}"
         return found
 
+    def settled(self, name: str, layer: int) -> float:
+        """Until when, as ``Place.order`` counts, a module around a component may still change what it comes to."""
+        last = self.span(name, layer)[1]
+        if name == "resid_mid":
+            return last
+        branch = {"attn_out": self.attention, "head_out": self.attention, "cross_attn_out": self.cross}.get(name)
+        branch = self.mlp if name in ("mlp_out", "experts_out") else branch
+        found = branch(layer) if branch is not None else None
+        around = "" if found is None else f"{found.path}.output"
+        return max(last, self.modules.tap(around).place.order) if around in self.modules else last
+
     def scaled(self, name: str, layer: int) -> tuple[Place, str, Place]:
         """Of a norm whose scale is a component: what it takes, its path, and where what it gives is written."""
         if name == "logits_in_scale":

@@ -28,7 +28,7 @@ from tracepatch.plan import Plan, Proof
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
 from tracepatch.rows import Row
-from tracepatch.sources import Function, Value
+from tracepatch.sources import Value
 from tracepatch.tokens import EncodedPairs
 
 BOUNDED = ("logits", "nats", "probability")  # units in which a metric follows the logits, at most twice as fast
@@ -114,11 +114,7 @@ class _Checks:
         plan, picked = self.plan, {}
         chance = random.Random(f"{plan.model}, {len(plan.rows)} rows, {plan.pairs} pairs, {plan.jobs} jobs")
         jobs = [(job.pair, job.row) for group in plan.groups for batch in group.batches for job in batch.jobs]
-        zeros = [
-            (int(pair), int(row))
-            for row, pair in np.argwhere(np.isin(plan.proofs, PROVED))
-            if not _needs_pruning(plan.rows[row])
-        ]
+        zeros = [(int(pair), int(row)) for row, pair in np.argwhere(np.isin(plan.proofs, PROVED))]
         if jobs:
             pair, row = chance.choice(jobs)
             picked[pair] = [row]
@@ -219,11 +215,6 @@ def _only(encoded: EncodedPairs, pair: int) -> EncodedPairs:
 def _own(row: Row) -> bool:
     """Whether a row writes its base's own values where they are."""
     return all(not edit.add and edit.source == Value(row.base, edit.site) for edit in row.edits)
-
-
-def _needs_pruning(row: Row) -> bool:
-    """Whether it cannot run unpruned: a function of logits needs those of positions that nothing reads."""
-    return any(edit.site.component == "logits" and isinstance(edit.source, Function) for edit in row.edits)
 
 
 def _short(number: float) -> str:

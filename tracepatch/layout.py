@@ -16,7 +16,6 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.errors import MeasurementError
 from tracepatch.plan import EAGER, Job, Read, Term, Write, streams
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
@@ -231,8 +230,7 @@ def at_reads(reads: Sequence[int], write: Columns) -> Columns:
     chosen = tuple((f, n, (w[inside], p[inside], u, s), lift) for f, n, (w, p, u, s), lift in terms)
     if constant is not None and constant.ndim:
         constant = constant[inside]
-    if function is not None and not inside.all():
-        raise MeasurementError("A function of logits reads positions that the metric does not: read them too.")
+    assert function is None or bool(inside.all()), "the planner has its positions read"
     return add, (rows[inside], kept, None, None), chosen, constant, function, False
 
 

@@ -106,6 +106,8 @@ class Lowering:
         mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
         for number, write in enumerate(writes):
             if write.standing:
+                if write.function is not None and len(write.positions) > 1:  # it may mix positions
+                    live = min(live, *write.positions)
                 kept.append(write)
                 continue
             # A function may carry what it is given to other positions of its site.
@@ -286,28 +288,33 @@ def _canonical(site: Site, depth: int) -> tuple[str, int]:
 
 
 def _drop_overwritten(writes: list[Write]) -> list[Write]:
-    """A later `=` overrides what the row wrote there before."""
+    """A later `=` overrides what the row wrote there before, unless something in between depends on that."""
     kept: list[Write] = []
     for write in writes:
-        if not (write.add or write.function is not None or write.renormalize):  # those depend on what was there
-            for i, before in enumerate(kept):
+        if not (write.add or _depends(write)):
+            for i in range(len(kept) - 1, -1, -1):
+                before = kept[i]
                 if (before.component, before.layer) != (write.component, write.layer):
                     continue
-                covered = (
-                    (write.units is None or (before.units is not None and set(before.units) <= set(write.units)))
-                    and (write.srcs is None or (before.srcs is not None and set(before.srcs) <= set(write.srcs)))
-                    and not before.renormalize
-                )
-                overlap = set(before.positions) & set(write.positions)
+                if _depends(before):
+                    break
                 if before.standing is not write.standing:  # the row's edit may yet be pruned
                     continue
-                if before.function is not None and len(overlap) < len(before.positions):
-                    continue
-                if covered and overlap:
+                overlap = set(before.positions) & set(write.positions)
+                if overlap and _within(before.units, write.units) and _within(before.srcs, write.srcs):
                     kept[i] = _narrow(before, [j for j, p in enumerate(before.positions) if p not in overlap])
-            kept = [w for w in kept if w.positions]
-        kept.append(write)
+        kept = [*(w for w in kept if w.positions), write]
     return kept
+
+
+def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
+    """Whether indices are among others, of which ``None`` are all."""
+    return new is None or (old is not None and set(old) <= set(new))
+
+
+def _depends(write: Write) -> bool:
+    """Whether a write makes its value, or its neighbours', of what is there."""
+    return write.function is not None or write.renormalize
 
 
 def _narrow(write: Write, chosen: Sequence[int]) -> Write:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from tracepatch.calls import POSITIONS, Call, Place, Side, floats
+from tracepatch.calls import ENCODED, POSITIONS, Call, Place, Side, floats
 from tracepatch.errors import ComponentError
 from tracepatch.sites import SIDES
 
@@ -201,6 +201,10 @@ def _why_not(passed: Passed, stepwise: int, plain: Seen, rows: int) -> str:
         return f"no activation is among {'its arguments' if side == 'input' else 'what it returns'}"
     if passed in plain.values:
         return ""
+    if len(shape) == 3 and shape[0] == rows and shape[1] == ENCODED:
+        return (
+            "it runs over what the encoder reads, and positions are the decoder's; cross_attn_out is what comes of it"
+        )
     if len(shape) == 3 and shape[0] == rows and shape[1] < POSITIONS:
         return "it is given only the positions that metrics read; patch the logits, or a module before it"
     return f"what passes by is {shape} for {rows} prompts of {POSITIONS} tokens, not [row, pos, width]"

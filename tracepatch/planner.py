@@ -282,6 +282,14 @@ def _pack(
             reads |= {
                 q
                 for pair in chunk
+                for job in every[pair]
+                for w in job.writes
+                if w.component == "logits" and w.function is not None
+                for q in w.positions
+            }
+            reads |= {
+                q
+                for pair in chunk
                 for job in jobs[pair]
                 for read in job.reads
                 if read.component == "logits"

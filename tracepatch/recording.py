@@ -26,6 +26,7 @@ from tracepatch.rows import (
     Save,
     counted_from_0,
     require_apart,
+    require_fresh,
     require_label,
     require_separate,
     takes_one,
@@ -113,11 +114,7 @@ class Recorder:
 
         Every site and pair draws its own; the same seed gives the same noise again.
         """
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
-            raise RecipeError(f"gaussian takes a standard deviation, 0 or more, not {scale!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise RecipeError(f"The seed of gaussian is an integer, not {seed!r}.")
-        return Noise(float(scale), seed)
+        return Noise.of(scale, seed)
 
     def row(self, *, renormalize: bool = False, **labels: Label) -> _RowBlock:
         """A block whose edits are one patched forward.
@@ -132,9 +129,7 @@ class Recorder:
             RecipeError: At the end of the block: no edits, labels that contradict them, or labels used before.
         """
         if self._ended:
-            raise RecipeError(
-                "The recording has ended with its block: write this row inside `with tp.patching(...) as p:`."
-            )
+            raise RecipeError("The recording has ended: write this row inside `with tp.patching(...) as p:`.")
         return _RowBlock(self, labels, renormalize)
 
     def save(self, value: Value, reduce: Callable[..., torch.Tensor] | None = None, name: str = "") -> Save:
@@ -159,7 +154,7 @@ class Recorder:
             raise RecipeError("A raw trace saves what it likes itself, with nnsight.save; p.save is for rows of edits.")
         site = value.site if isinstance(value, Value) else None
         shapes = [dims for n in self.lengths if site and (dims := self._shape(site, n)) is not None]
-        save = saved(self.opened, value, reduce, name or (site.component if site else ""), shapes)
+        save = saved(self.opened, value, reduce, name or (site.component.replace(".", "_") if site else ""), shapes)
         self.opened.saves.append(save)
         return save
 
@@ -295,13 +290,15 @@ class Recorder:
             other.used = True
         if not isinstance(source, Function):
             require_plain(source.terms(), self.edited)
+            for _, value in source.terms().values:
+                require_fresh(f"{world}.{site}", self._standing(value.world), [value.site], self.architecture)
         if row is None:
             assert standing is not None
             edit = Edit(site, source, add)
             require_separate(f"world {world}", [*self._standing(world), edit])
+            require_apart(f"world {world}", [*self._standing(world), edit], self.architecture)
             standing.edits.append(edit)
-            # After the worlds whose values it takes; none rests on it yet.
-            self.edited[world] = self.edited.pop(world)
+            self.edited[world] = self.edited.pop(world)  # after those whose values it takes
             return
         if standing is not None:
             standing.used = True
@@ -341,7 +338,9 @@ class Recorder:
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base. (It may look at its base with p.save.)"
             )
-        require_separate(f"row({row.described})", [*self._standing(row.base), *row.edits])
+        every = [*self._standing(row.base), *row.edits]
+        require_separate(f"row({row.described})", every)
+        require_fresh(f"row({row.described})", every, [save.site for save in row.saves], self.architecture)
         for save in row.saves:
             if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
                 raise RecipeError(
@@ -351,7 +350,7 @@ class Recorder:
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self.lengths)
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
-        require_apart(row, self.architecture)
+        require_apart(f"row({row.described})", every, self.architecture)
         key = tuple(row.labels.items())
         if key in self._taken:
             labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())

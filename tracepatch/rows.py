@@ -259,24 +259,53 @@ def require_separate(what: str, edits: Sequence[Edit]) -> None:
         )
 
 
-def require_apart(row: Row, architecture: Architecture) -> None:
+def require_apart(what: str, edits: Sequence[Edit], architecture: Architecture) -> None:
     """Refuses an edit of what a module takes or gives inside the span of another edit, where both claim one place.
+
+    Args:
+        what: Whose edits they are.
+        edits: Of a row and the world that it edits.
+        architecture: Of the model.
 
     Raises:
         RecipeError: The order of the two is not that of the forward.
     """
-    modules = [e.site for e in row.edits if component(e.site.component).module]
+    modules = [e.site for e in edits if component(e.site.component).module]
     for site in modules:
         moment = architecture.modules.tap(site.component).place.order
-        for other in (e.site for e in row.edits if not component(e.site.component).module):
+        for other in (e.site for e in edits if not component(e.site.component).module):
             first, last = architecture.span(other.component, other.layer)
             # resid_mid is written at its first place and belongs to the last.
             inside = first < moment < last or (other.component == "resid_mid" and first == moment)
             if inside:
                 raise RecipeError(
-                    f"{row.base}.{other} and {row.base}.{site} cannot be edited in one row: {other.component} acts "
+                    f"{what}: {other} and {site} cannot be edited in one row: {other.component} acts "
                     "from before to after that module. Edit them in rows of their own, or edit modules alone."
                 )
+
+
+def require_fresh(what: str, edits: Sequence[Edit], taken: Sequence[Site], architecture: Architecture) -> None:
+    """Refuses to take a component's value where a module around it is edited after the value has passed by.
+
+    Args:
+        what: Who takes it.
+        edits: What is edited there.
+        taken: Whose values are saved, or written elsewhere.
+        architecture: Of the model.
+
+    Raises:
+        RecipeError: The value would be the one before the edit.
+    """
+    modules = [e.site for e in edits if component(e.site.component).module]
+    for site in taken if modules else ():
+        since = architecture.span(site.component, site.layer)[0]
+        until = architecture.settled(site.component, site.layer)
+        late = [m for m in modules if since < architecture.modules.tap(m.component).place.order <= until]
+        if late:
+            raise RecipeError(
+                f"{what} takes {site}, which has passed by when {late[0].component} is edited. Take that module's "
+                f"output instead, or edit {site.component} itself."
+            )
 
 
 def _selects(picked: Select, label: Any, length: int) -> bool:

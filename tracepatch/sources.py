@@ -122,6 +122,19 @@ class Noise(Source):
     scale: float
     seed: int
 
+    @classmethod
+    def of(cls, scale: Any, seed: Any) -> Noise:
+        """Noise as a user asks for it.
+
+        Raises:
+            RecipeError: It is not a standard deviation, or not a seed.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise RecipeError(f"gaussian takes a standard deviation, 0 or more, not {scale!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise RecipeError(f"The seed of gaussian is an integer, not {seed!r}.")
+        return cls(float(scale), seed)
+
     def terms(self) -> Sum:
         """The noise alone."""
         return Sum((), None, ((1.0, self),))

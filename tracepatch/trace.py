@@ -14,6 +14,8 @@ import torch
 
 from tracepatch.writing import edited, module_at, perform, retain
 
+KEPT_LATE = ("plain", "resid_mid", "weights")
+
 
 def forward(
     model: Any,
@@ -142,7 +144,10 @@ def visit(
         x = x.unflatten(0, (-1, length))
     before = x
     for task in tasks:
-        x = perform(model, task, x, known, kept)
+        x = perform(model, without_keeping(task) if len(tasks) > 1 else task, x, known, kept)
+    for task in tasks if len(tasks) > 1 else ():  # what is kept is what passes by after all edits of the place
+        if task[0] in KEPT_LATE and any(task[3]):
+            perform(model, (*task[:2], (), *task[3:]), x, known, kept)
     if x is before:
         return
     rows = len(x)
@@ -159,6 +164,11 @@ def visit(
     for task in tasks:
         if task[0] not in ("aside", "allowed", "from_shadows") and task[2]:
             kept["fired", task[1]] = fired(task[2], rows)
+
+
+def without_keeping(task: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The task of writing alone, where what is kept can be told from what passes by in the end."""
+    return (*task[:3], (False, ()), *task[4:]) if task[0] in KEPT_LATE else task
 
 
 def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:
