@@ -269,10 +269,10 @@ def test_what_cannot_be_patched_is_refused_in_words() -> None:
             tp.patch(model, made_up_pairs(WORDS), "model.nrm.output")
         with pytest.raises(RecipeError, match=r"clean.output\('PATH OF A MODULE'\)\[pos\]"), p.row():
             p.clean.output = 3
-        with pytest.raises(RecipeError, match=r"clean.resid_mid\[0, 1\] and clean.*acts from before to after"), p.row():
+        with pytest.raises(RecipeError, match=r"resid_mid\[0, 1\] and .*acts from before to after"), p.row():
             p.clean.resid_mid[0, 1] = 0
             p.clean.output("model.layers.0.self_attn.o_proj")[1] = 0
-        with pytest.raises(RecipeError, match=r"clean.q_in\[1, :, 0\] and clean.*in one row: q_in acts"), p.row():
+        with pytest.raises(RecipeError, match=r"q_in\[1, :, 0\] and .*in one row: q_in acts"), p.row():
             p.clean.output("model.layers.1.input_layernorm")[1] = 0
             p.clean.q_in[1, :, 0] = 0
         with pytest.raises(RecipeError, match="32 width entries"), p.row():

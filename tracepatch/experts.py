@@ -17,7 +17,7 @@ from torch import nn
 from tracepatch.calls import Call, Key, Place, floats
 from tracepatch.models import Model
 from tracepatch.probe import Layer, Sublayer, resolution
-from tracepatch.trace import forward
+from tracepatch.trace import forward, read
 
 ROUTED = ("router_logits", "experts_out")
 # What a router may return as it is, or compute first of all; nnsight names the calls of a forward like this.
@@ -98,17 +98,18 @@ class Search:
         moved = self._moved(logits).reshape(self.tokens, -1)
         writes = ((False, (rows, slots, None, None), (), moved, None, False),)
         written = ("plain", ("router_logits", 0), writes, (False, ()), 0, 1)
-        stops: list[Any] = [(_spot(place), (_kept(("was", 0)), written))]
+        stops: list[Any] = [(_spot(place), (written,))]
         stops += [((experts.name, "", "input", key, False), (_kept(("told", key)),)) for key, _ in told]
         stops += [(_spot(block.place("output", self.tokens)), (_kept(("out", 0)),))]
         try:
+            (was,) = read(self.model, [_spot(place)], self.ids)
             kept, _ = forward(self.model, self.ids, tuple(stops), {}, torch.tensor([0]), {}, (), (), (False, ()))
         except Exception:  # no such call, or a forward without source
             return False
         follows = all(_close(kept["told", key], self._moved(value)) for key, value in told)
         out, before = kept["out", 0], block.leaving
         changed = before is not None and not _close(out.reshape(before.shape), before)
-        return _close(kept["was", 0].reshape(logits.shape), logits) and follows and changed
+        return _close(was.reshape(logits.shape), logits) and follows and changed
 
     def _moved(self, value: torch.Tensor) -> torch.Tensor:
         """The values of every position at the next one."""

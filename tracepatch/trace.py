@@ -14,7 +14,7 @@ import torch
 
 from tracepatch.writing import edited, module_at, perform, retain
 
-KEPT_LATE = ("plain", "resid_mid", "weights")
+KEPT_LATE = ("plain", "weights")
 
 
 def forward(
@@ -143,11 +143,14 @@ def visit(
     if flat:
         x = x.unflatten(0, (-1, length))
     before = x
-    for task in tasks:
-        x = perform(model, without_keeping(task) if len(tasks) > 1 else task, x, known, kept)
-    for task in tasks if len(tasks) > 1 else ():  # what is kept is what passes by after all edits of the place
+    first, last = [t for t in tasks if t[0] != "resid_mid"], [t for t in tasks if t[0] == "resid_mid"]
+    for task in first:
+        x = perform(model, without_keeping(task), x, known, kept)
+    for task in first:  # what is kept is what passes by after all edits of the place
         if task[0] in KEPT_LATE and any(task[3]):
             perform(model, (*task[:2], (), *task[3:]), x, known, kept)
+    for task in last:  # what attention adds is not what an edit of the sum makes of it
+        x = perform(model, task, x, known, kept)
     if x is before:
         return
     rows = len(x)
