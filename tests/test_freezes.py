@@ -49,7 +49,7 @@ def frozen(module: nn.Module, held: dict[str, Tensor]) -> Iterator[None]:
         ) -> Any:
             return (x - x.mean(-1, keepdim=True) if centred else x) / by * weight + bias
 
-        norm.forward = forward  # type: ignore[method-assign]
+        norm.forward = forward  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:

@@ -248,7 +248,7 @@ def test_bad_options(gpt2: Any, pairs: tp.Pairs) -> None:
     with pytest.raises(errors.RecipeError, match="z, resid_pre have different dims"):
         tp.patch(gpt2, pairs, ["z", "resid_pre"])
     with pytest.raises(errors.RecipeError, match="components is a name or several"):
-        tp.patch(gpt2, pairs, 5)  # type: ignore[arg-type]
+        tp.patch(gpt2, pairs, 5)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(errors.RecipeError, match="pass direction='noising'"):
         tp.patch(gpt2, tp.Pairs(pairs.clean, None, pairs.answer, pairs.wrong), "z", source=0)
     with pytest.raises(errors.MetricError, match="needs answers; what there is: answer, wrong"):

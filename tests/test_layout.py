@@ -20,7 +20,6 @@ MAY_IMPORT_NNSIGHT = {"models", "trace"}
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",
     "recording": "what is written inside a block: rows, worlds and their sites, each refused where it stands",
-    "results": "one dataset: its variables, coordinates, provenance, and how several become one",
     "architecture": "one class: what was found, what is offered and why not, and how it is printed",
 }
 

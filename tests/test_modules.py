@@ -262,7 +262,7 @@ def test_what_cannot_be_patched_is_refused_in_words() -> None:
         with pytest.raises(ComponentError, match="no activation is among its arguments"):
             p.clean.input("model.embed_tokens")
         with pytest.raises(ComponentError, match="pass a module's path"):
-            p.clean.input(3)  # type: ignore[arg-type]
+            p.clean.input(3)  # type: ignore[arg-type]  # what is refused
         with pytest.raises(ComponentError, match=r"model.norm.input and model.norm.output"):
             tp.patch(model, made_up_pairs(WORDS), "model.norm")
         with pytest.raises(ComponentError, match="has no module"):
@@ -442,9 +442,9 @@ def test_raw_traces_are_refused_in_words() -> None:
             p.trace(nothing)
         for wrong in (3, lambda: None, lambda a, b: None):
             with pytest.raises(RecipeError, match="takes a function of the model"), p.row(name="a"):
-                p.trace(wrong)  # type: ignore[arg-type]
+                p.trace(wrong)  # type: ignore[arg-type]  # what is refused
         with pytest.raises(RecipeError, match="world is p.clean or p.corrupted"), p.row(name="a"):
-            p.trace(nothing, world="clean")  # type: ignore[arg-type]
+            p.trace(nothing, world="clean")  # type: ignore[arg-type]  # what is refused
         with p.row(name="a"):
             p.clean.resid_pre[0, 0] = 0
 

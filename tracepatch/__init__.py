@@ -16,10 +16,10 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``trace``, ``models``,
 ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``,
-``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``plan``,
-``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``literals``, ``readings``, ``spelling``,
-``forwards``, ``scripts``, ``results``, ``saves``, ``archive``, ``recipe``, ``panels``, ``plots``, ``toys``,
-``__main__``.
+``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``,
+``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``literals``,
+``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``recipe``,
+``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -27,12 +27,12 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
+from tracepatch.combining import concat, over_pairs
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
-from tracepatch.results import concat, over_pairs
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 

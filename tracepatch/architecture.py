@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,7 +15,19 @@ from torch import nn
 
 from tracepatch.attention import INSIDE, Inside
 from tracepatch.calls import ENCODED, POSITIONS, Attended, Call, Place, record
-from tracepatch.errors import ArchitectureError, ComponentError, ModelError, listing
+from tracepatch.errors import ArchitectureError, ComponentError, listing
+from tracepatch.experiments import (
+    ROWS,
+    allows,
+    equal,
+    is_division,
+    is_scaling,
+    require_finite,
+    rotations,
+    stack_of,
+    tokens,
+    with_another_last,
+)
 from tracepatch.experts import ROUTED, Experts, Search
 from tracepatch.models import Model, eager_attention, module_of, weightless
 from tracepatch.modules import Modules, see
@@ -24,9 +35,7 @@ from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolu
 from tracepatch.sites import COMPONENTS, SCALES, component
 from tracepatch.trace import named
 from tracepatch.twins import Twin
-from tracepatch.writing import norm_parts
 
-ROWS = 3  # prompts of the probe
 EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
 END = 10**9  # after all that passes by in the stack
 READERS = ("attn_in", "q_in", "k_in", "v_in", "mlp_in")
@@ -132,13 +141,13 @@ class Architecture:
         training = module.training
         module.eval()
         try:
-            ids = _tokens(module)
+            ids = tokens(module)
             self.encodes = bool(module.config.is_encoder_decoder)
-            self._encoder = _tokens(module, ENCODED) if self.encodes else None
+            self._encoder = tokens(module, ENCODED) if self.encodes else None
             inputs = named(ids, self._encoder)
             with torch.no_grad():
                 plain = module(**inputs, use_cache=False).logits
-            _require_finite(module, plain)
+            require_finite(module, plain)
             with eager_attention(module):
                 calls, attended, output = record(module, lambda: module(**inputs, use_cache=False), ROWS)
                 logits = output.logits
@@ -147,8 +156,11 @@ class Architecture:
                 self._experts = [None if self.encodes else search.layer(layer) for layer in self.layers]
                 inside = Inside(self._model, ids, self._encoder)
                 self._inside = [inside.layer(module, layer) if self._traced else {} for layer in self.layers]
-                self._rotated = self._rotations(module, ids)
-            self._experiments(module, ids, logits, plain)
+                self._rotated = rotations(module, self.layers, ids, self._encoder, self.dtype)
+            self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
+            stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
+            found = allows(module, stack, ids, self._encoder, plain)
+            self.causal, self.local_embedding, self.keeps_logits = found
             self.modules = self._see_modules(module, ids, calls)
         finally:
             module.train(training)
@@ -159,7 +171,7 @@ class Architecture:
     ) -> None:
         self.model_type, self.name = module.config.model_type, type(module).__name__
         self.dtype = next(module.parameters()).dtype
-        path, count = _stack(module, overrides.stack)
+        path, count = stack_of(module, overrides.stack)
         blocks = Blocks(calls, attended, path, overrides)
         absent = [f"{path}.{i}" for i in range(count) if f"{path}.{i}" not in blocks.by_name]
         if absent:
@@ -181,7 +193,7 @@ class Architecture:
         self._broken = [
             i
             for i in range(1, count)
-            if not _equal(blocks.by_name[f"{path}.{i - 1}"].leaving, blocks.by_name[f"{path}.{i}"].entering)
+            if not equal(blocks.by_name[f"{path}.{i - 1}"].leaving, blocks.by_name[f"{path}.{i}"].entering)
         ]
         names = {id(m): n for n, m in module.named_modules()}
         owner = module.get_decoder() if self.encodes else module
@@ -193,10 +205,10 @@ class Architecture:
         self.embed = embedding.place("output", ROWS * POSITIONS)
         self.unembed = names.get(id(module.get_output_embeddings()), "")
         after = (c for c in calls if c.start > last.end and is_norm(c, self.d_model))
-        self.final_norm = next((c.name for c in after if _equal(c.entering, last.leaving)), "")
+        self.final_norm = next((c.name for c in after if equal(c.entering, last.leaving)), "")
         self._embed_width = embedding.leaving.shape[-1]
         norms = {n for layer in self.layers for s in layer.sublayers for n in (s.pre_norm, s.post_norm) if n}
-        self._scalings = {n for n in (*norms, self.final_norm) if n and _is_division(blocks.by_name[n])}
+        self._scalings = {n for n in (*norms, self.final_norm) if n and is_division(blocks.by_name[n])}
         self._embed_calls = sum(c.name == embedding.name for c in calls)
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
 
@@ -221,63 +233,17 @@ class Architecture:
         # One rounding a head on both sides of the sum.
         if gap > attention.heads * resolution(plain.dtype):
             return f"its heads do not sum to the projection's output (off by {gap:.2g})"
-        if attention.post_norm and not _is_scaling(blocks.by_name[attention.post_norm]):
+        if attention.post_norm and not is_scaling(blocks.by_name[attention.post_norm]):
             return "the norm after the projection is no pure scaling"
         return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
-
-    def _rotations(self, module: Any, ids: torch.Tensor) -> list[bool]:
-        """Whether each layer's queries turn with their position: of one token repeated they differ, unlike the stream.
-
-        Where positions are added to the stream, queries differ with it, and are taken not to be rotated as well.
-        """
-        same = named(ids[:, :1].expand_as(ids).contiguous(), self._encoder)
-        calls, attended, _ = record(module, lambda: module(**same, use_cache=False), ROWS)
-        entering = {call.name: call.entering for call in calls}
-        found: list[bool | None] = []
-        for layer in self.layers:
-            attention, stream = layer.sublayer("attn"), entering[layer.path]
-            seen = None if attention is None or attention.attended is None else attention.attended.name
-            queries = next((a.queries for a in attended if a.name == seen), None)
-            if queries is None or stream is None:
-                found.append(False)
-                continue
-            tolerance = 10 * resolution(self.dtype)
-            moved = not _close(queries, queries[:, :, :1].expand_as(queries), tolerance)
-            alike = _close(stream, stream[:, :1].expand_as(stream), tolerance)
-            found.append(moved if alike else None if layer.index else False)
-        # Above an attention with sinks the stream differs even so: then what the other layers do is taken.
-        return [any(found) if one is None else one for one in found]
 
     def rotated(self, layer: int) -> bool:
         """Whether queries and keys of a layer are turned by an angle that depends on their position."""
         return self._rotated[layer]
 
-    def _experiments(self, module: Any, ids: torch.Tensor, logits: torch.Tensor, plain: torch.Tensor) -> None:
-        self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
-        changed = ids.clone()
-        changed[:, -1] = (changed[:, -1] + 1) % self.vocab
-        first = changed.clone()
-        first[:, 0] = (first[:, 0] + 1) % self.vocab
-        stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
-        encoder = self._encoder
-        other = None if encoder is None else (encoder + 1) % self.vocab
-        base, late = _streams(module, stack, ids, encoder), _streams(module, stack, changed, encoder)
-        tolerance = resolution(self.dtype)
-        self.causal = all(_close(a[:, :-1], b[:, :-1], tolerance) for a, b in zip(base, late, strict=True))
-        self.local_embedding = _close(_streams(module, stack, first, other)[0][:, 1:], late[0][:, 1:], tolerance)
-        with torch.no_grad():
-            try:
-                chosen = torch.tensor([2, 5], device=ids.device)
-                kept = module(**named(ids, encoder), use_cache=False, logits_to_keep=chosen).logits
-                self.keeps_logits = kept.shape[1] == 2 and _close(kept, plain[:, [2, 5]], tolerance)
-            except TypeError:
-                self.keeps_logits = False
-
     def _see_modules(self, module: Any, ids: torch.Tensor, calls: list[Call]) -> Modules:
         options = {"logits_to_keep": torch.tensor([2, 5], device=ids.device)} if self.keeps_logits else {}
-        changed = ids.clone()
-        changed[:, -1] = (changed[:, -1] + 1) % self.vocab
-        changed = changed.flip(0) if self.causal else ids.flip(0)
+        changed = (with_another_last(ids, self.vocab) if self.causal else ids).flip(0)
         turned = None if self._encoder is None else self._encoder.flip(0)
         inputs = named(ids, self._encoder), named(changed, turned)
         plain, other = (see(module, partial(module, **given, use_cache=False, **options), ROWS) for given in inputs)
@@ -642,96 +608,3 @@ def architecture_of(model: Model) -> Architecture:
 def adopt(model: Model, found: Architecture) -> None:
     """Makes an architecture, probed with overrides perhaps, the one that patching this model uses."""
     _KNOWN[module_of(model)] = found
-
-
-def _tokens(module: Any, length: int = POSITIONS) -> torch.Tensor:
-    weight = module.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    # The first ids are often special tokens, which some models treat differently (padding).
-    return torch.randint(min(3, len(weight) - 1), len(weight), (ROWS, length), generator=generator).to(weight.device)
-
-
-def _require_finite(module: Any, logits: torch.Tensor) -> None:
-    if bool(torch.isfinite(logits).all()):
-        return
-    bad = [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]
-    raise ModelError(
-        f"{type(module).__name__} gives NaN or inf on a plain forward of random tokens. "
-        + (
-            f"These weights are not finite:\n{listing(bad)}\nLoad another checkpoint."
-            if bad
-            else "Its weights are finite: try bfloat16 or float32."
-        )
-    )
-
-
-def _stack(module: Any, given: str) -> tuple[str, int]:
-    """Path and length of the list of blocks: the outermost ModuleList with most parameters, inside the decoder."""
-    if given:
-        try:
-            return given, len(module.get_submodule(given))
-        except (AttributeError, TypeError) as error:
-            raise ArchitectureError(
-                f"overrides: {type(module).__name__} has no list of blocks at {given!r}."
-            ) from error
-    decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
-    root = decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else module
-    prefix = next(name for name, m in module.named_modules() if m is root)
-    lists = {name: m for name, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    if not outer:
-        raise ArchitectureError(
-            f"{type(module).__name__} has no ModuleList that could be its stack of blocks. Pass "
-            f"overrides={{'stack': PATH}}."
-        )
-    name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
-    return ".".join(filter(None, (prefix, name))), len(outer[name])
-
-
-def _streams(
-    module: Any, stack: Iterable[nn.Module], ids: torch.Tensor, encoder: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """The stream entering every block, and the logits."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)).detach().clone())
-
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
-    try:
-        with torch.no_grad():
-            seen.append(module(**named(ids, encoder), use_cache=False).logits)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _is_scaling(norm: Call) -> bool:
-    """Whether a norm is input × (one factor a position) × (one weight a dim): then a frozen scale makes it linear."""
-    x, y = norm.entering, norm.leaving
-    assert x is not None
-    assert y is not None
-    with torch.no_grad():
-        weighted = x * norm.module(torch.ones_like(x))
-    factor = (y * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
-    return _close(factor * weighted, y, 4 * resolution(x.dtype))
-
-
-def _is_division(norm: Call) -> bool:
-    """Whether a norm is (its input, centred or not) × weight ÷ (one number a position) + bias."""
-    x, y = norm.entering, norm.leaving
-    assert x is not None and y is not None  # noqa: PT018  # for mypy
-    with torch.no_grad():
-        weight, bias, centred = norm_parts(norm.module, "", x.float())
-        spread = (x.float() - x.float().mean(-1, keepdim=True) if centred else x.float()) * weight
-        factor = ((y.float() - bias) * spread).sum(-1, keepdim=True) / (spread * spread).sum(-1, keepdim=True)
-    return _close(factor * spread + bias, y.float(), 4 * resolution(x.dtype))
-
-
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))

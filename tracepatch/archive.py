@@ -7,8 +7,9 @@ from pathlib import Path
 
 import xarray as xr
 
+from tracepatch.combining import require_dataset
 from tracepatch.errors import ResultError
-from tracepatch.results import Result, require_dataset
+from tracepatch.results import Result
 
 
 def save_result(result: Result, path: str | os.PathLike[str]) -> Path:

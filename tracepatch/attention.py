@@ -12,7 +12,7 @@ import torch
 
 from tracepatch.calls import Attended, Key, Place, Side
 from tracepatch.models import Model
-from tracepatch.probe import Layer, resolution
+from tracepatch.probe import Layer, close, resolution
 from tracepatch.trace import read
 
 # The call that takes q, k and v, with the place of q among its arguments. nnsight counts assignments of a name too, so
@@ -80,6 +80,4 @@ class Inside:
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor) -> bool:
-    if a is None or a.shape != b.shape:
-        return False
-    return bool((a - b).abs().max() <= resolution(b.dtype) * (1 + b.abs().max()))
+    return a is not None and a.shape == b.shape and close(a, b, resolution(b.dtype))

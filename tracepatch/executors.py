@@ -19,7 +19,7 @@ from tracepatch.firing import each_once, failure, named, once, require_fired
 from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, shadow_columns, stops
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
-from tracepatch.plan import Group, Job, Plan, Proof, parts
+from tracepatch.plan import Group, Job, Plan, Proof, order_of, parts
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
 
@@ -142,7 +142,7 @@ class _Run:
                 kept, found = self._patched(group, part, known, direct, needed, want_logits)
                 scores.append(found)
                 pieces.append(kept)
-            order = _order(jobs, [job for part in split for job in part])
+            order = order_of(jobs, split)
             gained = {key: _joined([p[key] for p in pieces], order) for key in pieces[0]}
             logits = gained.get(("logits", 0))
             if logits is not None:
@@ -199,8 +199,8 @@ class _Run:
             self._raw(group, jobs[0], raw, known)
             return
         base, pair = jobs[0].base, jobs[0].pair
-        standing = {(job.base, job.pair): job for world in group.edited for job in world}
-        lead = (standing.get((base, pair), _unpatched(pair, base)),) if self.witness else ()
+        edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
+        lead = (next(edited, _unpatched(pair, base)),) if self.witness else ()
         _, scores = self._patched(group, (*lead, *jobs), known, self.plan.metrics)
         found = scores.double().numpy()
         values, unpatched = found[len(lead) :], found[0]
@@ -253,9 +253,8 @@ class _Run:
             for (job_number, save), live in zip(whose, kept["save", number], strict=True):
                 self.saved[jobs[job_number].row, save, jobs[job_number].pair] = live
         if self.checks:
-            patched = [job for job in jobs if job.row >= 0]
             fired = require_fired(self.plan.rows, group, jobs, kept, len(rows))
-            self.fired += fired if patched else 0
+            self.fired += fired if jobs[-1].row >= 0 else 0  # edits of rows, not those that make the worlds
         own = {key: value[: len(jobs)] for key, value in kept.items() if key[0] not in ("save", "fired")}
         return own, scores[: len(jobs)]
 
@@ -267,8 +266,7 @@ class _Run:
     def _raw(self, group: Group, job: Job, function: Callable[[Any], Any], known: dict[Any, torch.Tensor]) -> None:
         """A row's raw trace, and the same run without it: what they differ by is what the row did."""
         row = self.plan.rows[job.row]
-        ids = torch.tensor([self.encoded.world(job.base)[job.pair]], device=self.device)
-        inputs = trace.named(ids, self._read_by([job]))
+        inputs = trace.named(self._tokens([job]), self._read_by([job]))
         measures = self._measures(self.plan.metrics, group, [job], known)
         reads, remote = torch.tensor(group.reads), remote_of(self.model)
         base = self.baselines[job.base][job.pair]
@@ -301,11 +299,9 @@ class _Run:
     ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         reads = torch.tensor(group.reads)
         options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
-        ids = [self.encoded.world(self._root(row))[row.pair] for row in rows]
-        tokens = torch.tensor(ids, device=self.device)
         remote, encoder = remote_of(self.model), self._read_by(rows)
-        places = [path for (path, *_), _ in visited]
         counted = once(visited, self.architecture) if self.checks and not remote else ()
+        tokens = self._tokens(rows)
         given = (tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote, encoder)
         try:
             with each_once(module_of(self.model), counted):
@@ -314,7 +310,12 @@ class _Run:
             raise
         except Exception as error:
             of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
-            raise MeasurementError(failure(error, places, of, len(ids))) from error
+            raise MeasurementError(failure(error, [path for (path, *_), _ in visited], of, len(rows))) from error
+
+    def _tokens(self, rows: Sequence[Job]) -> torch.Tensor:
+        """The prompts of these runs, ``[row, pos]``; the decoder's, where the model has an encoder."""
+        ids = [self.encoded.world(self._root(row))[row.pair] for row in rows]
+        return torch.tensor(ids, device=self.device)
 
     def _read_by(self, rows: Sequence[Job]) -> torch.Tensor | None:
         """What an encoder reads in these runs, ``[row, pos]``; nothing where the model has none."""
@@ -381,17 +382,9 @@ def _unpatched(pair: int, world: WorldName) -> Job:
     return Job(-1, pair, world, (), 0, 0)
 
 
-def _order(wanted: Sequence[Any], found: Sequence[Any]) -> torch.Tensor | None:
-    """Where each wanted item stands among those found; ``None`` if they stand in that order."""
-    if list(found) == list(wanted):
-        return None
-    place = {id(item): i for i, item in enumerate(found)}
-    return torch.tensor([place[id(item)] for item in wanted])
-
-
-def _joined(pieces: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+def _joined(pieces: list[torch.Tensor], order: list[int] | None) -> torch.Tensor:
     whole = torch.cat(pieces)
-    return whole if order is None else whole[order.to(whole.device)]
+    return whole if order is None else whole[order]
 
 
 def _references(metric: Metric) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from tracepatch.architecture import Architecture
 from tracepatch.literals import along, joined, literal, number, plus
-from tracepatch.rows import Edit, EditedWorld, Row
+from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site, shape_of
 from tracepatch.sources import Constant, Function, Noise, Value, WorldName
 from tracepatch.spelling import STOPS, Spot
@@ -62,10 +62,7 @@ class Common:
 
     def standing(self, world: WorldName) -> list[tuple[WorldName, Edit]]:
         """The edits that always happen in a world, each with the world that it is an edit of."""
-        if world not in self.edited:
-            return []
-        here = self.edited[world]
-        return [*self.standing(here.of), *((world, edit) for edit in here.edits)]
+        return standing(world, self.edited)
 
     def kept(self, world: WorldName, name: str, layer: int) -> str:
         """The variable with a value of another run, which is taken from now on."""

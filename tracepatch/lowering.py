@@ -22,7 +22,7 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.plan import Proof, Read, Term, Write
-from tracepatch.rows import Edit, EditedWorld, Row
+from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
@@ -73,6 +73,12 @@ class Lowering:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
         self.edited = edited or {}
+        self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
+        # The first position that a world's standing edits touch.
+        self.first_edit = {
+            name: min((min(e.site.pos.resolve(profile.length) or (0,)) for e in edits), default=profile.length)
+            for name, edits in self.standing.items()
+        }
 
     def world(self, name: WorldName) -> tuple[Write, ...]:
         """The writes of an edited world, those of the worlds below it first.
@@ -80,18 +86,14 @@ class Lowering:
         Raises:
             SiteError: The prompt has no such position.
         """
-        edits = sorted(self._standing(name), key=self._moment)
+        edits = sorted(self.standing[name], key=self._moment)
         return tuple(_drop_overwritten([self._write(edit, standing=True) for edit in edits]))
-
-    def _standing(self, name: WorldName) -> list[Edit]:
-        world = self.edited.get(name)
-        return [] if world is None else [*self._standing(world.of), *world.edits]
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
         if row.raw is not None:  # nothing is known of it
             return (), Proof.NONE
-        edits = [(edit, True) for edit in self._standing(row.base)] + [(edit, False) for edit in row.edits]
+        edits = [(edit, True) for edit in self.standing.get(row.base, ())] + [(edit, False) for edit in row.edits]
         try:
             writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
         except SiteError:
@@ -259,7 +261,8 @@ class Lowering:
         """Whether two worlds have the same value there."""
         if one == other:
             return True
-        if position >= min(self._first_edit(one), self._first_edit(other)):
+        length = self.profile.length
+        if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
             return False
         if self._root(one) == self._root(other):
             return True
@@ -269,11 +272,6 @@ class Lowering:
 
     def _root(self, name: WorldName) -> WorldName:
         return self.edited[name].root if name in self.edited else name
-
-    def _first_edit(self, name: WorldName) -> int:
-        """The first position that a world's standing edits touch."""
-        places = (edit.site.pos.resolve(self.profile.length) or (0,) for edit in self._standing(name))
-        return min((min(p) for p in places), default=self.profile.length)
 
 
 def _canonical(site: Site, depth: int) -> tuple[str, int]:

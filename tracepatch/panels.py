@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from tracepatch.combining import over_pairs, require_dataset
 from tracepatch.errors import ResultError
 from tracepatch.plan import Status
-from tracepatch.results import over_pairs, require_dataset
 
 PLACES = ("pos", "dest", "src")  # dims along the prompt
 PANELS = ("component", "model", "metric")

@@ -62,6 +62,13 @@ def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list
     return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
 
 
+def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
+    """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
+    found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
+    order = [found[id(item)] for item in items]
+    return None if order == sorted(order) else order
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""

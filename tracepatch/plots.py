@@ -23,9 +23,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
+from tracepatch.combining import require_dataset
 from tracepatch.errors import ResultError
 from tracepatch.panels import PANELS, Label, Panel, View, arrange, scale_words
-from tracepatch.results import require_dataset
 
 COLOURS = "RdBu_r"  # white at 0, and told apart with any colour blindness
 SMALL, MEDIUM, LARGE = 7, 8, 9  # points: legible where the figure is printed at its own size

@@ -352,7 +352,7 @@ class _Branch:
         entering = self.projection.entering
         assert entering is not None
         kv_heads = max(_different_heads(seen.keys), _different_heads(seen.values))
-        exact = z.numel() == entering.numel() and _near(z, entering.reshape(z.shape))
+        exact = z.numel() == entering.numel() and close(z, entering.reshape(z.shape), resolution(z.dtype))
         return replace(
             found,
             inner=inner if exact else None,  # a gate or norm stands between pattern · v and the projection
@@ -367,8 +367,9 @@ class _Branch:
         )
 
 
-def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() <= resolution(a.dtype) * (1 + b.abs().max()))
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    """Whether activations differ by at most a fraction of their scale."""
+    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
 
 
 def _different_heads(values: torch.Tensor) -> int:

@@ -29,6 +29,7 @@ from tracepatch.rows import (
     require_fresh,
     require_label,
     require_separate,
+    standing,
     takes_one,
 )
 from tracepatch.sites import (
@@ -248,13 +249,13 @@ class Recorder:
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
-        row, standing = self.opened, self.edited.get(world)
-        if row is None and (standing is None or self._ended):
+        row, own = self.opened, self.edited.get(world)
+        if row is None and (own is None or self._ended):
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
                 "for each patched forward. (Standing edits are those of an edited world: p.world(name, of=…).)"
             )
-        if row is None and standing is not None and standing.used:
+        if row is None and own is not None and own.used:
             raise RecipeError(
                 f"{world} has been used already, so {world}.{site} cannot be edited any more: its standing edits come "
                 "before the first row or world that uses it."
@@ -285,7 +286,7 @@ class Recorder:
                 require_fit(site, source.terms(), length, partial(self._shape, length=length))
         taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
         for other in (self.edited[name] for name in taken if name in self.edited):
-            if row is None and other is standing:
+            if row is None and other is own:
                 raise RecipeError(f"{world}.{site}: a standing edit of {world} cannot take {world}'s own values.")
             other.used = True
         if not isinstance(source, Function):
@@ -293,21 +294,20 @@ class Recorder:
             for _, value in source.terms().values:
                 require_fresh(f"{world}.{site}", self._standing(value.world), [value.site], self.architecture)
         if row is None:
-            assert standing is not None
+            assert own is not None
             edit = Edit(site, source, add)
             require_separate(f"world {world}", [*self._standing(world), edit])
             require_apart(f"world {world}", [*self._standing(world), edit], self.architecture)
-            standing.edits.append(edit)
+            own.edits.append(edit)
             self.edited[world] = self.edited.pop(world)  # after those whose values it takes
             return
-        if standing is not None:
-            standing.used = True
+        if own is not None:
+            own.used = True
         row.base = world
         row.edits.append(Edit(site, source, add, row.renormalize and site.component == "pattern"))
 
     def _standing(self, name: WorldName) -> list[Edit]:
-        world = self.edited.get(name)
-        return [] if world is None else [*self._standing(world.of), *world.edits]
+        return [edit for _, edit in standing(name, self.edited)]
 
     def _require_result(self, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""

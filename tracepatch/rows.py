@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -46,8 +46,25 @@ class Edit:
         return None if constant is None or not constant.tensor.shape else constant.tensor
 
 
+class Edits:
+    """What is edited, and what of it a script cannot write down."""
+
+    __slots__ = ()
+    edits: list[Edit]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
+        return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def functions(self) -> list[Callable[..., torch.Tensor]]:
+        """The functions of its edits, in the order of the edits."""
+        return [e.source.function for e in self.edits if isinstance(e.source, Function)]
+
+
 @dataclass(slots=True)
-class EditedWorld:
+class EditedWorld(Edits):
     """A clean or corrupted run with standing edits, which is a world of its own: a base and a source of values.
 
     Attributes:
@@ -64,18 +81,14 @@ class EditedWorld:
     edits: list[Edit] = field(default_factory=list)
     used: bool = False
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
-        return [e.tensor for e in self.edits if e.tensor is not None]
-
-    @property
-    def functions(self) -> list[Callable[..., torch.Tensor]]:
-        """The functions of its edits, in the order of the edits."""
-        return [e.source.function for e in self.edits if isinstance(e.source, Function)]
-
     def __str__(self) -> str:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))
+
+
+def standing(world: WorldName, edited: Mapping[WorldName, EditedWorld]) -> list[tuple[WorldName, Edit]]:
+    """The edits that always happen in a world, those of the worlds below it first, each with the world it is of."""
+    here = edited.get(world)
+    return [] if here is None else [*standing(here.of, edited), *((world, edit) for edit in here.edits)]
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +129,7 @@ class Save:
 
 
 @dataclass(slots=True)
-class Row:
+class Row(Edits):
     """One patched forward for every pair: a base world, its edits, and the labels that place it in the result."""
 
     number: int
@@ -137,16 +150,6 @@ class Row:
     def described(self) -> str:
         """The labels as they were written."""
         return ", ".join(f"{k}={v!r}" for k, v in self.labels.items())
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
-        return [e.tensor for e in self.edits if e.tensor is not None]
-
-    @property
-    def functions(self) -> list[Callable[..., torch.Tensor]]:
-        """The functions of its edits, in the order of the edits."""
-        return [e.source.function for e in self.edits if isinstance(e.source, Function)]
 
     def as_nnsight(self, pair: int = 0, metric: str | None = None) -> str:
         """The row on one pair as a short script of plain nnsight, to check us by, to learn from and to start from.
