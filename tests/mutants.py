@@ -33,8 +33,9 @@ class Mutant:
 ENCODER = ("test_encoder_decoder.py",)
 READERS = ("test_readers.py",)
 WORLDS = ("test_worlds.py",)
+FORMS = ("test_forms.py",)
 MUTANTS = (
-    Mutant("rows are shifted by one", "executors", "row_of=lambda number: number,", "row_of=lambda number: max(number - 1, 0),"),
+    Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, found[:-1], strict=True):\n            self.values"),
     Mutant("one position is pruned too many", "lowering", "position < self.profile.first", "position <= self.profile.first"),
     Mutant("the first differing position is forgotten", "lowering", "return min(self.differing, default=self.length)", "return max(self.differing, default=self.length)"),
@@ -55,7 +56,7 @@ MUTANTS = (
     Mutant("a head's bias counts for every head", "writing", "    found: torch.Tensor = project(flat) - project(torch.zeros_like(flat[..., :1, :] if flat.ndim > 2 else flat[:1]))", "    found: torch.Tensor = project(flat)"),
     Mutant("the post-norm after a head is ignored", "writing", "    return found if weight is None else found * weight", "    return found"),
     Mutant("the stream between attention and MLP leaves attention out", "writing", "        middle = entering + (x if scale == 1 else x * scale)", "        middle = entering + 0 * x"),
-    Mutant("worlds are exchanged", "executors", "world_of={run: i for i, run in enumerate(self._order(group))}", "world_of={run: i ^ 1 for i, run in enumerate(self._order(group))}"),
+    Mutant("worlds are exchanged", "traced", "seats = Seats({run: i for i, run in enumerate(self.order(group))}", "seats = Seats({run: i ^ 1 for i, run in enumerate(self.order(group))}"),
     Mutant("pairs are exchanged", "layout", "found[0].append(seats.world_of[job.pair, term.world])", "found[0].append(seats.world_of[members[0][2].pair, term.world])"),
     Mutant("heads are exchanged", "layout", "cells[2].append(write.units[j])", "cells[2].append(write.units[-1 - j])"),
     Mutant("attention counts before its post-norm", "probe", "        self.candidates = list({id(c): c for c in pool}.values())", "        self.candidates = pool[:1]", ("test_architecture.py",)),
@@ -80,7 +81,7 @@ MUTANTS = (
     Mutant("a script's norm keeps the mean", "spelling", "x = x - x.mean(-1, keepdim=True)", "pass", ("test_scripts.py",)),
     Mutant("a script reads all heads' streams in one row", "forwards", "None if same[i] else unit", "None", ("test_scripts.py",)),
     Mutant("a script forgets the world below an edited one", "rows", "*standing(here.of, edited), ", "", ("test_scripts.py",)),
-    Mutant("the encoder of a row reads the clean prompt", "executors", "[self.encoded.encoded(self._root(row), row.pair) for row in rows]", "[self.encoded.encoded('clean', row.pair) for row in rows]", ENCODER),
+    Mutant("the encoder of a row reads the clean prompt", "traced", "[self.encoded.encoded(self.root(row), row.pair) for row in rows]", "[self.encoded.encoded('clean', row.pair) for row in rows]", ENCODER),
     Mutant("worlds are kept in the order of their runs", "executors", "    return whole if order is None else whole[order]", "    return whole", ENCODER),
     Mutant("decoders with the same tokens count as the same", "lowering", "        if self.encoded:\n            return 0", "        if self.encoded:\n            return self.length", ENCODER),
     Mutant("attention to an encoder is taken for attention", "probe", 'return "cross" if seen.keys.shape[-2] == ENCODED else "attn"', 'return "attn"', ENCODER),
@@ -117,8 +118,26 @@ MUTANTS = (
     Mutant("a scale forgets the mean", "writing", "entering - entering.mean(-1, keepdim=True) if centred else entering", "entering", ("test_freezes.py",)),
     Mutant("what a function carries is pruned", "lowering", "if carried or self._reaches(write, p)]", "if self._reaches(write, p)]", ("test_functions.py",)),
     Mutant("what a function takes is dropped as overwritten", "lowering", "if not (write.add or _depends(write)):", "if not write.add:", ("test_functions.py",)),
-    Mutant("what is saved is another row's", "layout", "[seats.row_of(number) for number, _ in whose],", "[seats.row_of(whose[0][0]) for number, _ in whose],", ("test_saves.py",)),
+    Mutant("what is saved is another row's", "layout", "[number for number, _ in whose], list(read.positions)]", "[whose[0][0] for number, _ in whose], list(read.positions)]", ("test_saves.py",)),
     Mutant("modules of the last layer count as beside the metric", "lowering", "if component(write.component).module:", "if False:", ("test_modules.py",)),
+    Mutant("a packed token sees the rows beside it", "masks", "sees = owner[:, :, None] == owner[:, None, :]", "sees = owner[:, :, None] <= owner[:, None, :]", FORMS),
+    Mutant("a packed token sees its base where the row stands itself", "masks", "(pos[:, None, :] < start[:, :, None])", "(pos[:, None, :] <= start[:, :, None])", FORMS),
+    Mutant("a row sees the cache where it stands itself", "masks", "cached = torch.arange(table.prefix) < start[:, :, None]", "cached = torch.arange(table.prefix) <= start[:, :, None]", FORMS),
+    Mutant("a window is counted in seats", "masks", "keys = torch.cat([torch.arange(table.prefix).expand(len(pos), -1), pos], -1)", "keys = torch.arange(table.prefix + pos.shape[1]).clamp(max=table.end - 1).expand(len(pos), -1)", FORMS),
+    Mutant("packed tokens have the positions of their seats", "masks", "torch.arange(job.start, table.end)", "torch.arange(table.end - job.start)", FORMS),
+    Mutant("rows are born as the other world", "climb", "        return world_of[job.pair, job.base], position", "        return world_of[job.pair, job.base] ^ 1, position", FORMS),
+    Mutant("positions before a row's start are read from it", "climb", "            if position >= job.start:\n                at.append", "            if position >= 0:\n                at.append", FORMS),
+    Mutant("functions above the last MLP see tokens without it", "climb", "inside = inside or any(w[4] is not None", "inside = inside or any(False and w[4] is not None", FORMS),
+    Mutant("a row takes a lane of the other world", "table", "lane = min(lanes_of[job.pair, job.base], key=fill.__getitem__)", "lane = min(lanes_of[job.pair, 'clean'] or lanes_of[job.pair, job.base], key=fill.__getitem__)", FORMS),
+    Mutant("the second world of a pair starts late", "packing", "start = min((*self.encoded.differing(pair), end))", "start = max((*self.encoded.differing(pair), 0))", FORMS),
+    Mutant("a source that has not passed by is written in the run that computes it", "packing", "or t.layer < w.layer for w in", "or True for w in", FORMS),
+    Mutant("cached keys are those before an edit of them", "packing", "    return write.component in CACHED or (", "    return (", FORMS),
+    Mutant("standing edits before a staggered row are forgotten", "packing", "min(reads) if self.form == \"staggered\" else length)", "length)", FORMS),
+    Mutant("what an MLP wrote before stays under a row born above it", "packing", "taken = () if one.add else (", "taken = () if True else (", FORMS),
+    Mutant("after the first half of a batch the second is left out", "packing", "parts_of = batch.jobs[:middle], batch.jobs[middle:]", "parts_of = batch.jobs[:middle], batch.jobs[:middle]", FORMS),
+    Mutant("columns are given in the order of their ids", "traced", "picked = picked if few is None else torch.searchsorted(few, picked)", "picked = picked if few is None else torch.searchsorted(few, picked).sort().values", FORMS),
+    Mutant("keys of a table stand where those of the cache do", "layout", "slot + self.table.prefix * (name in CACHED)", "slot", FORMS),
+    Mutant("a form that was not tried is taken", "forms", "    if wanted in found.refused:", "    if False:", FORMS),
 )  # fmt: skip
 
 

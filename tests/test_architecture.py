@@ -16,7 +16,7 @@ from transformers import BertConfig, BertLMHeadModel
 import tracepatch as tp
 from tracepatch import errors, trace
 from tracepatch.architecture import architecture_of
-from tracepatch.layout import stops
+from tracepatch.layout import Seats, stops
 from tracepatch.sites import SCALES
 
 IDS = torch.tensor([[7, 33, 41, 12, 50, 8, 29]])
@@ -37,16 +37,15 @@ def captured(
         if architecture.offers(c, i) and (i == 0 or tp.COMPONENTS[c].layered)
     ]
     keys = [k for k in keys if k[0] != "resid_post"] + [("resid_pre", len(architecture))]
-    visited = stops(architecture, keys if keep else (), writes or {})
+    visited = stops(architecture, keys if keep else (), writes or {}, seats=Seats({}, 7))
     kept, _ = trace.forward(
         model,
-        IDS,
+        trace.named(IDS),
         visited,
         {},
-        torch.arange(7),
-        {},
+        ("of", torch.arange(7), None),
         (),
-        ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}),),
+        ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}, None),),
         (True, ()),
     )
     return kept, kept["logits", 0][0]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import planner_picture
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,15 @@ def shape(text: str) -> str:
     text = re.sub(r"\b(by|to) (0|\de-\d+)(?= logits|;)", r"\1 #", text)  # what rounding left
     text = re.sub(r"e-\d\d", "e-##", re.sub(r"(\d\.\d)\d*", r"\1", text))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def test_the_picture_of_the_planner_is_drawn_from_a_plan() -> None:
+    recorded = planner_picture.planned()
+    patches, measured, each, cells = planner_picture.numbers(recorded)
+    assert (patches, measured) == (len(recorded.rows), recorded.plan.jobs)
+    told = " ".join(text.get_text() for text in planner_picture.draw(recorded).texts)
+    assert all(f"{number}" in told for number in (patches, patches - measured, each, cells))
+    assert f"{cells / (each / (patches + 2)):.1f}, counted" in recorded.plan.explain()
 
 
 def test_the_reference_is_built_with_the_documented_command(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_own_values_written_back_change_not_one_bit(model_type: str, dtype: torc
 def test_a_full_cut_gives_the_other_run(model_type: str, dtype: torch.dtype) -> None:
     """To the last bit, but for resid_mid: an edit of the sum is made by what attention adds, whose rounding is its own."""
     names = []
-    with tp.patching(model_of(model_type, dtype), PAIRS) as p:
+    with tp.patching(model_of(model_type, dtype), PAIRS, form="flat") as p:
         for name in ("embed", "resid_pre", "resid_mid", "resid_post", "logits"):
             for layer in range(len(p.architecture)) if tp.COMPONENTS[name].layered else range(1):
                 if p.architecture.offers(name, layer):

@@ -26,9 +26,9 @@ from transformers import (
 import tracepatch as tp
 from tracepatch import errors, trace
 from tracepatch.architecture import architecture_of
+from tracepatch.jobs import EAGER
 from tracepatch.layout import stops
 from tracepatch.models import module_of
-from tracepatch.plan import EAGER
 from tracepatch.sites import SCALES
 
 OFFERED = (
@@ -121,7 +121,7 @@ def test_nothing_is_padded_and_pairs_are_measured_as_if_alone(model_type: str) -
     for group in p.plan.groups:
         for batch in group.batches:
             assert len({len(p.encoded.encoded(job.base, job.pair)) for job in batch.jobs}) == 1
-    assert "4 for the 6 unpatched worlds" in p.plan.explain(), p.plan.explain()
+    assert "4 of them for the 6 unpatched worlds" in p.plan.explain(), p.plan.explain()
     together = p.run()
     for i in range(len(pairs)):
         with tp.patching(model, pairs[i], [tp.logit_diff, tp.kl]) as p:
@@ -221,7 +221,8 @@ def test_the_residual_sum_closes(model_type: str) -> None:
     model, module = tiny(model_type), module_of(tiny(model_type))
     names = ("resid_pre", "attn_out", "cross_attn_out", "mlp_out")
     visited = stops(architecture_of(model), [(n, i) for n in names for i in range(2)] + [("resid_pre", 2)], {})
-    kept, _ = trace.forward(model, IDS, visited, {}, torch.arange(5), {}, (), (), (True, ()), encoder=ENCODER_IDS)
+    read = ("of", torch.arange(5), None)
+    kept, _ = trace.forward(model, trace.named(IDS, ENCODER_IDS), visited, {}, read, (), (), (True, ()))
     for i in range(2):
         x = kept["resid_pre", i]
         block = module.get_submodule(architecture_of(model).layers[i].path)

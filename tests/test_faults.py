@@ -16,7 +16,7 @@ from test_checks import shifted
 from tiny_models import build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, executors
+from tracepatch import errors, traced
 
 WORDS = [f"w{i}" for i in range(30, 60)]
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -156,9 +156,9 @@ def test_a_batch_in_which_only_row_0_is_written(monkeypatch: pytest.MonkeyPatch)
     """
     model = tiny("gpt2")
     tp.patch(model, made_up_pairs(WORDS)[:1], "z")
-    monkeypatch.setattr(executors, "columns", shifted(torch.zeros_like))
+    monkeypatch.setattr(traced, "columns", shifted(torch.zeros_like))
     with pytest.raises(errors.MeasurementError, match="Unpatched rows of the patched runs drift by"):
-        tp.patch(model, made_up_pairs(WORDS)[:1], "z")
+        tp.patch(model, made_up_pairs(WORDS)[:1], "z", form="flat")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from slow import Slow, gap
 
 import tracepatch as tp
 from tracepatch.architecture import architecture_of
-from tracepatch.plan import EAGER
+from tracepatch.jobs import EAGER
 from tracepatch.sites import SCALES
 from tracepatch.sources import OTHER
 from tracepatch.toys import tasks

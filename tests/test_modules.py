@@ -319,9 +319,9 @@ def test_experts_and_their_router_against_the_oracle(model_type: str) -> None:
         with tp.patching(model, made_up_pairs(WORDS)) as p:
             assert p.architecture.offers(name, 1), p.architecture.why_not(name, 1)
             sweep(p, name, ("corrupted", "clean")[number], thin=4)
-        compare(model, p, worst)
+        compare(model, [p], worst)
     print(model_type, worst)
-    assert max(worst.values()) < 1e-6
+    assert max(worst.values()) < 3e-6
 
 
 def test_the_routing_follows_the_router() -> None:
@@ -339,7 +339,7 @@ def test_the_routing_follows_the_router() -> None:
         with p.row(component="router_logits", number=3):
             p.corrupted.router_logits[0, 0] = 0
             p.corrupted.experts_out[0, 1:] = 0
-    compare(model, p, {})
+    compare(model, [p], {})
     assert list(p.rows[0].edits[0].site.picked("expert").items or ()) == [2]
     result = tp.patch(model, made_up_pairs(WORDS), "router_logits", only={"layer": [1], "expert": [0, -1]})
     assert dict(result.sizes) | {"layer": 1, "expert": 2} == dict(result.sizes)

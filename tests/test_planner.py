@@ -19,9 +19,10 @@ EXPLAINED = """\
   patches      84
           -62  writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value
            22  to be measured
-  traced runs  2: 1 for the 4 unpatched worlds, 1 of up to 23 rows (one of them an unpatched witness)
-  forwards     27 instead of 88 (3.3 × fewer)
-  memory       about 1.67 MB a run, budget 1.07 GB"""
+  batches      1 packed (tokens side by side, from each row's first edit on) of up to 22 rows in 110 tokens, 1 with the worlds
+  traced runs  1
+  forwards     5.7, counted in tokens and layers, instead of 88 (15.4 × fewer)
+  memory       about 726 kB a run, budget 1.07 GB"""
 
 MIXED = """\
 9 rows × 2 pairs on toy-gpt2 (3 layers)
@@ -32,9 +33,19 @@ MIXED = """\
            -2  each of its positions falls under one of the two proofs above
            -2  the same edits on the same pair are measured once
             5  to be measured
-  traced runs  7: 2 for the 4 unpatched worlds, 5 of up to 2 rows (one of them an unpatched witness)
-  forwards     14 instead of 21 (1.5 × fewer)
+  batches      5 packed (tokens side by side, from each row's first edit on) of up to 1 row in 2 tokens
+  traced runs  7, 2 of them for the 4 unpatched worlds
+  forwards     4.5, counted in tokens and layers, instead of 21 (4.6 × fewer)
   memory       about 190 kB a run, budget 1.07 GB"""
+
+
+def timeless(told: str) -> str:
+    """Without the line of the estimated time, which depends on what has run before."""
+    kept, found = re.subn(
+        r"\n  time         about \S+ (s|min), (before any|going by the last) run of this model", "", told
+    )
+    assert found == 1
+    return kept
 
 
 def mixed(p: tp.Patching) -> None:
@@ -67,16 +78,16 @@ def test_explain_a_sweep(gpt2: Any) -> None:
             with p.row(layer=layer, pos=pos):
                 p.corrupted.resid_pre[layer, pos] = p.clean.resid_pre[layer, pos]
     assert p.plan is not None
-    assert p.plan.explain() == EXPLAINED
+    assert timeless(p.plan.explain()) == EXPLAINED
     p.run()
-    told = p.plan.explain()
+    told = timeless(p.plan.explain())
     assert told.startswith(EXPLAINED + "\n  took         ")
     number = r"\d(\.\d+|e-\d+)?"
     assert re.search(
         rf"[\d,]+ rows a second\n  checks       eager attention differs by {number}; witnesses drift by {number} logits; "
         rf"row \d+ \(layer=\d, pos=\d+\) of pair \d alone gives the same to {number} logits; "
         rf"row \d+ \(layer=\d, pos=\d+\) of pair \d, proved zero, is its base to {number} logits; "
-        r"all 22 edits fired; 0 rows exactly unchanged$",
+        r"all 22 edits fired; 0 rows unchanged$",
         told,
     )
 
@@ -89,7 +100,7 @@ def test_explain_everything_else(gpt2: Any) -> None:
     with tp.patching(gpt2, pairs, [tp.logit_diff, tp.kl], batch_size=1) as p:
         mixed(p)
     assert p.plan is not None
-    assert p.plan.explain() == MIXED
+    assert timeless(p.plan.explain()) == MIXED
     found = {row.labels["name"]: Proof(p.plan.proofs[i, 1]).name for i, row in enumerate(p.rows)}
     assert found == {
         "equal": "EQUAL",
@@ -172,5 +183,5 @@ def test_memory_bounds_a_run(gpt2: Any, pairs: tp.Pairs) -> None:
 
     assert largest() == 36
     assert largest(batch_size=5) == 5
-    assert largest(memory=1_000_000) < 12
+    assert largest(memory=300_000) < 12
     assert largest(memory=1) == 1

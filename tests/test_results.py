@@ -40,7 +40,7 @@ def test_variables_and_dims(result: xr.Dataset) -> None:
     np.testing.assert_allclose(result["normalized"], result["effect"] / (result["clean"] - result["corrupted"]))
     assert result["depth"].values.tolist() == [0, 0.5, 1]
     assert result["effect"].attrs["units"] == "logits"
-    assert result["status"].attrs["flag_meanings"] == "absent measured proved_zero"
+    assert result["status"].attrs["flag_meanings"] == "absent measured proved_zero pending"
 
 
 def test_tokens_are_shared_or_by_pair(gpt2: Any, result: xr.Dataset) -> None:
@@ -89,7 +89,7 @@ def test_the_mean_leaves_out_pairs_without_the_position(gpt2: Any) -> None:
 
 def test_a_pair_too_close_to_divide_by(gpt2: Any, pairs: tp.Pairs) -> None:
     """A metric that does not see the difference: NaN, and listed, never a quotient of noise."""
-    with pytest.warns(tp.errors.MeasurementWarning, match="to the last bit of constant"):
+    with pytest.warns(tp.errors.MeasurementWarning, match="up to rounding, in constant"):
         result = tp.patch(gpt2, pairs, "resid_pre", tp.metric(lambda logits: logits[:, 0] * 0 + 3.0, name="constant"))
     assert np.isnan(result["normalized"]).all()
     assert json.loads(result.attrs["pairs_too_close"]) == [0, 1, 2]

@@ -161,7 +161,8 @@ def heads(p: tp.Patching, look: bool) -> None:
 def test_looking_changes_no_number(name: str) -> None:
     results = []
     for look in (False, True):
-        with tp.patching(toy(name), ioi_pairs(2), prune=False, batch_size=8) as p:
+        # Rows that save are whole prompts.
+        with tp.patching(toy(name), ioi_pairs(2), prune=False, batch_size=8, form="flat") as p:
             heads(p, look)
         results.append(p.run())
     for variable in ("value", "clean", "corrupted", "status"):

@@ -17,9 +17,10 @@
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``trace``, ``models``,
 ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``,
 ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``,
-``recording``, ``plan``, ``lowering``, ``planner``, ``layout``, ``firing``, ``executors``, ``checks``, ``literals``,
-``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``recipe``,
-``panels``, ``plots``, ``toys``, ``__main__``.
+``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``lowering``, ``packing``, ``planner``, ``climb``, ``masks``,
+``layout``, ``shadows``, ``firing``, ``traced``, ``identity``, ``entries``, ``journal``, ``executors``, ``forms``,
+``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``,
+``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -60,6 +60,13 @@ def run(
     dtype: Dtype = None,
     device_map: Device = None,
     checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Whether a run checks itself.")] = True,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for finished batches: the same command continues there after Ctrl-C, and repeats nothing.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
     module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
@@ -76,7 +83,11 @@ def run(
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
         for name, chosen in _recipes(module).items():
             try:
-                result = chosen(loaded, pairs, metrics, checks=checks)
+                result = chosen(loaded, pairs, metrics, checks=checks, directory=directory)
+            except KeyboardInterrupt as error:
+                kept = "To keep what is finished, pass --directory." if directory is None else error.__notes__[0]
+                Console(stderr=True, highlight=False, soft_wrap=True).print(f"Interrupted. {kept}", markup=False)
+                raise typer.Exit(130) from error
             except tp.errors.ComponentError as error:
                 say(f"  {name}: left out. {error}", markup=False)
                 lines.append(f"  {name}: left out. {error}")

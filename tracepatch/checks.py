@@ -10,7 +10,6 @@ are only reported.
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, MeasurementWarning, plural
-from tracepatch.executors import Measured, run
-from tracepatch.models import Model
-from tracepatch.plan import Plan, Proof
+from tracepatch.journal import Measured
+from tracepatch.plan import PROVED, Plan, Proof
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
 from tracepatch.rows import Row
@@ -33,24 +31,22 @@ from tracepatch.tokens import EncodedPairs
 
 BOUNDED = ("logits", "nats", "probability")  # units in which a metric follows the logits, at most twice as fast
 JUMPS = "rank"
-PROVED = (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH)
 
 
-def verify(model: Model, architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured) -> str:
+def verify(architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured) -> str:
     """Checks a run that has ended; the line that says what was found.
 
     Raises:
         MeasurementError: Unpatched witnesses drift, or a row alone has another value than in the run, by more than
             rounding explains.
     """
-    checks = _Checks(model, architecture, encoded, plan, measured)
+    checks = _Checks(architecture, encoded, plan, measured)
     found = [checks.eager(), checks.noise(), *checks.alone(), checks.fired(), checks.unchanged()]
     return "; ".join(found)
 
 
 @dataclass(frozen=True)
 class _Checks:
-    model: Model
     architecture: Architecture
     encoded: EncodedPairs
     plan: Plan
@@ -72,21 +68,9 @@ class _Checks:
         return f"witnesses drift by {self._amounts(drift)}"
 
     def alone(self) -> Iterator[str]:
-        """A measured row, and one proved to be zero, in forwards of their own with every edit left in."""
-        for pair, numbers in self._picked().items():
-            one = _only(self.encoded, pair)
-            rows = [self.plan.rows[number] for number in numbers]
-            # No memory for two rows: the worlds run one by one too.
-            limits: dict[str, Any] = {"prune": False, "batch_size": 1, "memory": 1}
-            edited, metrics = self.plan.edited, self.plan.metrics
-            plan = make_plan(self.architecture, one, rows, metrics, edited=edited, numbers=(pair,), **limits)
-            found = run(self.model, self.architecture, one, plan, witness=False)
-            for world, baseline in found.baselines.items():
-                gap = abs(baseline[0] - self.measured.baselines[world][pair])
-                what = f"The unpatched {world} run of pair {pair} differs by {self._amounts(gap)} when it is run alone"
-                self._judge(gap, what, "The model's rows depend on each other: measure with memory=1, batch_size=1")
-            for row, number, value in zip(rows, numbers, found.values[:, 0], strict=True):
-                yield self._compared(row, number, pair, value)
+        """A measured row, and one proved to be zero, as whole prompts with every edit left in."""
+        for job, value in zip(self.plan.sample, self.measured.again, strict=True):
+            yield self._compared(self.plan.rows[job.row], job.row, job.pair, value)
 
     def _compared(self, row: Row, number: int, pair: int, value: NDArray[np.float64]) -> str:
         known = self.measured.values[number, pair]
@@ -109,27 +93,12 @@ class _Checks:
         what = f"{where}, proved zero, is its base" if proved else f"{where} alone gives the same"
         return f"{what} to {self._amounts(gap)}"
 
-    def _picked(self) -> dict[int, list[int]]:
-        """Pairs and rows to be measured alone: one measured, one proved to be zero, on one pair if that can be."""
-        plan, picked = self.plan, {}
-        chance = random.Random(f"{plan.model}, {len(plan.rows)} rows, {plan.pairs} pairs, {plan.jobs} jobs")
-        jobs = [(job.pair, job.row) for group in plan.groups for batch in group.batches for job in batch.jobs]
-        zeros = [(int(pair), int(row)) for row, pair in np.argwhere(np.isin(plan.proofs, PROVED))]
-        if jobs:
-            pair, row = chance.choice(jobs)
-            picked[pair] = [row]
-            zeros = [z for z in zeros if z[0] == pair] or zeros
-        if zeros:
-            pair, row = chance.choice(zeros)
-            picked.setdefault(pair, []).append(row)
-        return picked
-
     def fired(self) -> str:
         """The run has raised already if one did not."""
         return f"all {plural(self.measured.fired, 'edit')} fired" if self.measured.fired != 1 else "the edit fired"
 
     def unchanged(self) -> str:
-        """Measured rows without any effect, to the last bit, although their edits do not write what was there."""
+        """Measured rows without any effect, up to rounding, although their edits do not write what was there."""
         took = self.plan.proofs == Proof.NONE
         still = self.measured.still & took
         numbers = np.flatnonzero(still.any(1))
@@ -143,10 +112,10 @@ class _Checks:
             still &= took
         count, total = int(still.sum()), int(took.sum())
         if not count or count < total or all(m.unit == JUMPS for m in self.plan.metrics):
-            return f"{plural(count, 'row')} exactly unchanged"
-        which = f"all {plural(count, 'row')} exactly unchanged" if count > 1 else "its one row is exactly unchanged"
+            return f"{plural(count, 'row')} unchanged"
+        which = f"all {plural(count, 'row')} unchanged" if count > 1 else "its one row is unchanged"
         warnings.warn(
-            f"The patches change nothing: {which}, to the last bit of {', '.join(m.name for m in self.plan.metrics)}. "
+            f"The patches change nothing: {which}, up to rounding, in {', '.join(m.name for m in self.plan.metrics)}. "
             "What they write was there already (a neuron that is off) or cannot matter (a query of position 0), the "
             "metric is saturated, or the model does not use what is written: see whether something large changes it.",
             MeasurementWarning,
@@ -194,22 +163,6 @@ def _rounding(dtype: torch.dtype) -> float:
     settings: Any = torch.backends
     coarse = "tf32" in (settings.cuda.matmul.fp32_precision, settings.fp32_precision) and torch.cuda.is_available()
     return max(resolution(dtype), 4 * 2.0**-10 if coarse else 0.0)
-
-
-def _only(encoded: EncodedPairs, pair: int) -> EncodedPairs:
-    """One of the pairs."""
-    here = slice(pair, pair + 1)
-    return replace(
-        encoded,
-        clean_prompts=encoded.clean_prompts[here],
-        corrupted_prompts=encoded.corrupted_prompts[here],
-        clean=encoded.clean[here],
-        corrupted=None if encoded.corrupted is None else encoded.corrupted[here],
-        answer=encoded.answer[here],
-        wrong=encoded.wrong[here],
-        encoder=tuple(side[here] for side in encoded.encoder),
-        decoder_prompts=encoded.decoder_prompts[here],
-    )
 
 
 def _own(row: Row) -> bool:

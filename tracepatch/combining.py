@@ -41,6 +41,8 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
     # A mean is a proved zero if nothing in it was measured.
     combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
+    pending = (status == Status.PENDING).any("pair") & ~measured & ~proved  # else it is a mean of what there is
+    combined = combined + pending * int(Status.PENDING)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,41 +14,18 @@ from numpy.typing import NDArray
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MeasurementError, TracepatchError, listing
-from tracepatch.firing import each_once, failure, named, once, require_fired
-from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, shadow_columns, stops
+from tracepatch.errors import MeasurementError, listing
+from tracepatch.jobs import Job
+from tracepatch.journal import Journal, Measured
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, eager_attention, module_of, remote_of
-from tracepatch.plan import Group, Job, Plan, Proof, order_of, parts
+from tracepatch.packing import halves
+from tracepatch.plan import Batch, Group, Plan, Proof, order_of, parts
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
+from tracepatch.traced import Outcome, Tracer
 
-NEEDS_ANSWER = ("answer", "wrong")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Numbers of a plan that has run.
-
-    Attributes:
-        columns: (metric, part) of each column; a metric's own value has the part "".
-        values: ``[row, pair, column]``; NaN where a row has no such position in a pair.
-        baselines: World → ``[pair, column]``.
-        noise: Largest drift of the unpatched witnesses from their baseline, per column.
-        seconds: Wall time.
-        still: ``[row, pair]``: whether a measured row has, to the last bit, the value of its unpatched base.
-        fired: Edits that were seen to fire.
-        saved: (row, its save's number, pair) → the live value ``[…]`` in float32.
-    """
-
-    columns: tuple[tuple[str, str], ...]
-    values: NDArray[np.float64]
-    baselines: dict[WorldName, NDArray[np.float64]]
-    noise: NDArray[np.float64]
-    seconds: float
-    still: NDArray[np.bool_]
-    fired: int
-    saved: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+STEADY = 8  # times the last bit, or the drift of the unpatched witness, that a row without effect may be off
 
 
 def run(
@@ -59,7 +36,7 @@ def run(
     advance: Callable[[int], None] | None = None,
     *,
     checks: bool = True,
-    witness: bool = True,
+    journal: Journal | None = None,
 ) -> Measured:
     """Executes a plan in this process, or trace by trace on the server the model was loaded for.
 
@@ -69,13 +46,19 @@ def run(
         encoded: The pairs the plan was made for.
         plan: What to trace.
         advance: Called with the number of rows done after each traced run.
-        checks: Whether every edit must be seen to fire.
-        witness: Whether each traced run has an unpatched row in front.
+        checks: Whether every edit must be seen to fire, and the plan's sample is measured once more.
+        journal: What is finished already, and where what gets finished is kept.
 
     Raises:
         MeasurementError: A number came out NaN or inf, an edit never fired, or a forward failed; the rows are named.
     """
-    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, witness).whole()
+    ready = journal or Journal(plan)
+    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, ready).whole()
+
+
+def so_far(model: Model, architecture: Architecture, encoded: EncodedPairs, plan: Plan, journal: Journal) -> Measured:
+    """What a journal holds of a plan, without running anything: NaN where nothing was measured yet."""
+    return _Run(model, architecture, encoded, plan, lambda done: None, False, journal).known()
 
 
 class _Run:
@@ -89,39 +72,85 @@ class _Run:
         plan: Plan,
         advance: Callable[[int], None],
         checks: bool,
-        witness: bool,
+        journal: Journal,
     ) -> None:
-        self.model, self.architecture, self.encoded = model, architecture, encoded
-        self.plan, self.advance = plan, advance
-        self.checks, self.witness = checks, witness
+        self.model, self.encoded, self.plan, self.advance = model, encoded, plan, advance
+        self.checks, self.journal = checks, journal
+        self.tracer = Tracer(model, architecture, encoded, plan, checks=checks)
         self.columns = tuple((m.name, part) for m in plan.metrics for part in ("", *m.parts))
+        self.metric_of = [[i for i, (m, _) in enumerate(self.columns) if m == name] for name, _ in self.columns]
         self.values = np.full((len(plan.rows), plan.pairs, len(self.columns)), np.nan)
         self.baselines: dict[WorldName, NDArray[np.float64]] = {
             world: np.full((plan.pairs, len(self.columns)), np.nan)
             for world in (*plan.worlds, *(world.name for world in plan.edited))
         }
-        self.roots = {world.name: world.root for world in plan.edited}
         self.noise = np.zeros(len(self.columns))
         self.still = np.zeros((len(plan.rows), plan.pairs), bool)
         self.fired = 0
         self.saved: dict[tuple[int, int, int], torch.Tensor] = {}
-        device = module_of(model).get_input_embeddings().weight.device
-        self.device = torch.device("cpu") if device.type == "meta" else device  # a server moves what it is sent
+        self.again: tuple[NDArray[np.float64], ...] = ()
 
     def whole(self) -> Measured:
         """Everything the plan asks for."""
         began = time.perf_counter()
-        with eager_attention(module_of(self.model)) if self.plan.eager else nullcontext():
-            for group in self.plan.groups:
-                known = self._worlds(group)
-                for batch in group.batches:
-                    self._batch(group, batch.jobs, known)
-                    self.advance(len(batch.jobs))
+        gc.freeze()  # what is there before need not be looked through after each run
+        try:
+            with eager_attention(module_of(self.model)) if self.plan.eager else nullcontext():
+                for group in self.plan.groups:
+                    self._group(group)
+        finally:
+            gc.unfreeze()
+        return self._measured(time.perf_counter() - began)
+
+    def known(self) -> Measured:
+        """What the journal has of it."""
+        for group in self.plan.groups:
+            self.journal.todo(self, group)
+        return self._measured(0.0)
+
+    def _group(self, group: Group) -> None:
+        """What is not finished of a group, with its worlds before."""
+        todo = self.journal.todo(self, group)
+        sampled = self.checks and self.journal.checks is None and self.plan.sample
+        again = bool(sampled and self.plan.sample[0].pair in group.pairs)
+        if not (todo or again or self.journal.needs_worlds(group)):
+            return
+        known: dict[Any, torch.Tensor] = {}
+        if group.rides and group.batches[0] not in todo:  # for its worlds, which must round as they did before
+            fired = self.fired
+            known = self._fitted(group, group.batches[0], known)
+            self.fired = fired
+        elif not group.rides:
+            known = self._worlds(group)
+        if not group.rides or known:
+            self.journal.worlds(self, group)
+        for batch in todo:
+            with self.journal.batch(self, batch):
+                known = self._fitted(group, batch, known)
+            if batch.table is not None and batch.table.worlds:
+                self.journal.worlds(self, group)
+            self.advance(len(batch.jobs))
+        if again:
+            self._again(group, known)
+
+    def _measured(self, seconds: float) -> Measured:
         self._fill()
-        seconds = time.perf_counter() - began
         return Measured(
-            self.columns, self.values, self.baselines, self.noise, seconds, self.still, self.fired, self.saved
+            self.columns,
+            self.values,
+            self.baselines,
+            self.noise,
+            seconds,
+            self.still,
+            self.fired,
+            self.saved,
+            self.again,
         )
+
+    def _again(self, group: Group, known: dict[Any, torch.Tensor]) -> None:
+        """Measures the plan's sample as whole prompts, without a cache, in a run of its own."""
+        found = self.tracer.run(group, self.plan.sample, known, self.plan.metrics)
+        self.again = tuple(found.scores.double().numpy())
 
     def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
         """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
@@ -135,15 +164,12 @@ class _Run:
         at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
         known: dict[Any, torch.Tensor] = {}
         for jobs in (pristine, *group.edited):  # an edited world takes values of those before it
-            pieces: list[dict[Any, torch.Tensor]] = []
-            scores = []
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self._root(job), job.pair)), at_once)
+            pieces: list[Outcome] = []
+            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), at_once)
             for part in split:
-                kept, found = self._patched(group, part, known, direct, needed, want_logits)
-                scores.append(found)
-                pieces.append(kept)
+                pieces += self._parted(group, part, known, direct, keep=needed, keep_logits=want_logits)
             order = order_of(jobs, split)
-            gained = {key: _joined([p[key] for p in pieces], order) for key in pieces[0]}
+            gained = {key: _joined([p.kept[key] for p in pieces], order) for key in pieces[0].kept}
             logits = gained.get(("logits", 0))
             if logits is not None:
                 gained["reference", 0] = logits.float().log_softmax(-1)
@@ -152,7 +178,7 @@ class _Run:
                     spread[:, list(group.reads)] = logits
                     gained["logits", 0] = spread
             known = {key: torch.cat([known[key], new]) if key in known else new for key, new in gained.items()}
-            self._baselines(group, jobs, _joined(scores, order), logits, known)
+            self._baselines(group, jobs, _joined([p.scores for p in pieces], order), logits, known)
         return known
 
     def _baselines(
@@ -169,7 +195,7 @@ class _Run:
             width = 1 + len(metric.parts)
             if _references(metric):
                 assert logits is not None
-                ((_, at, given),) = self._measures([metric], group, jobs, known)
+                ((_, at, given, _),) = self.tracer.measures([metric], group, jobs, known)
                 scored = metric(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
                 found.append(scored.float().cpu())
             else:
@@ -192,82 +218,115 @@ class _Run:
         for job, value in zip(jobs, values, strict=True):
             self.baselines[job.base][job.pair] = value
 
-    def _batch(self, group: Group, jobs: tuple[Job, ...], known: dict[Any, torch.Tensor]) -> None:
-        """One traced run: the base of the first job as an unpatched witness in front, then a row a job."""
-        raw = self.plan.rows[jobs[0].row].raw
+    def _parted(
+        self, group: Group, jobs: Sequence[Job], known: dict[Any, torch.Tensor], metrics: list[Metric], **keep: Any
+    ) -> list[Outcome]:
+        """Runs worlds, in halves and their halves where there is not enough memory for all."""
+        try:
+            return [self.tracer.run(group, jobs, known, metrics, keep_past=group.cached, **keep)]
+        except MeasurementError as error:
+            if not (isinstance(error.__cause__, torch.OutOfMemoryError) and len(jobs) > 1):
+                raise
+        middle = len(jobs) // 2
+        halved = (self._parted(group, part, known, metrics, **keep) for part in (jobs[:middle], jobs[middle:]))
+        return [outcome for part in halved for outcome in part]
+
+    def _fitted(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """Runs a batch, in halves and their halves where there is not enough memory for it."""
+        try:
+            return self._batch(group, batch, known)
+        except MeasurementError as error:
+            if not (isinstance(error.__cause__, torch.OutOfMemoryError) and len(batch.jobs) > 1):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for half in halves(batch, self.plan.layers):
+            known = self._fitted(group, half, known)
+        return known
+
+    def _batch(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it."""
+        jobs, table = batch.jobs, batch.table
+        raw = self.plan.rows[jobs[0].row].raw if jobs else None
         if raw is not None:
             self._raw(group, jobs[0], raw, known)
-            return
-        base, pair = jobs[0].base, jobs[0].pair
-        edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
-        lead = (next(edited, _unpatched(pair, base)),) if self.witness else ()
-        _, scores = self._patched(group, (*lead, *jobs), known, self.plan.metrics)
-        found = scores.double().numpy()
-        values, unpatched = found[len(lead) :], found[0]
-        if lead:
-            self.noise = np.fmax(self.noise, np.abs(unpatched - self.baselines[base][pair]))
-        bad = [j for j, v in zip(jobs, values, strict=True) if not np.isfinite(v).all()]
+            return known
+        if table is not None:
+            everyone, worlds = table.jobs, table.worlds
+        else:
+            base, pair = jobs[0].base, jobs[0].pair
+            edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
+            lead = (next(edited, _unpatched(pair, base)),)
+            everyone, worlds = (*lead, *jobs), 0
+        keep = sorted(group.needed) if worlds else ()
+        past = bool(worlds) and group.cached
+        found = self.tracer.run(group, everyone, known, self.plan.metrics, table=table, keep=keep, keep_past=past)
+        if table is not None and not bool(found.scores.isfinite().all()):
+            self._blame(group, batch, known)
+        self.fired += found.fired
+        self.saved |= found.saved
+        if worlds:
+            self._baselines(group, everyone[:worlds], found.scores[:worlds], None, found.kept)
+            known = found.kept
+        scores = found.scores.double().numpy()
+        self._rows(jobs, scores[len(everyone) - len(jobs) :], everyone[worlds:], scores[worlds:])
+        return known
+
+    def _blame(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> None:
+        """Finds the rows whose values are not finite: in a table they spread to all that share a lane.
+
+        Raises:
+            MeasurementError: There are some; or the unpatched runs are not finite themselves.
+        """
+        if group.rides:
+            self._worlds(group)
+
+        def spoilt(part: Batch) -> list[Job]:
+            assert part.table is not None
+            keep = sorted(group.needed) if part.table.worlds else ()
+            scores = self.tracer.run(
+                group, part.table.jobs, known, self.plan.metrics, table=part.table, keep=keep
+            ).scores
+            if bool(scores.isfinite().all()) or len(part.jobs) == 1:
+                return [] if bool(scores.isfinite().all()) else list(part.jobs)
+            return [job for half in halves(part, self.plan.layers) for job in spoilt(half)]
+
+        self._refuse(spoilt(batch))
+
+    def _refuse(self, bad: Sequence[Job]) -> None:
         if bad:
             lines = [f"pair {j.pair}, {self.plan.rows[j.row]}" for j in bad]
             raise MeasurementError(
                 f"{len(bad)} patched rows gave NaN or inf.\n{listing(lines)}\nThe unpatched runs were finite: "
                 "look at what is written there."
             )
+
+    def _rows(
+        self,
+        jobs: Sequence[Job],
+        values: NDArray[np.float64],
+        everyone: Sequence[Job],
+        scores: NDArray[np.float64],
+    ) -> None:
+        """Puts down the values of a batch's rows, and how far its unpatched witness drifts."""
+        witness = everyone[0] if len(everyone) > len(jobs) else None
+        if witness is not None:
+            self.noise = np.fmax(self.noise, np.abs(scores[0] - self.baselines[witness.base][witness.pair]))
+        self._refuse([j for j, v in zip(jobs, values, strict=True) if not np.isfinite(v).all()])
+        eps = STEADY * float(torch.finfo(self.tracer.architecture.dtype).eps)
         for job, value in zip(jobs, values, strict=True):
             self.values[job.row, job.pair] = value
-            # Kernels round in ways that depend on the batch, so the row's own batch is asked too.
-            witnessed = bool(lead) and (job.pair, job.base) == (pair, base) and np.array_equal(value, unpatched)
-            self.still[job.row, job.pair] = witnessed or np.array_equal(value, self.baselines[job.base][job.pair])
-
-    def _patched(
-        self,
-        group: Group,
-        jobs: Sequence[Job],
-        known: dict[Any, torch.Tensor],
-        metrics: Iterable[Metric],
-        keep: Sequence[tuple[str, int]] = (),
-        keep_logits: bool = False,
-    ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
-        """One traced run with a row a job: what is kept, and the metrics ``[job, column]``."""
-        seats = Seats(
-            row_of=lambda number: number,
-            slot_of=lambda component, position: position,
-            world_of={run: i for i, run in enumerate(self._order(group))},
-            length=group.length,
-        )
-        writes = columns(jobs, self.architecture, seats)
-        reads, saving = read_columns(jobs, seats)
-        shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs), reads=reads)
-        logit_edits = tuple(
-            at_reads(group.reads, w) for key, found in writes.items() if key[0] == "logits" for w in found
-        )
-        elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, keep, elsewhere, shadows, reads)
-        saved_logits = tuple(
-            saved_at_reads(group.reads, r) for key, found in reads.items() if key[0] == "logits" for r in found
-        )
-        rows = [*jobs, *[jobs[0]] * count]
-        measures = self._measures(metrics, group, rows, known)
-        kept, scores = self._forward(group, rows, visited, known, logit_edits, measures, (keep_logits, saved_logits))
-        for number, whose in enumerate(saving):
-            for (job_number, save), live in zip(whose, kept["save", number], strict=True):
-                self.saved[jobs[job_number].row, save, jobs[job_number].pair] = live
-        if self.checks:
-            fired = require_fired(self.plan.rows, group, jobs, kept, len(rows))
-            self.fired += fired if jobs[-1].row >= 0 else 0  # edits of rows, not those that make the worlds
-        own = {key: value[: len(jobs)] for key, value in kept.items() if key[0] not in ("save", "fired")}
-        return own, scores[: len(jobs)]
-
-    def _order(self, group: Group) -> list[tuple[int, WorldName]]:
-        """The runs whose values are kept, as they stand in what is known."""
-        pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
-        return pristine + [(job.pair, job.base) for world in group.edited for job in world]
+            base = self.baselines[job.base][job.pair]
+            # Kernels round in ways that depend on the batch, by the size of what a difference is made of.
+            limit = eps * np.array([np.abs(base[of]).max() for of in self.metric_of])
+            limit = np.fmax(limit, np.fmin(STEADY * self.noise, STEADY * limit))
+            self.still[job.row, job.pair] = (np.abs(value - base) <= limit).all()
 
     def _raw(self, group: Group, job: Job, function: Callable[[Any], Any], known: dict[Any, torch.Tensor]) -> None:
         """A row's raw trace, and the same run without it: what they differ by is what the row did."""
         row = self.plan.rows[job.row]
-        inputs = trace.named(self._tokens([job]), self._read_by([job]))
-        measures = self._measures(self.plan.metrics, group, [job], known)
+        inputs = self.tracer.named([job])
+        measures = self.tracer.measures(self.plan.metrics, group, [job], known)
         reads, remote = torch.tensor(group.reads), remote_of(self.model)
         base = self.baselines[job.base][job.pair]
         witness = trace.raw(self.model, inputs, None, reads, measures, remote)[0].double().numpy()
@@ -286,83 +345,6 @@ class _Run:
             )
         # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
         self.values[job.row, job.pair] = base + (found - witness)
-
-    def _forward(
-        self,
-        group: Group,
-        rows: Sequence[Job],
-        visited: tuple[Any, ...],
-        known: dict[Any, torch.Tensor],
-        logit_edits: tuple[Any, ...],
-        measures: tuple[Any, ...],
-        keep_logits: tuple[Any, ...],
-    ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
-        reads = torch.tensor(group.reads)
-        options = {"logits_to_keep": reads.to(self.device)} if self.architecture.keeps_logits else {}
-        remote, encoder = remote_of(self.model), self._read_by(rows)
-        counted = once(visited, self.architecture) if self.checks and not remote else ()
-        tokens = self._tokens(rows)
-        given = (tokens, visited, known, reads, options, logit_edits, measures, keep_logits, remote, encoder)
-        try:
-            with each_once(module_of(self.model), counted):
-                return trace.forward(self.model, *given)
-        except TracepatchError:
-            raise
-        except Exception as error:
-            of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
-            raise MeasurementError(failure(error, [path for (path, *_), _ in visited], of, len(rows))) from error
-
-    def _tokens(self, rows: Sequence[Job]) -> torch.Tensor:
-        """The prompts of these runs, ``[row, pos]``; the decoder's, where the model has an encoder."""
-        ids = [self.encoded.world(self._root(row))[row.pair] for row in rows]
-        return torch.tensor(ids, device=self.device)
-
-    def _read_by(self, rows: Sequence[Job]) -> torch.Tensor | None:
-        """What an encoder reads in these runs, ``[row, pos]``; nothing where the model has none."""
-        if not self.encoded.encoder:
-            return None
-        return torch.tensor([self.encoded.encoded(self._root(row), row.pair) for row in rows], device=self.device)
-
-    def _root(self, job: Job) -> WorldName:
-        """The pristine world whose prompts a run has."""
-        return self.roots.get(job.base, job.base)
-
-    def _measures(
-        self, metrics: Iterable[Metric], group: Group, rows: Sequence[Job], known: dict[Any, torch.Tensor]
-    ) -> tuple[Any, ...]:
-        """For each metric: its function, which of the reads it takes, and what it needs of the pairs."""
-        place = {p: i for i, p in enumerate(group.reads)}
-        found = []
-        for metric in metrics:
-            positions = metric.positions.resolve(group.length) or ()
-            at = torch.tensor([place[p] for p in positions])
-            given = {need: self._given(need, positions, at, group, rows, known) for need in metric.needs}
-            found.append((metric.function, at, given))
-        return tuple(found)
-
-    def _given(
-        self,
-        need: str,
-        positions: tuple[int, ...],
-        at: torch.Tensor,
-        group: Group,
-        rows: Sequence[Job],
-        known: dict[Any, torch.Tensor],
-    ) -> torch.Tensor:
-        if need in NEEDS_ANSWER:
-            ids = [getattr(self.encoded, need)[row.pair] for row in rows]
-            widest = max(len(i) for i in ids)
-            return torch.tensor([[*i, *[-1] * (widest - len(i))] for i in ids])
-        if need == "next":
-            follow = []
-            for row in rows:
-                ids_after = (*self.encoded.clean[row.pair][1:], *(self.encoded.answer[row.pair][:1] or (0,)))
-                follow.append([ids_after[p] for p in positions])
-            return torch.tensor(follow)
-        order = {run: i for i, run in enumerate(self._order(group))}
-        reference = known["reference", 0]
-        index = torch.tensor([order[row.pair, need] for row in rows], device=reference.device)
-        return reference[index][:, at.to(reference.device)]
 
     def _fill(self) -> None:
         """Values of rows that were not measured: the base's where that was proved, a twin's for the same edits."""

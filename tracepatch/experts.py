@@ -17,7 +17,7 @@ from torch import nn
 from tracepatch.calls import Call, Key, Place, floats
 from tracepatch.models import Model
 from tracepatch.probe import Layer, Sublayer, resolution
-from tracepatch.trace import forward, read
+from tracepatch.trace import forward, named, read
 
 ROUTED = ("router_logits", "experts_out")
 # What a router may return as it is, or compute first of all; nnsight names the calls of a forward like this.
@@ -98,12 +98,13 @@ class Search:
         moved = self._moved(logits).reshape(self.tokens, -1)
         writes = ((False, (rows, slots, None, None), (), moved, None, False),)
         written = ("plain", ("router_logits", 0), writes, (False, ()), 0, 1)
-        stops: list[Any] = [(_spot(place), (written,))]
-        stops += [((experts.name, "", "input", key, False), (_kept(("told", key)),)) for key, _ in told]
-        stops += [(_spot(block.place("output", self.tokens)), (_kept(("out", 0)),))]
+        long, first = self.ids.shape[1], ("of", torch.tensor([0]), None)
+        stops: list[Any] = [(_spot(place, long), (written,))]
+        stops += [((experts.name, "", "input", key, 0), (_kept(("told", key)),)) for key, _ in told]
+        stops += [(_spot(block.place("output", self.tokens), long), (_kept(("out", 0)),))]
         try:
-            (was,) = read(self.model, [_spot(place)], self.ids)
-            kept, _ = forward(self.model, self.ids, tuple(stops), {}, torch.tensor([0]), {}, (), (), (False, ()))
+            (was,) = read(self.model, [_spot(place, long)], self.ids)
+            kept, _ = forward(self.model, named(self.ids), tuple(stops), {}, first, (), (), (False, ()))
         except Exception:  # no such call, or a forward without source
             return False
         follows = all(_close(kept["told", key], self._moved(value)) for key, value in told)
@@ -168,8 +169,8 @@ def _kept(name: tuple[str, Any]) -> tuple[Any, ...]:
     return "plain", name, (), (True, ()), 0, 1
 
 
-def _spot(place: Place) -> tuple[Any, ...]:
-    return place.path, place.operation, place.side, place.key, place.flat
+def _spot(place: Place, slots: int) -> tuple[Any, ...]:
+    return place.path, place.operation, place.side, place.key, slots if place.flat else 0
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MeasurementError, listing
+from tracepatch.errors import MeasurementError, listing, plural
+from tracepatch.jobs import Job, Write
 from tracepatch.layout import Stop
-from tracepatch.plan import Group, Job, Write
+from tracepatch.plan import Group
 from tracepatch.rows import Row
 
 
 def require_fired(
-    rows: Sequence[Row], group: Group, jobs: Sequence[Job], kept: dict[Any, torch.Tensor], ran: int
+    rows: Sequence[Row], group: Group, jobs: Sequence[Job], kept: dict[Any, torch.Tensor], ran: dict[int, int]
 ) -> int:
     """Compares what a traced run says it wrote with the plan itself, not with what was made of it since.
 
@@ -30,7 +31,7 @@ def require_fired(
         group: Of the run.
         jobs: Its rows.
         kept: What it returned; ``("fired", (component, layer))`` → cells written, and rows of the value there.
-        ran: Rows that it had.
+        ran: Layer → rows that traced tensors had there; -1 for the logits.
 
     Returns:
         How many edits fired.
@@ -46,13 +47,14 @@ def require_fired(
     told = {key[1]: value.tolist() for key, value in kept.items() if key[0] == "fired"}
     wrong = []
     for key, count in wanted.items():
-        written, seen = told.get(key, (0, ran))
+        lanes = ran[-1] if key[0] == "logits" else ran[key[1]]
+        written, seen = told.get(key, (0, lanes))
         where = key[0] if key[0] == "logits" else f"{key[0]} of layer {key[1]}"
         of = named(rows, [job for job in jobs if any(_key(w) == key for w in job.writes)])
         if written != count:
             wrong.append(f"{where}: {written:,} of {count:,} cells were written, for\n{of}")
-        if seen != ran:
-            wrong.append(f"{where}: it was computed for {seen:,} rows of {ran:,}, so that they were mixed up\n{of}")
+        if seen != lanes:
+            wrong.append(f"{where}: it was computed for {seen:,} rows of {lanes:,}, so that they were mixed up\n{of}")
     if wrong:
         raise MeasurementError(
             "Edits never fired.\n"
@@ -122,8 +124,8 @@ def failure(error: Exception, places: Sequence[str], of: str, ran: int) -> str:
     what = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"There was not enough memory for a traced run of {ran:,} rows: {what}\n{of}\n"
-            "Pass a smaller batch_size=, or in memory= how many bytes a traced run may take."
+            f"There was not enough memory for a traced run of {plural(ran, 'row')}: {what}\n{of}\n"
+            "Pass a smaller batch_size=, or in memory= how many bytes may be taken."
         )
     # nnsight names the value that it waited for, as in 'model.transformer.h.2.output.i0'.
     missed = max((path for path in places if f".{path}." in what), key=len, default="")
@@ -134,6 +136,6 @@ def failure(error: Exception, places: Sequence[str], of: str, ran: int) -> str:
             "other layers, or switch off what makes the model leave modules out."
         )
     return (
-        f"A traced run of {ran:,} rows failed: {type(error).__name__}: {what}\n{of}\n"
+        f"A traced run of {plural(ran, 'row')} failed: {type(error).__name__}: {what}\n{of}\n"
         "If a metric or a function of yours raised this, mend it; if not, batch_size=1 finds the row."
     )

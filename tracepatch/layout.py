@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,9 +16,11 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.plan import EAGER, Job, Read, Term, Write, streams
+from tracepatch.climb import between, growth, leaving, narrowed, top, world_cells
+from tracepatch.jobs import CACHED, EAGER, Job, Read, Term, Write
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
+from tracepatch.table import Table
 
 Columns: TypeAlias = tuple[Any, ...]
 """``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``writing.edited``."""
@@ -26,8 +28,9 @@ Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
 Shadows: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
-"""What is edited, which shadow rows read it, and what is taken from those; see ``writing.shadows``."""
+"""What is edited, which shadow rows read it, and what is taken from those; see ``shadows``."""
 FIRST, LAST = -1, 99  # before and after whatever is written at a place
+GROW, TOP = -2, 100  # a table grows before that, and what is read is taken from it after
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,33 @@ class Seats:
     """Where the tokens of each batch element stand.
 
     Attributes:
-        row_of: A job's number in the batch → its row of the traced tensors.
-        slot_of: A component and a position of the prompt → its slot in that row.
         world_of: (pair, world) → its index in what was kept of the worlds.
         length: Tokens of a prompt.
+        table: The seats, where rows are not whole prompts.
     """
 
-    row_of: Callable[[int], int]
-    slot_of: Callable[[str, int], int]
     world_of: dict[tuple[int, str], int]
     length: int
+    table: Table | None = None
+
+    def cell(self, number: int, name: str, position: int) -> tuple[int, int]:
+        """Row and slot of a job's position, for a component."""
+        if self.table is None or name == "logits":  # which are put back into rows first
+            return number, position
+        lane, slot = self.table.cell(number, position)
+        return lane, slot + self.table.prefix * (name in CACHED)
+
+    def key(self, number: int, position: int) -> int:
+        """Where attention finds the key of a position."""
+        return position if self.table is None else self.table.key(number, position)
+
+    def slots(self, layer: int) -> int:
+        """How many slots a row of traced tensors has in a layer."""
+        return self.length if self.table is None else self.table.shape[max(layer, 0)][1]
+
+    def lanes(self, layer: int, rows: int) -> int:
+        """How many rows traced tensors have in a layer, or, at -1, the logits, of a batch with so many rows."""
+        return rows if self.table is None or layer < 0 else self.table.shape[layer][0]
 
 
 def stops(
@@ -53,6 +73,9 @@ def stops(
     writes: dict[Key, tuple[Columns, ...]],
     shadows: dict[Key, Shadows] | None = None,
     reads: dict[Key, tuple[Columns, ...]] | None = None,
+    seats: Seats | None = None,
+    chosen: Sequence[int] = (),
+    wires: dict[int, dict[Any, Any]] | None = None,
 ) -> tuple[Stop, ...]:
     """The places to visit, in the order in which they pass by, each with what is kept, written and saved there."""
     keep, shadows, reads = set(keep), shadows or {}, reads or {}
@@ -60,7 +83,7 @@ def stops(
     for name, layer in sorted(keep | set(writes) | set(shadows) | set(reads)):
         if name == "logits":
             continue
-        kept = (name, layer) in keep, reads.get((name, layer), ())
+        kept = _whole(name, seats) if (name, layer) in keep else False, reads.get((name, layer), ())
         stage, task = stage_of(name), (writes.get((name, layer), ()), kept)
         if name == "head_out":
             _head_out(architecture, layer, tasks, task)
@@ -76,11 +99,11 @@ def stops(
         elif name in SPLIT_READERS:
             stream, norm, place = architecture.reader(name, layer)
             tasks[stream].append((_before(stream, place), ("aside", ("attn_in", layer))))
-            edited, seats, taken = shadows[name, layer]
+            edited, reading, taken = shadows[name, layer]
             rows, changed, saves = edited
             count = architecture.units(name, layer)
             place_of = ("attn_in", layer), norm, count, rows, saves
-            tasks[place].append((stage, ("shadows", (name, layer), changed, *place_of, *seats)))
+            tasks[place].append((stage, ("shadows", (name, layer), changed, *place_of, *reading)))
             if taken:
                 made = SPLIT_READERS[name]
                 tasks[architecture.place(made, layer)].append((FIRST, ("from_shadows", *taken)))
@@ -100,13 +123,31 @@ def stops(
             place = architecture.place(name, layer)
             heads = architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
-    return tuple(
-        (
-            (place.path, place.operation, place.side, place.key, place.flat),
-            tuple(dict.fromkeys(task for _, task in sorted(found, key=lambda t: t[0]))),
-        )
-        for place, found in sorted(tasks.items(), key=lambda item: (item[0].order, min(t[0] for t in item[1])))
-    )
+    found: list[tuple[float, int, Stop]] = []
+    if seats and seats.table:
+        for place, task in growth(architecture, seats.table, seats.world_of):
+            tasks[place].append((GROW, task))
+        tasks[leaving(architecture, seats.table)].append((TOP, top(seats.table, seats.world_of, chosen)))
+        found += between(architecture, seats.table, wires)
+        found += narrowed(architecture, seats.table, chosen, keep, writes)
+    for place, several in tasks.items():
+        several.sort(key=lambda t: t[0])
+        at = place.path, place.operation, place.side, place.key, _slots(architecture, place, seats)
+        found.append((place.order, several[0][0], (at, tuple(dict.fromkeys(t for _, t in several)))))
+    return tuple(stop for *_, stop in sorted(found, key=lambda f: f[:2]))
+
+
+def _whole(name: str, seats: Seats | None) -> Any:
+    """What to keep of a component for the worlds: all of it, or where a table has them."""
+    return world_cells(seats.table, seats.world_of, name) if seats and seats.table else True
+
+
+def _slots(architecture: Architecture, place: Place, seats: Seats | None) -> int:
+    """How many slots stand in one dim with the rows at a place; 0 where they have a dim of their own."""
+    if not place.flat or seats is None:
+        return 0
+    layer = sum(layer.pre.order <= place.order for layer in architecture.layers) - 1
+    return seats.slots(layer)
 
 
 def _before(stream: Place, reads: Place) -> int:
@@ -192,9 +233,9 @@ def columns(
 
 
 def read_columns(
-    jobs: Iterable[Job], seats: Seats
+    jobs: Iterable[Job],
 ) -> tuple[dict[Key, tuple[Columns, ...]], list[list[tuple[int, int]]]]:
-    """What the rows of a batch save: one indexed read for all that save the same cells.
+    """What the rows of a flat batch save: one indexed read for all that save the same cells.
 
     Returns:
         (component, layer) → ``(number, cells, swap, dropped, reduce)`` as ``writing.retain`` takes them, and for each
@@ -207,12 +248,9 @@ def read_columns(
     found: dict[Key, list[Columns]] = defaultdict(list)
     for order, (read, whose) in enumerate(alike.items()):
         kind = component(read.component)
-        parts = [
-            [seats.row_of(number) for number, _ in whose],
-            [seats.slot_of(read.component, p) for p in read.positions],
-        ]
+        parts = [[number for number, _ in whose], list(read.positions)]
         parts += [list(read.units)] if read.units is not None else []
-        parts += [[seats.slot_of(read.component, p) for p in read.srcs]] if read.srcs is not None else []
+        parts += [list(read.srcs)] if read.srcs is not None else []
         cells = tuple(torch.tensor(part).view(-1, *[1] * (len(parts) - 1 - i)) for i, part in enumerate(parts))
         dropped = dict(zip((kind.place, kind.unit, "src"), read.scalar, strict=True))
         dims = (dim for dim in kind.index if dim != "layer")
@@ -240,81 +278,28 @@ def saved_at_reads(reads: Sequence[int], read: Columns) -> Columns:
     return number, (rows, torch.searchsorted(torch.tensor(reads), slots), *rest), *how
 
 
-def shadow_columns(
-    jobs: Iterable[Job],
-    architecture: Architecture,
-    seats: Seats,
-    first: int,
-    reads: dict[Key, tuple[Columns, ...]] | None = None,
-) -> tuple[dict[Key, Shadows], int]:
-    """The edits of what single heads read, with the shadow rows, from ``first`` on, that read the edited streams.
-
-    Rows that only save what single heads read are among the members, and have no shadows.
-
-    Returns:
-        (component, layer) → its shadows, and how many shadow rows there are.
-    """
-    jobs = list(jobs)
-    members: dict[Key, list[int]] = defaultdict(list)  # the jobs that edit there
-    for number, job in enumerate(jobs):
-        saved = {(read.component, read.layer) for read in job.reads if read.component in SPLIT_READERS}
-        for place in saved | set(streams(job.writes)):
-            members[place].append(number)
-    found: dict[Key, Shadows] = {}
-    taken: dict[int, int] = defaultdict(int)
-    for (name, layer), numbers in sorted(members.items()):
-        own = [
-            replace(jobs[n], writes=tuple(w for w in jobs[n].writes if (w.component, w.layer) == (name, layer)))
-            for n in numbers
-        ]
-        among = replace(seats, row_of=lambda number: number)
-        writes = columns(own, architecture, among, split=True).get((name, layer), ())
-        rows, reading, member_of, unit_of = [], [], [], []
-        cells: list[tuple[int, int, int, int]] = []
-        for member, (number, job) in enumerate(zip(numbers, own, strict=True)):
-            rows.append(seats.row_of(number))
-            for units in streams(job.writes).get((name, layer), ()):
-                seat = first + taken[layer]
-                taken[layer] += 1
-                reading.append(seat)
-                member_of.append(member)
-                unit_of.append(units[0])
-                for unit in units:
-                    positions = sorted({p for w in job.writes if unit in (w.units or ()) for p in w.positions})
-                    cells += [(rows[-1], seats.slot_of(name, p), unit, seat) for p in positions]
-        saves = tuple(
-            (n, (torch.searchsorted(torch.tensor(rows), at[0]), *at[1:]), *how)
-            for n, at, *how in (reads or {}).get((name, layer), ())
-        )
-        found[name, layer] = (
-            (_index(rows), writes, saves),
-            (_index(reading), _index(member_of), _index(unit_of)),
-            tuple(_index(list(column)) for column in zip(*cells, strict=True)),
-        )
-    return found, max(taken.values(), default=0)
-
-
 def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Architecture, seats: Seats) -> Columns:
     cells: list[list[int]] = [[], [], [], []]
     sample = members[0][1]
     terms: list[list[list[int]]] = [[[], [], [], []] for _ in sample.terms]
     for number, write, job in members:
         for i, j, k in _each_cell(write):
-            cells[0].append(seats.row_of(number))
-            cells[1].append(seats.slot_of(write.component, write.positions[i]))
+            row, slot = seats.cell(number, write.component, write.positions[i])
+            cells[0].append(row)
+            cells[1].append(slot)
             if write.units is not None:
                 cells[2].append(write.units[j])
             if write.srcs is not None:
-                cells[3].append(seats.slot_of(write.component, write.srcs[k]))
+                cells[3].append(seats.key(number, write.srcs[k]))
             for found, term in zip(terms, write.terms, strict=True):
                 found[0].append(seats.world_of[job.pair, term.world])
-                found[1].append(seats.slot_of(term.component, _at(term.positions, i)))
+                found[1].append(_at(term.positions, i))
                 if term.units is not None:
                     found[2].append(_at(term.units, j))
                 if term.srcs is not None:
-                    found[3].append(seats.slot_of(term.component, _at(term.srcs, k)))
+                    found[3].append(_at(term.srcs, k))
     lowered = tuple(
-        (t.factor, (t.component, t.layer), tuple(_index(i) for i in found), _lifted(t, sample))
+        (t.factor, (t.component, t.layer), tuple(index(i) for i in found), _lifted(t, sample))
         for t, found in zip(sample.terms, terms, strict=True)
     )
     if sample.constant is None or _number(sample) is not None:
@@ -323,7 +308,7 @@ def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Arc
         constant = torch.cat([_cells(write, architecture, seats.length) for _, write, _ in members])
     made = sample.function
     function = None if made is None else (made.function, made.arguments, len(members), *_shape(sample)[1:])
-    return add, tuple(_index(i) for i in cells), lowered, constant, function, sample.renormalize
+    return add, tuple(index(i) for i in cells), lowered, constant, function, sample.renormalize
 
 
 def _each_cell(write: Write) -> Iterable[tuple[int, int, int]]:
@@ -384,5 +369,6 @@ def _at(indices: tuple[int, ...], i: int) -> int:
     return indices[i] if len(indices) > 1 else indices[0]
 
 
-def _index(values: list[int]) -> torch.Tensor | None:
+def index(values: list[int]) -> torch.Tensor | None:
+    """Indices as a tensor; ``None`` where there are none."""
     return torch.tensor(values, dtype=torch.long) if values else None

@@ -13,15 +13,16 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
-from tracepatch.plan import Proof, Read, Term, Write
+from tracepatch.jobs import Read, Term, Write, narrowed
+from tracepatch.plan import Proof
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
@@ -80,6 +81,10 @@ class Lowering:
             for name, edits in self.standing.items()
         }
 
+    def unpruned(self) -> Lowering:
+        """The same, with every write left in."""
+        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited)
+
     def world(self, name: WorldName) -> tuple[Write, ...]:
         """The writes of an edited world, those of the worlds below it first.
 
@@ -126,7 +131,7 @@ class Lowering:
                 continue
             live = min(live, *(write.positions[i] for i in alive))
             if len(alive) < len(write.positions):
-                write = _narrow(write, alive)
+                write = narrowed(write, alive)
             kept.append(write)
         if all(write.standing for write in kept):
             kept = []
@@ -300,7 +305,7 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
                     continue
                 overlap = set(before.positions) & set(write.positions)
                 if overlap and _within(before.units, write.units) and _within(before.srcs, write.srcs):
-                    kept[i] = _narrow(before, [j for j, p in enumerate(before.positions) if p not in overlap])
+                    kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
         kept = [*(w for w in kept if w.positions), write]
     return kept
 
@@ -313,19 +318,3 @@ def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
 def _depends(write: Write) -> bool:
     """Whether a write makes its value, or its neighbours', of what is there."""
     return write.function is not None or write.renormalize
-
-
-def _narrow(write: Write, chosen: Sequence[int]) -> Write:
-    """The write at some of its positions."""
-    terms = tuple(
-        t
-        if len(t.positions) == 1 and len(write.positions) > 1
-        else replace(t, positions=tuple(t.positions[i] for i in chosen))
-        for t in write.terms
-    )
-    return replace(
-        write,
-        positions=tuple(write.positions[i] for i in chosen),
-        offsets=tuple(write.offsets[i] for i in chosen),
-        terms=terms,
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -35,6 +35,8 @@ class Metric:
             ``[row, read]``: the clean prompt's next token, after the last one the answer), ``clean`` or ``corrupted``
             (that run's log-probabilities ``[row, read, vocab]``).
         note: What it does, in one line.
+        vocab: The only token ids whose logits it reads: the function is given just these columns, in this order;
+            ``"given"`` for those of the answers; ``None`` for all. Fewer columns make runs faster.
         squeezed: Whether the function wants ``[row, vocab]`` instead, because it reads one position.
     """
 
@@ -46,6 +48,7 @@ class Metric:
     needs: tuple[str, ...] = ()
     note: str = ""
     squeezed: bool = False
+    vocab: tuple[int, ...] | Literal["given"] | None = None
 
     def __post_init__(self) -> None:
         unknown = [need for need in self.needs if need not in NEEDS]
@@ -71,6 +74,7 @@ def metric(
     unit: str = "",
     positions: Any = -1,
     needs: tuple[str, ...] = (),
+    vocab: Iterable[int] | None = None,
 ) -> Metric:
     """A function of logits as a metric.
 
@@ -81,6 +85,8 @@ def metric(
         unit: What the number counts.
         positions: What it reads; the last position otherwise. ``metric.at([…])`` averages a function of one position.
         needs: What it wants in ``given``: ``answer``, ``wrong``, ``next``, ``clean``, ``corrupted``; see ``Metric``.
+        vocab: The only token ids whose logits it reads. ``logits`` then has just these columns, in this order, and no
+            others are computed: ``tp.metric(lambda logits: logits[:, 0] - logits[:, 1], vocab=(11, 22))``.
     """
     if not callable(function):
         raise MetricError(f"{function!r} is no metric: pass tp.logit_diff, another metric, or a function of logits.")
@@ -96,7 +102,28 @@ def metric(
 
     label = name or str(getattr(function, "__name__", type(function).__name__))
     note = (inspect.getdoc(function) or "").split("\n")[0]
-    return Metric(label, unit, each if picked.scalar else call, picked, needs=needs, note=note, squeezed=picked.scalar)
+    return Metric(
+        label,
+        unit,
+        each if picked.scalar else call,
+        picked,
+        needs=needs,
+        note=note,
+        squeezed=picked.scalar,
+        vocab=None if vocab is None else _ids(label, vocab, needs),
+    )
+
+
+def _ids(name: str, vocab: Iterable[int], needs: tuple[str, ...]) -> tuple[int, ...]:
+    ids = tuple(vocab)
+    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+        raise MetricError(f"Metric {name!r}: vocab is a list of different token ids, such as (11, 22), not {vocab!r}.")
+    if needs:
+        raise MetricError(
+            f"Metric {name!r}: what is given ({', '.join(needs)}) speaks of the whole vocabulary. Leave out vocab= or "
+            "needs=."
+        )
+    return ids
 
 
 MetricLike: TypeAlias = Metric | Callable[..., torch.Tensor]
@@ -136,6 +163,10 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
         MetricError: It raises, has the wrong shape, or mixes rows.
     """
     rows = 3
+    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
+    if beyond:
+        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
+    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, reads, vocab, generator=generator)
     everything = {
@@ -224,9 +255,10 @@ logit_diff = Metric(
     _logit_diff,
     parts=("answer", "wrong"),
     needs=("answer", "wrong"),
+    vocab="given",
     note="mean logit of the answers minus mean logit of the wrong ones; its two sides are kept beside it",
 )
-logit = Metric("logit", "logits", _logit, needs=("answer",), note="mean logit of the answers")
+logit = Metric("logit", "logits", _logit, needs=("answer",), vocab="given", note="mean logit of the answers")
 prob = Metric("prob", "probability", _prob, needs=("answer",), note="summed probability of the answers")
 log_prob = Metric("log_prob", "nats", _log_prob, needs=("answer",), note="log of the summed probability of the answers")
 rank = Metric("rank", "rank", _rank, needs=("answer",), note="how many tokens have a larger logit than the best answer")

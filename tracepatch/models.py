@@ -241,6 +241,24 @@ def module_of(model: Model) -> PreTrainedModel:
     return model._module
 
 
+def device_of(model: Model) -> torch.device:
+    """Where tokens go in; for a model without weights here, an accelerator, as servers have."""
+    module = module_of(model)
+    return torch.device("cuda") if weightless(module) else module.get_input_embeddings().weight.device
+
+
+def room_of(model: Model) -> int | None:
+    """Bytes that plans for a model may take: half of what its accelerator has besides it; ``None`` elsewhere.
+
+    It counts what there is, not what is free just now, so that the same sweep is the same plan tomorrow.
+    """
+    device = device_of(model)
+    if weightless(module_of(model)) or device.type != "cuda":
+        return None
+    own = sum(p.numel() * p.element_size() for p in module_of(model).parameters() if p.device == device)
+    return max(1 << 28, int(torch.cuda.get_device_properties(device).total_memory - own) // 2)
+
+
 def weightless(module: torch.nn.Module) -> bool:
     """Whether some parameters of a module are shapes only, on the meta device."""
     return any(p.device.type == "meta" for p in module.parameters())

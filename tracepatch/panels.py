@@ -96,7 +96,9 @@ def arrange(
         text = str(entry) if isinstance(entry, str) else f"{columns} {entry}"
         both = {"clean", "corrupted"} <= set(part.data_vars)
         gap = float(np.nan_to_num(abs(part["clean"] - part["corrupted"]).min())) if both else 0.0
-        masks = {"proved": (own == Status.PROVED_ZERO) & ~absent, "absent": absent}
+        pending = absent & (own == Status.PENDING)
+        absent &= ~pending
+        masks = {"proved": (own == Status.PROVED_ZERO) & ~absent & ~pending, "pending": pending, "absent": absent}
         panels.append(Panel(text, values.values, masks, [_labels(one, dim) for dim in chosen], one[name], gap))
     model = "" if columns == "model" else str(coords["model"].item() if "model" in coords else mean.attrs["model"])
     what = str(mean.attrs.get("component", "")) if "component" not in coords else ""
@@ -107,8 +109,9 @@ def arrange(
     averaged = len(known) if known and pair is None else int(mean.attrs.get("averaged_pairs", 0))
     if averaged > 1 and "pair" not in data.dims:
         facts.append(f"mean over {averaged} pairs")
-    undefined = bool((data.isnull() & (status != Status.ABSENT)).any())
-    names = {"proved": "no effect (proved)", "absent": "absent or undefined" if undefined else "absent"}
+    undefined = bool((data.isnull() & ~status.isin([Status.ABSENT, Status.PENDING])).any())
+    names = {"proved": "no effect (proved)", "pending": "not measured yet"}
+    names["absent"] = "absent or undefined" if undefined else "absent"
     legend = {key: text for key, text in names.items() if any(p.masks[key].any() for p in panels)}
     words = [dim in (*PLACES, "row") or data[dim].dtype.kind in "OUT" for dim in chosen]
     return View(name, chosen, columns, words, mean, panels, " · ".join(filter(None, facts)), legend)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracepatch.costs import NOTHING, Estimate
 from tracepatch.errors import plural
+from tracepatch.jobs import EAGER, Job, Write
 from tracepatch.metrics import Metric
 from tracepatch.rows import EditedWorld, Row
-from tracepatch.sites import SPLIT_READERS
-from tracepatch.sources import Constant, Function, WorldName
+from tracepatch.sources import WorldName
+from tracepatch.table import Form, Table
 
 
 class Status(IntEnum):
@@ -25,6 +27,7 @@ class Status(IntEnum):
     ABSENT = 0
     MEASURED = 1
     PROVED_ZERO = 2
+    PENDING = 3
 
 
 class Proof(IntEnum):
@@ -38,6 +41,8 @@ class Proof(IntEnum):
     ABSENT = 5
 
 
+PROVED = (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH)
+"""Proofs that a row is without effect."""
 PROOFS = {
     Proof.EQUAL: (
         "writes what is there: the worlds' tokens agree so far and attention is causal, or it is the base's own value"
@@ -48,10 +53,6 @@ PROOFS = {
     Proof.BOTH: "each of its positions falls under one of the two proofs above",
     Proof.IDENTICAL: "the same edits on the same pair are measured once",
 }
-
-
-EAGER = frozenset({"scores", "pattern"})
-"""What can be seen only where attention is computed step by step."""
 
 
 def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
@@ -69,144 +70,22 @@ def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] 
     return None if order == sorted(order) else order
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""
-
-    factor: float
-    world: WorldName
-    component: str
-    layer: int
-    positions: tuple[int, ...]
-    units: tuple[int, ...] | None
-    srcs: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """One edit of one row with every index resolved: the sum of its terms and constant is set, or added, at its cells.
-
-    Attributes:
-        component: What is written; ``resid_post`` of a layer is ``resid_pre`` of the next.
-        layer: Where; the stream leaving the last layer is the one entering layer ``n``.
-        positions: The positions that survived pruning.
-        offsets: Their places among the positions of the edit as recorded, which constants and terms are aligned with.
-        units: Heads or neurons; ``None`` for all, or where there are none.
-        srcs: The positions attended to, for scores and pattern; ``None`` for all, or where there are none.
-        add: Whether it adds to the live value.
-        terms: Worlds' values.
-        constant: A fixed summand; it broadcasts to the activation at the recorded index, as arrays do.
-        recorded: How many positions the recorded index picked.
-        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
-        function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
-        renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
-        standing: Whether it belongs to the base, an edited world, and not to the row.
-    """
-
-    component: str
-    layer: int
-    positions: tuple[int, ...]
-    offsets: tuple[int, ...]
-    units: tuple[int, ...] | None
-    add: bool
-    terms: tuple[Term, ...]
-    constant: Constant | None
-    recorded: int
-    scalar: tuple[bool, bool, bool]
-    function: Function | None = None
-    srcs: tuple[int, ...] | None = None
-    renormalize: bool = False
-    standing: bool = False
-
-    @property
-    def same_for_units(self) -> bool:
-        """Whether every unit is written with the same value."""
-        tensor = None if self.constant is None else self.constant.tensor
-        one = tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1
-        return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A live value that a row saves, with every index resolved as in ``Write``.
-
-    Attributes:
-        number: Which of the row's saves it is.
-        component: What is read.
-        layer: Where.
-        positions: The positions.
-        units: Heads or neurons; ``None`` for all, or where there are none.
-        srcs: The positions attended to; ``None`` for all, or where there are none.
-        scalar: Whether the recorded index was one integer, and so dropped the dim: for positions, units, sources.
-        reduce: What is made of the value ``[row, …]`` before it is kept.
-        size: How many numbers it is before that, in one row.
-    """
-
-    number: int
-    component: str
-    layer: int
-    positions: tuple[int, ...]
-    units: tuple[int, ...] | None
-    srcs: tuple[int, ...] | None
-    scalar: tuple[bool, bool, bool]
-    reduce: Callable[..., Any] | None
-    size: int
-
-
-def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
-    """The edited streams that single heads read in one row: (component, layer) → units that read the same one."""
-    split: dict[tuple[str, int], list[Write]] = defaultdict(list)
-    for write in writes:
-        if write.component in SPLIT_READERS:
-            split[write.component, write.layer].append(write)
-    found = {}
-    for place, several in split.items():
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for unit in sorted({unit for write in several for unit in write.units or ()}):
-            touching = [(i, w) for i, w in enumerate(several) if unit in (w.units or ())]
-            alike[tuple((i, None if w.same_for_units else unit) for i, w in touching)].append(unit)
-        found[place] = [tuple(units) for units in alike.values()]
-    return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """A row on a pair that must be measured.
-
-    Attributes:
-        row: Number of the recorded row; -1 for a run of an edited world.
-        pair: Number of the pair.
-        base: The world that is edited.
-        writes: Its edits in forward order.
-        start: The first position that differs from the base; what stands before it need not be computed.
-        birth: The first layer that differs from the base.
-        reads: The live values that it saves.
-        raw: Whether it is a row's raw trace instead of edits.
-    """
-
-    row: int
-    pair: int
-    base: WorldName
-    writes: tuple[Write, ...]
-    start: int
-    birth: int
-    reads: tuple[Read, ...] = ()
-    raw: bool = False
-
-    @property
-    def seats(self) -> int:
-        """Batch elements it takes: itself, and a shadow for each edited stream that single heads of a layer read."""
-        layers: dict[int, int] = defaultdict(int)
-        for (_, layer), found in streams(self.writes).items():
-            layers[layer] += len(found)
-        return 1 + max(layers.values(), default=0)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One traced forward: an unpatched witness, then one batch element a job. A raw trace is alone, after a witness."""
+    """One traced forward: an unpatched witness, then the rows. A raw trace is alone, after a witness.
+
+    Attributes:
+        jobs: The rows.
+        table: Who sits where, where rows are not whole prompts.
+    """
 
     jobs: tuple[Job, ...]
+    table: Table | None = None
+
+    @property
+    def form(self) -> Form:
+        """How its rows stand."""
+        return "flat" if self.table is None else self.table.form
 
     @property
     def raw(self) -> bool:
@@ -237,6 +116,17 @@ class Group:
     captures: int = 1
 
     @property
+    def rides(self) -> bool:
+        """Whether its first batch computes the worlds."""
+        table = self.batches[0].table if self.batches else None
+        return table is not None and table.worlds > 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether some batch sees keys and values of the worlds."""
+        return any(b.table is not None and b.table.prefix > 0 for b in self.batches)
+
+    @property
     def writes(self) -> Iterator[Write]:
         """All that is written."""
         jobs = itertools.chain(*self.edited, *(b.jobs for b in self.batches))
@@ -259,10 +149,15 @@ class Plan:
         proofs: Per recorded row and pair, why it needs no forward (``Proof``).
         twins: Per recorded row and pair, the flat index of the row whose value it shares, or -1.
         row_bytes: Estimated memory of one batch element at its peak.
-        budget: Bytes that a batch may take.
+        budget: Bytes that may be taken: half by the worlds' values that are kept, half by a run.
         notes: Anything a user should know before running.
         remote: Where it runs, if not here.
-        measured: After a run, its ``seconds``, and the line of its ``checks``.
+        sample: A row that is measured, and one on the same pair that was proved to be without effect, if there is one,
+            to be measured once more as whole prompts with every edit left in.
+        estimate: What it costs.
+        slower: Why batches are not of the fastest form, in words.
+        measured: After a run, its ``seconds``, and the line of its ``checks``. Where finished batches are kept, before
+            and after it: ``stored``, rows of earlier runs; their ``directory``; ``unstored``, why some are not kept.
     """
 
     model: str
@@ -279,6 +174,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     remote: str = ""
     edited: tuple[EditedWorld, ...] = ()
+    sample: tuple[Job, ...] = ()
+    estimate: Estimate = NOTHING
+    slower: tuple[str, ...] = ()
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -307,10 +205,8 @@ class Plan:
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = (len(self.worlds) + len(self.edited)) * self.pairs
         captures = sum(group.captures for group in self.groups) * (1 + len(self.edited))
-        forwards = self.jobs + worlds + self.batches
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
-        alone = total - absent + worlds
         lines = [
             f"{plural(len(self.rows), 'row')} × {plural(self.pairs, 'pair')} on {self.model} "
             f"({plural(self.layers, 'layer')})",
@@ -321,16 +217,18 @@ class Plan:
         for proof in (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH, Proof.IDENTICAL):
             if counts[proof]:
                 lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
-        largest = max((sum(j.seats for j in b.jobs) + 1 for g in self.groups for b in g.batches), default=0)
         raw = sum(b.raw for g in self.groups for b in g.batches)
         shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
-            f"  traced runs  {captures + self.batches:,}: {captures:,} for {self._worlds()}, "
-            f"{self.batches:,} of up to "
-            f"{largest:,} rows (one of them an unpatched witness)",
-            f"  forwards     {forwards:,}{_ratio(alone, forwards)}",
-            f"  memory       about {_size(largest * self.row_bytes)} a run, budget {_size(self.budget)}",
+            *self._forms(),
+            f"  traced runs  {captures + self.batches:,}"
+            + (f", {captures:,} of them for {self._worlds()}" if captures else ""),
+            f"  forwards     {_count(self.estimate.forwards)}, counted in tokens and layers, instead of "
+            f"{total - absent + worlds:,}{_ratio(total - absent + worlds, self.estimate.forwards)}",
+            f"  memory       about {_size(self.estimate.bytes)} a run, budget {_size(self.budget)}",
+            f"  time         about {_seconds(self.estimate.seconds)}"
+            + (", going by the last run of this model" if self.estimate.pace else ", before any run of this model"),
         ]
         if raw:
             lines.append(f"  raw traces   {raw:,} of these runs, each of one row, beside an unpatched run of its own")
@@ -347,12 +245,36 @@ class Plan:
         if self.remote:
             lines.append(f"  runs on      {self.remote}")
         lines += [f"  note         {note}" for note in self.notes]
-        if self.measured:
-            seconds = self.measured["seconds"]
-            rate = (self.jobs + worlds) / max(seconds, 1e-9)
-            lines.append(f"  took         {seconds:.2f} s, {rate:,.0f} rows a second")
+        stored = self.measured.get("stored", 0)
+        if stored and "directory" in self.measured:
+            lines.append(f"  stored       {stored:,} rows of earlier runs are taken from {self.measured['directory']}")
+        lines += [f"  not stored   {why}" for why in self.measured.get("unstored", ())]
+        if "seconds" in self.measured:
+            seconds, ran = self.measured["seconds"], self.jobs - stored
+            rate = f"{(ran + worlds) / max(seconds, 1e-9):,.0f} rows a second" if ran else "nothing was run"
+            lines.append(f"  took         {seconds:.2f} s, {rate}")
             lines.append(f"  checks       {self.measured['checks']}")
         return "\n".join(lines)
+
+    def _forms(self) -> Iterator[str]:
+        """The batches of each form: how many, how large, and why they are not of a faster one."""
+        told = {
+            "packed": "tokens side by side, from each row's first edit on",
+            "staggered": "a lane a row, from the first edit on",
+            "flat": "whole prompts",
+        }
+        title = "batches      "
+        for form, words in told.items():
+            batches = [b for g in self.groups for b in g.batches if b.form == form and not b.raw]
+            if not batches:
+                continue
+            rows, tokens = max(len(b.jobs) for b in batches), max(b.table.tokens if b.table else 0 for b in batches)
+            size = f"up to {plural(rows, 'row')}" + (f" in {tokens:,} tokens" if tokens else "")
+            riding = sum(b.table is not None and b.table.worlds > 0 for b in batches)
+            worlds = f", {riding:,} with the worlds" if riding else ""
+            yield f"  {title}{len(batches):,} {form} ({words}) of {size}{worlds}"
+            title = " " * len(title)
+        yield from (f"  {title}{why}" for why in self.slower)
 
     def _worlds(self) -> str:
         pristine, edited = (n * self.pairs for n in (len(self.worlds), len(self.edited)))
@@ -363,10 +285,16 @@ class Plan:
         return self.explain()
 
 
-def _ratio(before: int, after: int) -> str:
-    if before > 1.05 * after:
-        return f" instead of {before:,} ({before / after:.1f} × fewer)"
-    return f" (one for each patch and world would be {before:,}; each run has a witness on top)"
+def _ratio(before: float, after: float) -> str:
+    return f" ({before / after:.1f} × fewer)" if before > 1.05 * after else ""
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.1g} s" if number < 1 else f"{number:,.0f} s" if number < 120 else f"{number / 60:,.0f} min"
 
 
 def _size(count: float) -> str:

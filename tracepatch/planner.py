@@ -5,24 +5,28 @@ Decides everything and touches no tensor of the model.
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.costs import FEW, Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
+from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric
-from tracepatch.plan import Batch, Group, Job, Plan, Proof, Read, Write, parts
+from tracepatch.packing import Packer
+from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sites import component
 from tracepatch.sources import Function, WorldName
+from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
-TOKENS = 4096  # tokens a run beyond which batching gains nothing on the devices tried
 MEMORY = 1 << 30
 
 
@@ -39,6 +43,11 @@ def make_plan(
     remote: str = "",
     edited: Sequence[EditedWorld] = (),
     numbers: Sequence[int] | None = None,
+    form: Form = "flat",
+    why: tuple[str, ...] = (),
+    rides: bool = True,
+    device: str = "cpu",
+    pace: float | None = None,
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -50,10 +59,15 @@ def make_plan(
         model: What the model is called.
         prune: ``False`` measures every row.
         batch_size: Rows a run; without it, as many as the memory budget allows and as still gain speed.
-        memory: Bytes a run may take; 1 GiB otherwise.
+        memory: Bytes that may be taken: half by the worlds' values that are kept, half by a run; 1 GiB otherwise.
         remote: Where the plan will run, if not here.
         edited: The edited worlds.
         numbers: Of the pairs, which noise is drawn for; where they stand among the pairs otherwise.
+        form: The form of a batch that the model allows.
+        why: Why not the faster ones, in words.
+        rides: Whether rows may be measured in the run that computes their worlds.
+        device: The type of device that it runs on.
+        pace: How many times longer than estimated a run of this model took here, if there was one.
 
     Raises:
         RecipeError: There are no rows.
@@ -115,10 +129,35 @@ def make_plan(
             seen[key] = number
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
-    row_bytes = max(_row_bytes(architecture, profile) for profile in lowering) + _encoder_bytes(architecture, encoded)
-    saved = [_read_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
+    sample = _sample(lowering, profiles, rows, jobs, proofs)
+    row_bytes = max(flat_bytes(architecture, p.length, len(p.reads)) for p in lowering) + encoder_bytes(
+        architecture, encoded
+    )
+    saved = [saved_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
     row_bytes += max(saved, default=0)
     budget = memory or MEMORY
+    if not architecture.causal or encoded.encoder:
+        form, why = "flat", ()
+    packer = Packer(
+        architecture,
+        encoded,
+        form,
+        default_costs(architecture, row_bytes, device),
+        budget,
+        batch_size,
+        standing,
+        roots,
+        rides=rides and not any(need in ("clean", "corrupted") for m in metrics for need in m.needs),
+        sample=sample,
+        columns=0 if any(m.vocab is None for m in metrics) else _columns(metrics, encoded, architecture.vocab),
+    )
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for pair, profile in enumerate(profiles):
+        by_length[profile.length].append(pair)
+    reads_of = [profile.reads for profile in profiles]
+    groups = tuple(
+        g for length, pairs in sorted(by_length.items()) for g in packer.groups(length, pairs, reads_of, jobs)
+    )
     plan = Plan(
         model=model,
         layers=len(architecture),
@@ -126,7 +165,7 @@ def make_plan(
         pairs=len(encoded),
         worlds=worlds,
         metrics=metrics,
-        groups=tuple(_pack(architecture, encoded, profiles, jobs, standing, roots, row_bytes, budget, batch_size)),
+        groups=groups,
         proofs=proofs,
         twins=twins,
         row_bytes=row_bytes,
@@ -134,6 +173,9 @@ def make_plan(
         notes=tuple(notes),
         remote=remote,
         edited=tuple(edited),
+        sample=sample,
+        estimate=_estimate(architecture, packer, groups, worlds, pace),
+        slower=tuple(packer.slower(why)),
     )
     check(plan)
     return plan
@@ -144,6 +186,67 @@ def check(plan: Plan) -> None:
     jobs = [(job.row, job.pair) for group in plan.groups for batch in group.batches for job in batch.jobs]
     counted = int((plan.proofs == Proof.NONE).sum())
     assert len(jobs) == len(set(jobs)) == counted, f"{len(jobs)} jobs for {counted} rows that need one"
+
+
+def _columns(metrics: tuple[Metric, ...], encoded: EncodedPairs, vocab: int) -> int:
+    """How many columns of the vocabulary are computed for metrics that declare them; 0 for all."""
+    own = {i for m in metrics if isinstance(m.vocab, tuple) for i in m.vocab}
+    given = {need for m in metrics if m.vocab == "given" for need in m.needs}
+    found = len(own | {i for need in given for ids in getattr(encoded, need) for i in ids})
+    return found if found * FEW <= vocab else 0
+
+
+def _estimate(
+    architecture: Architecture,
+    packer: Packer,
+    groups: Sequence[Group],
+    worlds: tuple[WorldName, ...],
+    pace: float | None,
+) -> Estimate:
+    """What the runs of a plan cost, by their shapes."""
+    depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
+    for group in groups:
+        rows = len(group.pairs) * (len(worlds) * (not group.rides) + len(group.edited))
+        shapes = [rows] if rows else []
+        for batch in group.batches:
+            if batch.table is None:
+                shapes.append(sum(job.seats for job in batch.jobs) + 1)
+                continue
+            inside = batch.table.shape[batch.table.first : -1]
+            forwards += sum(lanes * slots for lanes, slots in inside) / (group.length * depth)
+            seconds += costs.seconds(batch.table)
+            logits = len(group.reads) * (packer.columns or architecture.vocab)
+            largest = max(largest, table_bytes(architecture, batch.table, logits))
+        forwards += sum(shapes)
+        seconds += sum(costs.flat_seconds(n, group.length, depth) for n in shapes)
+        largest = max(largest, max(shapes, default=0) * costs.row_bytes)
+    return Estimate(forwards, largest, seconds * (pace or 1), pace)
+
+
+def _sample(
+    lowering: dict[Profile, Lowering],
+    profiles: list[Profile],
+    rows: Sequence[Row],
+    jobs: dict[int, list[Job]],
+    proofs: NDArray[np.int8],
+) -> tuple[Job, ...]:
+    """A row to be measured once more, and one on the same pair that was proved to be without effect, by chance."""
+    chance = random.Random(f"{len(rows)} rows, {len(profiles)} pairs")
+    measured = [job for pair in jobs for job in jobs[pair] if not job.raw]
+    proved = np.isin(proofs, PROVED)
+    chosen = [chance.choice([j for j in measured if proved[:, j.pair].any()] or measured)] if measured else []
+    pairs = [job.pair for job in chosen] or np.flatnonzero(proved.any(0)).tolist()
+    zeros = np.flatnonzero(proved[:, pairs[0]]).tolist() if pairs else []
+    if chosen:  # an encoder may read another length in the other world
+        zeros = [number for number in zeros if rows[number].base == rows[chosen[0].row].base]
+    if zeros:
+        pair, number = pairs[0], chance.choice(zeros)
+        writes, _ = lowering[profiles[pair]].unpruned().row(rows[number])
+        # What can be seen only step by step would make the whole run compute attention so.
+        seen = {w.component for job in measured for w in job.writes}
+        if writes and not {w.component for w in writes} & EAGER - (seen if measured else EAGER):
+            chosen.append(_job(number, pair, rows[number].base, writes))
+    return tuple(chosen)
 
 
 def _draws(edit: Edit) -> bool:
@@ -212,130 +315,3 @@ def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> P
     if encoded.encoder:  # the decoder's tokens are the same on both sides
         return Profile(length, (), tuple(sorted(reads)), encoded=True)
     return Profile(length, encoded.differing(pair), tuple(sorted(reads)))
-
-
-def _row_bytes(architecture: Architecture, profile: Profile) -> int:
-    """Peak memory of one batch element: the widest activations of a layer, attention scores, logits that are read."""
-    size = architecture.dtype.itemsize
-    width = max(layer.width for layer in architecture.layers)
-    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
-    wide = 6 * architecture.d_model + 3 * width
-    return profile.length * (wide + heads * profile.length * 2) * size + len(profile.reads) * architecture.vocab * (
-        size + 8
-    )
-
-
-def _read_bytes(architecture: Architecture, job: Job, length: int) -> int:
-    """What a row saves, while it is computed: in the model's dtype and in float32."""
-    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in job.reads)
-    # Of head_out every head is made at every position, twice where it is edited.
-    layers = [read.layer for read in job.reads if read.component == "head_out"]
-    return found + 2 * sum(_kept_bytes(architecture, "head_out", layer, length) for layer in layers)
-
-
-def _encoder_bytes(architecture: Architecture, encoded: EncodedPairs) -> int:
-    """The same for what an encoder reads: its activations are taken to be as wide as the decoder's."""
-    longest = max((len(ids) for side in encoded.encoder for ids in side), default=0)
-    return _row_bytes(architecture, Profile(longest, (), ())) if longest else 0
-
-
-def _pack(
-    architecture: Architecture,
-    encoded: EncodedPairs,
-    profiles: list[Profile],
-    jobs: dict[int, list[Job]],
-    standing: list[list[Job]],
-    roots: dict[WorldName, WorldName],
-    row_bytes: int,
-    budget: int,
-    batch_size: int | None,
-) -> Iterable[Group]:
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for pair, profile in enumerate(profiles):
-        by_length[profile.length].append(pair)
-    worlds = (1 if encoded.corrupted is None else 2) + len(standing)
-    every = {pair: [*found, *(world[pair] for world in standing)] for pair, found in jobs.items()}
-    read = max((len(ids) for side in encoded.encoder for ids in side), default=0)
-
-    def worlds_of(chunk: list[int]) -> tuple[tuple[Job, ...], ...]:
-        return tuple(tuple(world[pair] for pair in chunk) for world in standing)
-
-    def read_by(job: Job) -> int:
-        return len(encoded.encoded(roots.get(job.base, job.base), job.pair))
-
-    for length, pairs in sorted(by_length.items()):
-        needed = {(t.component, t.layer) for p in pairs for job in every[p] for w in job.writes for t in w.terms}
-        kept = sum(_kept_bytes(architecture, name, layer, length) for name, layer in needed)
-        together = max(1, min(len(pairs), int(budget / 2 // max(1, worlds * (kept + row_bytes)))))
-        for i in range(0, len(pairs), together):
-            chunk = pairs[i : i + together]
-            reads = {p for pair in chunk for p in profiles[pair].reads}
-            reads |= {
-                q
-                for pair in chunk
-                for job in every[pair]
-                for w in job.writes
-                for t in w.terms
-                if t.component == "logits"
-                for q in t.positions
-            }
-            reads |= {
-                q
-                for pair in chunk
-                for job in every[pair]
-                for w in job.writes
-                if w.component == "logits" and w.function is not None
-                for q in w.positions
-            }
-            reads |= {
-                q
-                for pair in chunk
-                for job in jobs[pair]
-                for read in job.reads
-                if read.component == "logits"
-                for q in read.positions
-            }
-            ready = sorted((job for pair in chunk for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
-            used = {
-                (t.component, t.layer) for pair in chunk for job in every[pair] for w in job.writes for t in w.terms
-            }
-            most = (
-                max(1, min(int(budget / 2 // row_bytes) - 1, max(8, TOKENS // (length + read))))
-                if batch_size is None
-                else batch_size
-            )
-            split = parts([job for job in ready if not job.raw], read_by, max(1, len(ready)))
-            batches = [batch for part in split for batch in _batches(part, most)]
-            batches += [Batch((job,)) for job in ready if job.raw]
-            lengths = {len(side[pair]) for side in encoded.encoder for pair in chunk}
-            yield Group(
-                length,
-                tuple(chunk),
-                tuple(sorted(reads)),
-                frozenset(used),
-                tuple(batches),
-                worlds_of(chunk),
-                max(1, len(lengths)),
-            )
-
-
-def _batches(ready: list[Job], most: int) -> Iterable[Batch]:
-    """Jobs in runs of so many batch elements, or of one job that needs more."""
-    taken: list[Job] = []
-    seats = 0
-    for job in ready:
-        if taken and seats + job.seats > most:
-            yield Batch(tuple(taken))
-            taken, seats = [], 0
-        taken.append(job)
-        seats += job.seats
-    if taken:
-        yield Batch(tuple(taken))
-
-
-def _kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:
-    inside = min(layer, len(architecture) - 1)
-    kind = component(name)
-    count = architecture.units(name, inside) if kind.unit and kind.unit != kind.dims[-1] else 1
-    width = length if kind.attends else architecture.width(name, inside)
-    return int(length * count * width * architecture.dtype.itemsize)

@@ -1,8 +1,8 @@
 """Datasets to matplotlib figures: heatmaps for two dims, bars for one, a panel for each model, component or metric.
 
 Every figure keeps apart three kinds of cell: a measured value (a colour, white at 0), an effect that was proved to be
-zero (hatched), and a cell that holds no number (grey). Nothing here touches pyplot, so that no figure stays open: a
-function returns its figure, which notebooks show and ``savefig`` writes.
+zero (hatched), and a cell that holds no number (grey, or dotted where it is not measured yet). Nothing here touches
+pyplot, so that no figure stays open: a function returns its figure, which notebooks show and ``savefig`` writes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TALL = 2.6  # inches: what a colour bar must have for its label to stand beside 
 FLOOR = 0.05  # of the clean − corrupted difference: the least that fills the colour scale
 TEXTURES: dict[str, dict[str, Any]] = {
     "proved": {"facecolor": "white", "edgecolor": "#c6c6c6", "hatch": "////"},
+    "pending": {"facecolor": "#f6f2e4", "edgecolor": "#c9b67a", "hatch": "...."},
     "absent": {"facecolor": "#dedede", "edgecolor": "#c0c0c0", "hatch": "xxxx"},
 }
 
@@ -107,7 +108,7 @@ def heatmap(
         if min(wide / cells, high / rows) > 0.08:  # lines between smaller cells would hide them
             ax.vlines(across[1:-1], -0.5, rows - 0.5, color="#e4e4e4", linewidth=0.4)
             ax.hlines(up[1:-1], -0.5, cells - 0.5, color="#e4e4e4", linewidth=0.4)
-        measured = np.argwhere(~panel.masks["proved"] & ~panel.masks["absent"])
+        measured = np.argwhere(~np.any(list(panel.masks.values()), 0))
         shown = [(i, j, _number(panel.values[i, j], bound)) for i, j in measured]
         if annotate is None:
             fits = max((len(text) for _, _, text in shown), default=0) * CHARACTER < wide / cells and high / rows > 0.15

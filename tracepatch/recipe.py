@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from weakref import WeakKeyDictionary
 
 from tracepatch.architecture import architecture_of
 from tracepatch.checks import verify
-from tracepatch.errors import RecipeError
-from tracepatch.executors import Measured, run
+from tracepatch.entries import Directory
+from tracepatch.errors import RecipeError, plural
+from tracepatch.executors import run, so_far
+from tracepatch.forms import chosen
+from tracepatch.journal import Journal, Measured
 from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
-from tracepatch.models import Model, limits, name_of, remote_of, require_ready, require_weights, start_token
+from tracepatch.models import (
+    Model,
+    device_of,
+    limits,
+    name_of,
+    remote_of,
+    require_ready,
+    require_weights,
+    room_of,
+    start_token,
+)
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
+from tracepatch.progress import bar
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
 from tracepatch.results import Result, provenance, to_result
@@ -28,8 +40,10 @@ from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
+from tracepatch.table import FORMS, Form
 
 Direction: TypeAlias = Literal["denoising", "noising"]
+_PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
 BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
 
 
@@ -46,20 +60,28 @@ class Patching(Recorder):
         batch_size: int | None = None,
         memory: int | None = None,
         checks: bool = True,
+        form: Form | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ) -> None:
+        if form is not None and form not in FORMS:
+            raise RecipeError(f"form is one of {', '.join(FORMS)}, not {form!r}; without it, the fastest is taken.")
+        self._wanted = form
         require_ready(model)
+        self._directory = None if directory is None else Directory(directory)
         self.model = model
         encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
         self.metrics = as_metrics(metric)
-        for chosen in self.metrics:
-            found = chosen.positions.resolve(self.lengths[0])
-            require_sound(chosen, self.architecture.vocab, len(found or (0,)))
+        for one in self.metrics:
+            found = one.positions.resolve(self.lengths[0])
+            require_sound(one, self.architecture.vocab, len(found or (0,)))
+        memory = room_of(model) if memory is None else memory
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
         self._plan: Plan | None = None
         self._measured: Measured | None = None
+        self._journal: Journal | None = None  # of a run that did not end
 
     @property
     def plan(self) -> Plan:
@@ -77,6 +99,8 @@ class Patching(Recorder):
         if error is None:
             self._plan = self.make_plan()
             self._ended = True
+            if self._directory is not None:
+                self._tell(self._new_journal(), None)
             # Without the model: rows may outlive it.
             write = partial(
                 script,
@@ -91,6 +115,9 @@ class Patching(Recorder):
 
     def make_plan(self) -> Plan:
         """The plan of the rows recorded so far."""
+        edits = [e for row in (*self.rows, *self.edited.values()) for e in row.edits]
+        sites = [e.site for e in edits] + [s.site for row in self.rows for s in row.saves]
+        form, why = chosen(self.model, self.architecture, sites, self._wanted)
         return make_plan(
             self.architecture,
             self.encoded,
@@ -99,30 +126,85 @@ class Patching(Recorder):
             model=name_of(self.model),
             remote=_where(self.model),
             edited=tuple(self.edited.values()),
+            form=form,
+            why=why,
+            device=device_of(self.model).type,
+            pace=_PACES.get(self.model),
             **self._limits,
         )
 
     def run(self, progress: bool | None = None) -> Result:
         """Traces what the plan says and returns the labelled result (``tp.results.to_result`` describes it).
 
+        What is finished when it fails, or is interrupted by Ctrl-C, is kept: the next call continues there. With
+        ``directory=`` that holds for other processes too, whatever ended this one.
+
         Args:
             progress: Whether to show a bar; by default only on a terminal.
 
         Raises:
-            RecipeError: The block has not ended.
+            RecipeError: The block has not ended, or nothing can be written in the directory.
             ModelError: The model is in training mode, or has no weights here and is on no server.
             MeasurementError: A number came out NaN or inf, or a check failed.
         """
         plan = self.plan
         require_ready(self.model)
         require_weights(self.model)
-        with _bar(plan.jobs, name_of(self.model), progress) as advance:
-            measured = run(self.model, self.architecture, self.encoded, plan, advance, checks=self._checks)
-        told = verify(self.model, self.architecture, self.encoded, plan, measured) if self._checks else "off"
+        if self._directory is not None:
+            self._directory.open()
+        journal = self._journal = self._new_journal()
+        self._measured = None
+        plan.measured.clear()
+        stored = journal.load()
+        try:
+            with bar(plan.jobs, name_of(self.model), progress, stored) as advance:
+                given = self.architecture, self.encoded, plan
+                measured = run(self.model, *given, advance, checks=self._checks, journal=journal)
+            told = journal.checks
+            found: list[warnings.WarningMessage] = []
+            if told is None:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    told = verify(*given, measured) if self._checks else "off"
+        except BaseException as error:  # Ctrl-C too
+            error.add_note(journal.interrupted())
+            raise
+        self._tell(journal, stored)
+        journal.finished(told, found)
         plan.measured.update(seconds=measured.seconds, checks=told)
-        self._measured = measured
+        if not stored:
+            _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
+        self._measured, self._journal = measured, None
         hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
+
+    def partial(self) -> Result:
+        """The result as far as it is measured; nothing is run.
+
+        After Ctrl-C or an error in ``run`` it has what that run finished; with ``directory=`` what any run has, even
+        one that goes on in another process. A cell that is not measured yet has ``status`` 3 and NaN. What rows save is
+        there only after a whole run.
+
+        Raises:
+            RecipeError: The block has not ended.
+        """
+        plan, measured = self.plan, self._measured
+        if measured is None:
+            journal = self._journal or self._new_journal()
+            if self._journal is None:
+                self._tell(journal, journal.load())
+            measured = so_far(self.model, self.architecture, self.encoded, plan, journal)
+        return to_result(self.model, self.architecture, self.encoded, plan, measured)
+
+    def _new_journal(self) -> Journal:
+        return Journal(self.plan, self.model, self.encoded, self._directory, self._checks)
+
+    def _tell(self, journal: Journal, stored: int | None) -> None:
+        """Adds to the plan what is taken from earlier runs, and what cannot be kept in the directory."""
+        self.plan.measured["stored"] = journal.stored if stored is None else stored
+        if self._directory is not None:
+            why = (f"{plural(n, 'row')}, measured anew each time: {text}" for text, n in journal.reasons.items())
+            self.plan.measured.update(directory=str(self._directory), unstored=tuple(why))
 
     @property
     def saved(self) -> Result:
@@ -146,8 +228,12 @@ def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options
         model: From ``tp.load``.
         pairs: The prompts.
         metric: What is read from the logits: one metric or function, several, or a mapping of names.
-        options: ``prune=False`` measures every row; ``batch_size`` rows and ``memory`` bytes bound a traced run;
-            ``checks=False`` leaves out the self-checks, about four forwards of one row.
+        options: ``prune=False`` measures every row; ``batch_size`` rows bound a traced run, and
+            ``memory`` bytes what is taken, half by the worlds' values and half by a run;
+            ``checks=False`` leaves out the self-checks, about one forward of two rows; ``form`` is ``"packed"``,
+            ``"staggered"`` or ``"flat"`` instead of the fastest that the model allows (``tracepatch.table``);
+            ``directory`` is a folder where finished batches are kept, so that a run that was interrupted, even killed,
+            continues where it stopped, and one that ran before runs nothing.
 
     Raises:
         ModelError: The model is in training mode or is no traced model.
@@ -193,7 +279,8 @@ class Recipe:
         return self._record(model, pairs, metric, options).plan
 
     def _record(self, model: Model, pairs: Pairs | None, metric: Metrics, options: dict[str, Any]) -> Patching:
-        limits = {k: options.pop(k) for k in ("prune", "batch_size", "memory", "checks") if k in options}
+        own = ("prune", "batch_size", "memory", "checks", "form", "directory")
+        limits = {k: options.pop(k) for k in own if k in options}
         with Patching(model, _require_pairs(pairs), metric, **limits) as p:
             self.function(p, **options)
         return p
@@ -299,21 +386,3 @@ def _where(model: Model) -> str:
         if remote is True
         else f"{remote}, one request a traced run"
     )
-
-
-@contextmanager
-def _bar(total: int, what: str, wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar over rows, on stderr; nothing where it is not a terminal."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda done: None
-        return
-    columns: Iterable[Any] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
-from tracepatch.executors import Measured
+from tracepatch.journal import Measured
 from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.rows import Label, Row
@@ -38,7 +38,7 @@ def to_result(
       edited world, such as the clean run with noise, that world stands in for the corrupted one.
     * ``effect_…``: the effect on one part of a metric, such as the answer's logit.
     * ``base``, ``clean``, ``corrupted``, and the name of each edited world: the values without the row's edits.
-    * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero.
+    * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero, 3 not measured yet (NaN elsewhere).
     """
     sets: dict[tuple[str, ...], list[int]] = {}
     for number, row in enumerate(plan.rows):
@@ -111,6 +111,7 @@ def _dataset(
         Status.ABSENT,
         np.where((proofs == Proof.NONE) | (proofs == Proof.IDENTICAL), Status.MEASURED, Status.PROVED_ZERO),
     )
+    status = np.where(np.isnan(values).any(-1) & ~absent, Status.PENDING, status)  # every finished number is finite
     data["status"] = (("pair", *dims), spread(status.astype(np.int8), np.int8(Status.ABSENT)))
     dataset = xr.Dataset(data, coords=coords | pair_coords(encoded), attrs=attrs)
     dataset = dataset.assign_coords(metric=metrics if len(metrics) > 1 else metrics[0])
@@ -247,6 +248,7 @@ def _normalize(dataset: xr.Dataset, measured: Measured, other: str) -> xr.Datase
     drift = noise if "metric" in gap.dims else noise[0]
     usable = abs(gap) > 1e-5 * np.maximum(abs(dataset["clean"]), abs(dataset[other])) + 10 * drift
     normalized = dataset["effect"] / gap.where(usable)
+    usable |= gap.isnull()  # not measured yet
     normalized = normalized.transpose(*dataset["effect"].dims)
     close = sorted(
         {int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]}
@@ -269,7 +271,7 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "seed": "none" if encoded.seed is None else encoded.seed,
         "versions": json.dumps(versions()),
         "plan": plan.explain(),
-        "checks": plan.measured["checks"],
+        "checks": plan.measured.get("checks", "not run: the result is partial"),
         "metrics": json.dumps({m.name: m.note for m in plan.metrics}),
         "noise_floor": json.dumps(
             {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}

@@ -7,54 +7,119 @@ they are executed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import nnsight
 import torch
 
-from tracepatch.writing import edited, module_at, perform, retain
+from tracepatch.writing import edited, module_at, on, perform, retain
 
 KEPT_LATE = ("plain", "weights")
+UNWRITTEN = ("aside", "allowed", "from_shadows", "grow", "narrow", "widen", "top")
 
 
 def forward(
     model: Any,
-    ids: torch.Tensor,
+    inputs: dict[str, Any],
     stops: tuple[Any, ...],
     known: dict[Any, torch.Tensor],
-    reads: torch.Tensor,
-    options: dict[str, Any],
+    top: tuple[Any, ...],
     logit_edits: tuple[Any, ...],
     measures: tuple[Any, ...],
     keep_logits: tuple[Any, ...],
+    past: tuple[Any, ...] | None = None,
     remote: Any = False,
-    encoder: torch.Tensor | None = None,
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """One traced forward.
 
     Args:
         model: The nnsight model.
-        ids: Token ids ``[row, pos]``; the decoder's, where there is an encoder.
+        inputs: What its forward takes: token ids, and the like.
         stops: The places to visit, from ``layout.stops``.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``.
-        reads: The positions whose logits are scored.
-        options: Further arguments of the model's forward.
+        top: How logits become ``[row, read, …]``: ``("kept",)`` as they are, ``("of", positions)``,
+            ``("each", reads)`` where a table's tokens stand in one row; then the vocabulary columns to take, if any.
         logit_edits: Indexed writes of logits.
-        measures: ``(function, indices into reads, given)`` for each metric.
-        keep_logits: Whether to keep the logits at ``reads`` too, and what rows save of them.
+        measures: ``(function, indices into reads, given, columns)`` for each metric.
+        keep_logits: Whether to keep the logits at the reads too, and what rows save of them.
+        past: ``("keep", layers, cells)`` keeps the worlds' keys and values; ``("take", lanes, positions)`` lets the
+            tokens of a table see those of so many positions before them, for the worlds of each layer's lanes.
         remote: As nnsight takes it.
-        encoder: Token ids ``[row, pos]`` that an encoder reads.
 
     Returns:
         What was kept, and the metrics' values ``[row, column]`` in float32.
     """
+    given = dict(inputs, use_cache=past is not None)
+    if past is not None:
+        given["past_key_values"] = cache(past, known)
     with torch.no_grad():
-        with model.trace(**named(ids, encoder), use_cache=False, remote=remote, **options):
-            result = nnsight.save(
-                inside(model, ids.shape[1], stops, known, reads, bool(options), logit_edits, measures, keep_logits)
-            )
+        with model.trace(**given, remote=remote):
+            result = nnsight.save(inside(model, stops, known, top, logit_edits, measures, keep_logits, past))
     kept, scores = result
     return kept, scores
+
+
+def cache(past: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> Any:
+    """A stock cache, empty or with the worlds' keys and values before a table, for as many lanes as each layer has.
+
+    It is made without a config, which would cut off what a sliding window does not see.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    found = DynamicCache()
+    if past[0] == "take":
+        _, lanes, count = past
+        for layer, worlds in enumerate(lanes):
+            pair = []
+            for name in ("keys", "values"):
+                table = known[name, layer]
+                alone = len(worlds) > 0 and bool((worlds == worlds[0]).all())
+                # One world for all lanes: views, so that nothing is copied before the model does.
+                picked = table[worlds[:1]].expand(len(worlds), -1, -1, -1) if alone else table[worlds.to(table.device)]
+                pair.append(picked[:, :, :count])
+            found.update(*pair, layer)
+    return found
+
+
+def wiring(model: Any, blocks: list[str], wrapped: bool, unembed: str, inputs: dict[str, Any]) -> list[Any]:
+    """What each block takes from outside on these inputs: a mask ``[query, key]`` and tables with an entry a position.
+
+    Every block is skipped, so this costs next to nothing.
+
+    Returns:
+        Per block, ``(argument, kind, value)``: the argument's place or name, ``mask`` or ``table``.
+    """
+    with torch.no_grad():
+        with model.trace(**inputs, use_cache=False):
+            found = nnsight.save(wires_inside(model, blocks, wrapped, unembed))
+    return list(found)
+
+
+def wires_inside(model: Any, blocks: list[str], wrapped: bool, unembed: str) -> list[Any]:
+    """The body of that trace."""
+    wires = []
+    for path in blocks:
+        block = module_at(model, path)
+        args, kwargs = block.inputs
+        names = list(inspect.signature(type(block._module).forward).parameters)[1:]
+        here: dict[str, Any] = {name: (i, value) for i, (name, value) in enumerate(zip(names, args))}  # noqa: B905  # fewer
+        here.update({name: (name, value) for name, value in kwargs.items()})
+        found = []
+        if "attention_mask" in here:
+            place, value = here["attention_mask"]
+            found.append((place, "mask", None if value is None else value[0, 0]))
+        for name in ("position_embeddings", "position_ids"):
+            place, value = here.get(name, (name, None))
+            if value is not None:
+                rows = tuple(t[0] for t in value) if isinstance(value, tuple) else value[0]
+                found.append((place, "table", rows))
+        wires.append(tuple(found))
+        x = block.input
+        block.skip((x,) if wrapped else x)
+    head = module_at(model, unembed)
+    head.skip(head.input)
+    return wires
 
 
 def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -64,7 +129,7 @@ def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, t
 
 def raw(
     model: Any,
-    inputs: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
     function: Any,
     reads: torch.Tensor,
     measures: tuple[Any, ...],
@@ -82,36 +147,64 @@ def raw(
 def scored(logits: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
     """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``."""
     scores = []
-    for function, at, given in measures:
-        found = function(logits[:, at].float(), {name: value.to(logits.device) for name, value in given.items()})
+    for function, at, given, columns in measures:
+        read = logits[:, at].float()
+        read = read if columns is None else read[..., columns.to(read.device)]
+        found = function(read, {name: value.to(logits.device) for name, value in given.items()})
         scores.append(found if found.ndim == 2 else found[:, None])
     return torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
 
 
 def inside(
     model: Any,
-    length: int,
     stops: tuple[Any, ...],
     known: dict[Any, torch.Tensor],
-    reads: torch.Tensor,
-    only_reads: bool,
+    top: tuple[Any, ...],
     logit_edits: tuple[Any, ...],
     measures: tuple[Any, ...],
     keep_logits: tuple[Any, ...],
+    past: tuple[Any, ...] | None,
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """The body of the trace."""
     kept: dict[Any, torch.Tensor] = {}
     for stop in stops:
-        visit(model, stop, length, known, kept)
+        visit(model, stop, known, kept)
+    how, *which, columns = top
+    if columns is not None:
+        only_columns(module_at(model, columns[0]), columns[1])
     logits = model.output.logits
-    if not only_reads:
-        logits = logits[:, reads.to(logits.device)]
+    if how == "of":
+        logits = logits[:, which[0].to(logits.device)]
+    elif how == "each":
+        logits = logits.reshape(-1, which[0], logits.shape[-1])
     logits = edited(logits, logit_edits, known)
     if logit_edits:
         kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
     retain(("logits", 0), keep_logits, logits, kept)
+    if past is not None and past[0] == "keep":
+        keep_past(model.output.past_key_values, past, kept)
     kept = {key: value for key, value in kept.items() if key[0] != "aside"}  # what this forward alone needed
     return kept, scored(logits, measures)
+
+
+def only_columns(head: Any, columns: torch.Tensor) -> None:
+    """Computes only some columns of the unembedding."""
+    weight, bias = head._module.weight, head._module.bias
+    columns = columns.to(weight.device)
+    head.skip(torch.nn.functional.linear(head.input, weight[columns], None if bias is None else bias[columns]))
+
+
+def keep_past(found: Any, past: tuple[Any, ...], kept: dict[Any, torch.Tensor]) -> None:
+    """Keeps keys and values of the worlds, ``[world, head, pos, d_head]`` in each layer."""
+    _, layers, cells = past
+    for layer in range(layers):
+        for name in ("keys", "values"):
+            table = getattr(found.layers[layer], name)
+            if cells is None:
+                kept[name, layer] = table.clone()
+            else:
+                lanes, slots = on(table.device, cells)
+                kept[name, layer] = table[lanes, :, slots].transpose(1, 2).contiguous()
 
 
 def read(model: Any, places: list[Any], ids: torch.Tensor, encoder: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -120,17 +213,28 @@ def read(model: Any, places: list[Any], ids: torch.Tensor, encoder: torch.Tensor
         with model.trace(**named(ids, encoder), use_cache=False):
             kept: dict[Any, torch.Tensor] = {}
             for number, place in enumerate(places):
-                visit(model, (place, (("aside", number),)), ids.shape[1], {}, kept)
+                visit(model, (place, (("aside", number),)), {}, kept)
             taken = nnsight.save([kept["aside", number] for number in range(len(places))])
     return list(taken)
 
 
-def visit(
-    model: Any, stop: tuple[Any, ...], length: int, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
-) -> None:
-    """Keeps and writes what is to be kept and written at one place."""
-    (path, operation, side, key, flat), tasks = stop
+def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]) -> None:
+    """Keeps and writes what is to be kept and written at one place.
+
+    A place is ``(path, operation, side, key, slots)``, with slots only where they are one dim with the rows.
+    """
+    (path, operation, side, key, slots), tasks = stop
     envoy = module_at(model, path)
+    if side == "skip":
+        x = envoy.input
+        envoy.skip(x if key is None else (x,))
+        return
+    if side == "wire":
+        args, kwargs = envoy.inputs
+        given = dict(tasks)
+        args = [given.get(place, value) for place, value in enumerate(args)]
+        envoy.inputs = (tuple(args), {**kwargs, **{name: v for name, v in given.items() if isinstance(name, str)}})
+        return
     for name in operation.split(".") if operation else ():  # a call inside the module's own forward
         envoy = getattr(envoy.source, name)
     whole = envoy.output if side == "output" else envoy.inputs if key is not None else envoy.input
@@ -139,22 +243,24 @@ def visit(
     else:
         found = whole if key is None else whole[1][key] if isinstance(key, str) else whole[0][key]
     x = found[0] if isinstance(found, (tuple, list)) else found
-    shape = x.shape
-    if flat:
-        x = x.unflatten(0, (-1, length))
+    if slots:
+        x = x.unflatten(0, (-1, slots))
     before = x
-    first, last = [t for t in tasks if t[0] != "resid_mid"], [t for t in tasks if t[0] == "resid_mid"]
+    first, last = [t for t in tasks if t[0] not in ("resid_mid", "top")], [t for t in tasks if t[0] == "resid_mid"]
     for task in first:
         x = perform(model, without_keeping(task), x, known, kept)
     for task in first:  # what is kept is what passes by after all edits of the place
-        if task[0] in KEPT_LATE and any(task[3]):
+        if task[0] in KEPT_LATE and any(task[3]) and not isinstance(task[3][0], tuple):
             perform(model, (*task[:2], (), *task[3:]), x, known, kept)
     for task in last:  # what attention adds is not what an edit of the sum makes of it
         x = perform(model, task, x, known, kept)
+    rows = len(x)
+    for task in tasks:
+        if task[0] == "top":
+            x = perform(model, task, x, known, kept)
     if x is before:
         return
-    rows = len(x)
-    x = x.reshape(shape)
+    x = x.flatten(0, 1) if slots else x
     if isinstance(found, (tuple, list)):
         x = type(found)([x, *found[1:]])
     if side == "output":
@@ -165,13 +271,14 @@ def visit(
         args, kwargs = whole
         envoy.inputs = (args, {**kwargs, key: x}) if isinstance(key, str) else (replaced(args, key, x), kwargs)
     for task in tasks:
-        if task[0] not in ("aside", "allowed", "from_shadows") and task[2]:
+        if task[0] not in UNWRITTEN and task[2]:
             kept["fired", task[1]] = fired(task[2], rows)
 
 
 def without_keeping(task: tuple[Any, ...]) -> tuple[Any, ...]:
     """The task of writing alone, where what is kept can be told from what passes by in the end."""
-    return (*task[:3], (False, ()), *task[4:]) if task[0] in KEPT_LATE else task
+    late = task[0] in KEPT_LATE and not isinstance(task[3][0], tuple)
+    return (*task[:3], (False, ()), *task[4:]) if late else task
 
 
 def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:

@@ -44,12 +44,21 @@ def perform(
         return x
     if task[0] == "head_out":
         return head_out(model, task, x, known, kept)
+    if task[0] == "grow":
+        return grown(task, x, known)
+    if task[0] == "top":
+        return chosen(task, x, known)
+    if task[0] == "narrow":
+        return x[on(x.device, task[1])][None]
+    if task[0] == "widen":
+        after = x.new_zeros(*task[2], x.shape[-1])
+        after[on(x.device, task[1])] = x[0]
+        return after
     if task[0] == "resid_mid":
         _, name, writes, keep, stream, scale = task
         entering = kept["aside", stream]
         middle = entering + (x if scale == 1 else x * scale)
-        after = edited(middle, writes, known)
-        retain(name, keep, after, kept)
+        after = through(name, writes, keep, middle, known, kept)
         # An edit of the sum is an edit of its last summand; what is not edited stays as it is to the last bit.
         if after is middle:
             return x
@@ -62,8 +71,7 @@ def perform(
         value = value.transpose(1, 2)
     elif heads:
         value = value.unflatten(-1, (heads, -1))
-    after = edited(value, writes, known)
-    retain(name, keep, after, kept)
+    after = through(name, writes, keep, value, known, kept)
     if after is value:
         return x
     if heads == "first":
@@ -77,6 +85,7 @@ def weights(
     """Keeps, or edits, attention's scores or pattern ``[row, head, dest, src]``; masked keys stay as they are."""
     _, name, writes, keep, allowed = task
     value = x.transpose(1, 2)
+    meet(name, keep, value, known, kept)
     after = value
     for write in writes:
         before, after = after, torch.where(kept["aside", allowed], edited(after, (write,), known), after)
@@ -102,8 +111,7 @@ def reader(
     """Keeps, or edits, the stream that one branch reads; x is what the branch takes, the stream behind its norm."""
     _, name, writes, keep, stream, norm = task
     before = kept["aside", stream]
-    after = edited(before, writes, known)
-    retain(name, keep, after, kept)
+    after = through(name, writes, keep, before, known, kept)
     if after is before:
         return x
     kept["aside", stream] = after
@@ -150,8 +158,7 @@ def scaled(
     plain = normed(model, norm, kept["aside", stream]).float()
     before = squared / ((plain - bias) * spread).sum(-1, keepdim=True)
     before = torch.where(squared == 0, torch.ones_like(before), before)
-    after = edited(before, writes, known)
-    retain(name, keep, after, kept)
+    after = through(name, writes, keep, before, known, kept)
     if after is before:
         return x
     x = x.clone()
@@ -178,10 +185,61 @@ def norm_parts(model: Any, norm: str, like: torch.Tensor) -> tuple[torch.Tensor,
     return (signed - bias) / sign * size, bias, bool((same - bias).abs().max() < 0.01 * (signed - bias).abs().max())
 
 
+def grown(task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """The table of tokens ``[lane, slot, d_model]`` with the rows that are born here, each as its base is here."""
+    _, before, shape, cells, source, origin = task
+    x = x.reshape(*before, x.shape[-1]) if before[0] * before[1] else x.new_zeros(*before, x.shape[-1])
+    after = x.new_zeros(*shape, x.shape[-1])
+    after[: before[0], : before[1]] = x
+    lanes, slots = on(x.device, cells)
+    # A batch that computes the worlds has them here; otherwise they are known.
+    found = x if source is None else known[source]
+    after[lanes, slots] = found[on(found.device, origin)].to(x.device)
+    return after
+
+
+def chosen(task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """What is read of the stream above the last layer, ``[1, token, d_model]``; before a row's start its base's."""
+    _, at, cells, others, source, origin = task
+    after = x.new_zeros(len(at) + len(others), x.shape[-1])
+    at, others = on(x.device, (at, others))
+    after[at] = x[on(x.device, cells)]
+    if len(others):
+        found = x if source is None else known[source]
+        after[others] = found[on(found.device, origin)].to(x.device)
+    return after[None]
+
+
+def through(
+    name: Any,
+    writes: tuple[Any, ...],
+    keep: tuple[Any, ...],
+    value: torch.Tensor,
+    known: dict[Any, torch.Tensor],
+    kept: dict[Any, torch.Tensor],
+) -> torch.Tensor:
+    """Edits a value, and keeps of it what is to be kept."""
+    meet(name, keep, value, known, kept)
+    after = edited(value, writes, known)
+    retain(name, keep, after, kept)
+    return after
+
+
+def meet(
+    name: Any, keep: tuple[Any, ...], value: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> None:
+    """In a batch that computes the worlds: keeps their value ``[world, pos, …]`` before rows of the batch write it."""
+    if not isinstance(keep[0], tuple):
+        return
+    cells = on(value.device, keep[0])
+    found = value[cells] if len(cells) == 2 else value[cells[0], cells[1], :, cells[2]].transpose(2, 3)
+    known[name] = kept[name] = found
+
+
 def retain(name: Any, keep: tuple[Any, ...], value: torch.Tensor, kept: dict[Any, torch.Tensor]) -> None:
     """Keeps a value whole, and the cells of it ``[row, …]`` that rows save, in float32 and reduced where they are."""
     whole, saves = keep
-    if whole:
+    if whole is True:
         kept[name] = value.clone()
     for number, cells, swap, dropped, reduce in saves:
         found = value[on(value.device, cells)].float()  # a copy: the cells are indexed
@@ -257,7 +315,7 @@ def head_out(
         parts = []
         for head in range(heads):
             parts.append(head_write(project, z, torch.tensor(head), weight) * scale)
-        retain(name, keep, edited(torch.stack(parts, 2), writes, known), kept)
+        through(name, writes, keep, torch.stack(parts, 2), known, kept)
     if not writes:
         return x
     after = x.clone()

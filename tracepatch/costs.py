@@ -1,0 +1,147 @@
+"""What a run costs, in seconds and bytes, from its shape alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracepatch.architecture import Architecture
+from tracepatch.jobs import Job
+from tracepatch.sites import component
+from tracepatch.table import Table
+from tracepatch.tokens import EncodedPairs
+
+FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
+TOKENS = 1024  # tokens a table beyond which nothing is gained on the processors tried
+FLAT_TOKENS = 4096  # the same of whole prompts
+FAST_TOKENS = 16384  # the same of tables on accelerators
+SPEED, FAST = 1e11, 5e13  # multiplications and additions a second of a core, and of an accelerator
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds and bytes of runs on one model.
+
+    Attributes:
+        run: Seconds of a traced run, whatever is in it.
+        layer: Seconds of a layer of a run, whatever is in it.
+        token: Seconds of a token in a layer.
+        attend: Seconds for a token to look at a key in a layer.
+        copy: Seconds to bring a key of the cache to a lane in a layer.
+        row: Seconds of the unembedding of a token that is read.
+        row_bytes: Peak memory of one whole prompt in a flat run.
+        tokens: Tokens of a table beyond which nothing is gained.
+        flat_tokens: The same of a flat run.
+    """
+
+    run: float
+    layer: float
+    token: float
+    attend: float
+    copy: float
+    row: float
+    row_bytes: int
+    tokens: int = TOKENS
+    flat_tokens: int = FLAT_TOKENS
+
+    def seconds(self, table: Table) -> float:
+        """Of one run."""
+        total = self.run + self.row * len(table.jobs)
+        for lanes, slots in table.shape[table.first : -1]:
+            keys = table.prefix + slots
+            total += self.layer + lanes * (self.token * slots + (self.attend * slots + self.copy) * keys)
+        return total
+
+    def flat_seconds(self, rows: int, length: int, depth: int) -> float:
+        """Of one run of whole prompts."""
+        tokens = rows * length
+        return self.run + self.row * rows + depth * (self.layer + tokens * (self.token + self.attend * length))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan costs.
+
+    Attributes:
+        forwards: Whole forwards, counted in tokens and layers.
+        bytes: Of the largest run, at its peak.
+        seconds: Wall time.
+        pace: What the seconds that such models usually take were multiplied with, as a run of this model here took
+            longer or shorter; ``None`` where there was none.
+    """
+
+    forwards: float
+    bytes: int
+    seconds: float
+    pace: float | None = None
+
+
+NOTHING = Estimate(0, 0, 0)
+
+
+def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu") -> Costs:
+    """What a model of this size usually costs on a device of this type."""
+    speed, tokens = (SPEED, TOKENS) if device == "cpu" else (FAST, FAST_TOKENS)
+    d_model, width = architecture.d_model, max(layer.width for layer in architecture.layers)
+    per_layer = 4 * d_model**2 + 2 * d_model * max(width, d_model)
+    return Costs(
+        run=18e-3,
+        layer=2e-3,
+        token=2 * per_layer / speed,
+        attend=5 * d_model / speed,
+        copy=16 * d_model / speed,
+        row=2 * d_model * architecture.vocab / speed,
+        row_bytes=row_bytes,
+        tokens=tokens,
+        flat_tokens=max(tokens, FLAT_TOKENS),
+    )
+
+
+def flat_bytes(architecture: Architecture, length: int, reads: int) -> int:
+    """Peak memory of one whole prompt: the widest activations of a layer, attention scores, logits that are read."""
+    size = architecture.dtype.itemsize
+    width = max(layer.width for layer in architecture.layers)
+    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
+    wide = 6 * architecture.d_model + 3 * width
+    return length * (wide + heads * length * 2) * size + reads * architecture.vocab * (size + 8)
+
+
+def table_bytes(architecture: Architecture, table: Table, logits: int) -> int:
+    """Peak memory of a table: the widest activations, scores and masks of its last layer, its cache, logits."""
+    size = architecture.dtype.itemsize
+    lanes, slots = table.shape[-1]
+    width = max(layer.width for layer in architecture.layers)
+    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
+    keys = table.prefix + slots
+    wide = lanes * slots * (6 * architecture.d_model + 3 * width + heads * keys * 2 + keys)
+    cache = sum(
+        kept_bytes(architecture, name, i, lanes * keys) for name in ("keys", "values") for i in range(len(architecture))
+    )
+    return wide * size + (cache if table.prefix else 0) + len(table.jobs) * logits * (size + 8)
+
+
+def kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:
+    """What is kept of a world: a component's value at every position of a prompt, or its keys or values."""
+    size, inside = architecture.dtype.itemsize, min(layer, len(architecture) - 1)
+    if name in ("keys", "values"):
+        attention = architecture.attention(inside)
+        seen = attention and attention.attended
+        widths = {"keys": seen.keys.shape, "values": seen.values.shape} if seen else {}
+        return int(length * attention.kv_heads * widths[name][-1] * size) if attention and seen else 0
+    kind = component(name)
+    count = architecture.units(name, inside) if kind.unit and kind.unit != kind.dims[-1] else 1
+    width = length if kind.attends else architecture.width(name, inside)
+    return int(length * count * width * size)
+
+
+def saved_bytes(architecture: Architecture, job: Job, length: int) -> int:
+    """What a row saves, while it is computed: in the model's dtype and in float32."""
+    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in job.reads)
+    # Of head_out every head is made at every position, twice where it is edited.
+    layers = [read.layer for read in job.reads if read.component == "head_out"]
+    return found + 2 * sum(kept_bytes(architecture, "head_out", layer, length) for layer in layers)
+
+
+def encoder_bytes(architecture: Architecture, encoded: EncodedPairs) -> int:
+    """What an encoder reads: its activations are taken to be as wide as the decoder's."""
+    longest = max((len(ids) for side in encoded.encoder for ids in side), default=0)
+    return flat_bytes(architecture, longest, 0) if longest else 0
