@@ -108,7 +108,7 @@ def test_patched_values_equal_the_oracle(model_type: str, dtype: torch.dtype) ->
 @named
 @pytest.mark.parametrize("model_type", TYPES)
 def test_own_values_written_back_change_not_one_bit(model_type: str, dtype: torch.dtype) -> None:
-    with tp.patching(model_of(model_type, dtype), PAIRS, prune=False) as p:
+    with tp.patching(model_of(model_type, dtype), PAIRS, prune=False, form="flat") as p:
         everywhere(p, p.corrupted, p.corrupted)
     result = p.run()
     assert (result["effect"] == 0).all()

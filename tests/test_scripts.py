@@ -116,7 +116,8 @@ def every_component(
     offered = [n for n in tp.COMPONENTS if any(found.offers(n, i) for i in range(2))]
     moved = []
     for name in offered:
-        with tp.patching(model, pairs) as p:
+        # Whole prompts, as a script has: what a norm makes of a stream set to 0 is rounding alone.
+        with tp.patching(model, pairs, form="flat") as p:
             record(p, name, base, thin)
         (folder / name).mkdir()
         if agree(p, pair, folder / name, shortest=True) > 1e-4:

@@ -244,7 +244,7 @@ def _sample(
         writes, _ = lowering[profiles[pair]].unpruned().row(rows[number])
         # What can be seen only step by step would make the whole run compute attention so.
         seen = {w.component for job in measured for w in job.writes}
-        if writes and not {w.component for w in writes} & EAGER - (seen if measured else EAGER):
+        if writes and not {w.component for w in writes} & EAGER - seen:
             chosen.append(_job(number, pair, rows[number].base, writes))
     return tuple(chosen)
 
