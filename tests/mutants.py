@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant("a script writes masked keys", "spelling", "torch.where({allowed}, {name}, {found})", "{name}", ("test_scripts.py",)),
     Mutant("a script's norm keeps the mean", "spelling", "x = x - x.mean(-1, keepdim=True)", "pass", ("test_scripts.py",)),
     Mutant("a script reads all heads' streams in one row", "forwards", "None if same[i] else unit", "None", ("test_scripts.py",)),
-    Mutant("a script forgets the world below an edited one", "rows", "*standing(here.of, edited), ", "", ("test_scripts.py",)),
+    Mutant("the world below an edited one is forgotten", "rows", "*standing(here.of, edited), ", "", WORLDS),
     Mutant("the encoder of a row reads the clean prompt", "traced", "[self.encoded.encoded(self.root(row), row.pair) for row in rows]", "[self.encoded.encoded('clean', row.pair) for row in rows]", ENCODER),
     Mutant("worlds are kept in the order of their runs", "executors", "    return whole if order is None else whole[order]", "    return whole", ENCODER),
     Mutant("decoders with the same tokens count as the same", "lowering", "        if self.encoded:\n            return 0", "        if self.encoded:\n            return self.length", ENCODER),
