@@ -672,7 +672,7 @@ import tiny_models  # noqa: E402 (a module of ours, which a function above uses)
 
 def test_what_can_be_identified() -> None:
     who = Identities()
-    recursive = lambda n: 1 if n < 1 else n * recursive(n - 1)  # noqa: E731
+    recursive = lambda n: 1 if n < 1 else n * recursive(n - 1)  # noqa: E731  # its own name is what it closes over
     given = [None, 1, 1.0, True, "1", b"1", (1,), ((1,),), slice(1), range(1), np.float32(1), np.ones(1), torch.ones(1)]
     given += [torch.ones(1, dtype=torch.bfloat16), np.sin, np.cos, math.sin, operator.mul, torch.float32, "int:1", 1j]
     given += [

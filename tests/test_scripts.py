@@ -552,7 +552,7 @@ def test_text_of_users_stays_a_comment(
         def __call__(self, live: torch.Tensor) -> torch.Tensor:
             return 0 * live
 
-    metric: Callable[..., Any] = lambda logits: logits[..., 0]  # noqa: E731
+    metric: Callable[..., Any] = lambda logits: logits[..., 0]  # noqa: E731  # a script cannot print it
     with tp.patching(gpt2, pairs, {'a """ \\': metric}) as p, p.row(name='""" \\ # é', number=0):
         p.clean.mlp_out[1, -1] = Odd()
     value, _ = run(

@@ -10,7 +10,6 @@ from tracepatch.sites import component
 from tracepatch.table import Table
 from tracepatch.tokens import EncodedPairs
 
-FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
 TOKENS = 1024  # tokens a table beyond which nothing is gained on the processors tried
 FLAT_TOKENS = 4096  # the same of whole prompts
 FAST_TOKENS = 16384  # the same of tables on accelerators
@@ -99,9 +98,7 @@ def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu
 def flat_bytes(architecture: Architecture, length: int, reads: int) -> int:
     """Peak memory of one whole prompt: the widest activations of a layer, attention scores, logits that are read."""
     size = architecture.dtype.itemsize
-    width = max(layer.width for layer in architecture.layers)
-    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
-    wide = 6 * architecture.d_model + 3 * width
+    wide, heads = _widest(architecture)
     return length * (wide + heads * length * 2) * size + reads * architecture.vocab * (size + 8)
 
 
@@ -109,14 +106,20 @@ def table_bytes(architecture: Architecture, table: Table, logits: int) -> int:
     """Peak memory of a table: the widest activations, scores and masks of its last layer, its cache, logits."""
     size = architecture.dtype.itemsize
     lanes, slots = table.shape[-1]
-    width = max(layer.width for layer in architecture.layers)
-    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
+    wide, heads = _widest(architecture)
     keys = table.prefix + slots
-    wide = lanes * slots * (6 * architecture.d_model + 3 * width + heads * keys * 2 + keys)
+    activations = lanes * slots * (wide + heads * keys * 2 + keys)
     cache = sum(
         kept_bytes(architecture, name, i, lanes * keys) for name in ("keys", "values") for i in range(len(architecture))
     )
-    return wide * size + (cache if table.prefix else 0) + len(table.jobs) * logits * (size + 8)
+    return activations * size + (cache if table.prefix else 0) + len(table.jobs) * logits * (size + 8)
+
+
+def _widest(architecture: Architecture) -> tuple[int, int]:
+    """Numbers of a token that a layer holds at once beside attention's, and the most heads that a layer has."""
+    width = max(layer.width for layer in architecture.layers)
+    heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
+    return 6 * architecture.d_model + 3 * width, heads
 
 
 def kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:

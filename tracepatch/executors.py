@@ -127,7 +127,7 @@ class _Run:
         for batch in todo:
             with self.journal.batch(self, batch):
                 known = self._fitted(group, batch, known)
-            if batch.table is not None and batch.table.worlds:
+            if batch.computes_worlds:
                 self.journal.worlds(self, group)
             self.advance(len(batch.jobs))
         if again:
@@ -225,7 +225,7 @@ class _Run:
         try:
             return [self.tracer.run(group, jobs, known, metrics, keep_past=group.cached, **keep)]
         except MeasurementError as error:
-            if not (isinstance(error.__cause__, torch.OutOfMemoryError) and len(jobs) > 1):
+            if not _may_fit_in_halves(error, jobs):
                 raise
         middle = len(jobs) // 2
         halved = (self._parted(group, part, known, metrics, **keep) for part in (jobs[:middle], jobs[middle:]))
@@ -236,10 +236,8 @@ class _Run:
         try:
             return self._batch(group, batch, known)
         except MeasurementError as error:
-            if not (isinstance(error.__cause__, torch.OutOfMemoryError) and len(batch.jobs) > 1):
+            if not _may_fit_in_halves(error, batch.jobs):
                 raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         for half in halves(batch, self.plan.layers):
             known = self._fitted(group, half, known)
         return known
@@ -287,8 +285,10 @@ class _Run:
             scores = self.tracer.run(
                 group, part.table.jobs, known, self.plan.metrics, table=part.table, keep=keep
             ).scores
-            if bool(scores.isfinite().all()) or len(part.jobs) == 1:
-                return [] if bool(scores.isfinite().all()) else list(part.jobs)
+            if bool(scores.isfinite().all()):
+                return []
+            if len(part.jobs) == 1:
+                return list(part.jobs)
             return [job for half in halves(part, self.plan.layers) for job in spoilt(half)]
 
         self._refuse(spoilt(batch))
@@ -358,6 +358,15 @@ class _Run:
 
     def _describe(self, values: NDArray[np.float64]) -> str:
         return ", ".join(f"{m}{'.' + p if p else ''} = {v}" for (m, p), v in zip(self.columns, values, strict=True))
+
+
+def _may_fit_in_halves(error: MeasurementError, jobs: Sequence[Job]) -> bool:
+    """Whether a run of jobs failed for want of memory, and can be made smaller; frees what can be freed."""
+    if not isinstance(error.__cause__, torch.OutOfMemoryError) or len(jobs) < 2:
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return True
 
 
 def _unpatched(pair: int, world: WorldName) -> Job:

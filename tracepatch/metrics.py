@@ -15,10 +15,12 @@ import torch
 
 from tracepatch.errors import MetricError
 from tracepatch.sites import Select, select
+from tracepatch.tokens import EncodedPairs
 
 Given: TypeAlias = dict[str, torch.Tensor]
 NEEDS = ("answer", "wrong", "next", "clean", "corrupted")
 LAST = Select((-1,), scalar=True)
+FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,21 @@ def as_metrics(given: Metrics | Any) -> tuple[Metric, ...]:
     if len(set(names)) < len(names):
         raise MetricError(f"Two metrics share a name: {', '.join(names)}. Pass a mapping of names to metrics.")
     return found
+
+
+def columns_read(
+    metrics: Iterable[Metric], encoded: EncodedPairs, pairs: Iterable[int], vocab: int
+) -> tuple[int, ...] | None:
+    """The only vocabulary columns that metrics read on these pairs, sorted; ``None`` where all of them are computed."""
+    ids: set[int] = set()
+    for chosen in metrics:
+        if chosen.vocab is None:
+            return None
+        if chosen.vocab == "given":
+            ids |= {i for need in chosen.needs for pair in pairs for i in getattr(encoded, need)[pair]}
+        else:
+            ids |= set(chosen.vocab)
+    return tuple(sorted(ids)) if len(ids) * FEW <= vocab else None
 
 
 def _one(given: Any) -> Metric:

@@ -154,7 +154,7 @@ class Packer:
             needed=frozenset(self._needed(every, batches, min(reads))),
             batches=tuple(batches),
             edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
-            captures=max(1, len(lengths)) if not (batches and batches[0].table and batches[0].table.worlds) else 0,
+            captures=max(1, len(lengths)),
         )
 
     def _entered(self, job: Job, length: int, reads: set[int]) -> Job | str:

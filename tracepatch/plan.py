@@ -88,6 +88,11 @@ class Batch:
         return "flat" if self.table is None else self.table.form
 
     @property
+    def computes_worlds(self) -> bool:
+        """Whether the worlds of its rows are computed in it too."""
+        return self.table is not None and self.table.worlds > 0
+
+    @property
     def raw(self) -> bool:
         """Whether it is one row's raw trace."""
         return self.jobs[0].raw
@@ -104,7 +109,8 @@ class Group:
         needed: The (component, layer) of worlds' values that some edit writes.
         edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
-        captures: Traced runs of the unpatched worlds: one for each length of what an encoder reads.
+        captures: Traced runs of the unpatched worlds, where they do not ride: one for each length of what an encoder
+            reads.
     """
 
     length: int
@@ -118,8 +124,7 @@ class Group:
     @property
     def rides(self) -> bool:
         """Whether its first batch computes the worlds."""
-        table = self.batches[0].table if self.batches else None
-        return table is not None and table.worlds > 0
+        return bool(self.batches) and self.batches[0].computes_worlds
 
     @property
     def cached(self) -> bool:
@@ -204,7 +209,7 @@ class Plan:
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = (len(self.worlds) + len(self.edited)) * self.pairs
-        captures = sum(group.captures for group in self.groups) * (1 + len(self.edited))
+        captures = sum(group.captures for group in self.groups if not group.rides) * (1 + len(self.edited))
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
         lines = [
@@ -270,7 +275,7 @@ class Plan:
                 continue
             rows, tokens = max(len(b.jobs) for b in batches), max(b.table.tokens if b.table else 0 for b in batches)
             size = f"up to {plural(rows, 'row')}" + (f" in {tokens:,} tokens" if tokens else "")
-            riding = sum(b.table is not None and b.table.worlds > 0 for b in batches)
+            riding = sum(b.computes_worlds for b in batches)
             worlds = f", {riding:,} with the worlds" if riding else ""
             yield f"  {title}{len(batches):,} {form} ({words}) of {size}{worlds}"
             title = " " * len(title)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
-from tracepatch.costs import FEW, Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes
+from tracepatch.costs import Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.lowering import Lowering, Profile
-from tracepatch.metrics import Metric
+from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.rows import Edit, EditedWorld, Row
@@ -149,7 +149,7 @@ def make_plan(
         roots,
         rides=rides and not any(need in ("clean", "corrupted") for m in metrics for need in m.needs),
         sample=sample,
-        columns=0 if any(m.vocab is None for m in metrics) else _columns(metrics, encoded, architecture.vocab),
+        columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
     )
     by_length: dict[int, list[int]] = defaultdict(list)
     for pair, profile in enumerate(profiles):
@@ -186,14 +186,6 @@ def check(plan: Plan) -> None:
     jobs = [(job.row, job.pair) for group in plan.groups for batch in group.batches for job in batch.jobs]
     counted = int((plan.proofs == Proof.NONE).sum())
     assert len(jobs) == len(set(jobs)) == counted, f"{len(jobs)} jobs for {counted} rows that need one"
-
-
-def _columns(metrics: tuple[Metric, ...], encoded: EncodedPairs, vocab: int) -> int:
-    """How many columns of the vocabulary are computed for metrics that declare them; 0 for all."""
-    own = {i for m in metrics if isinstance(m.vocab, tuple) for i in m.vocab}
-    given = {need for m in metrics if m.vocab == "given" for need in m.needs}
-    found = len(own | {i for need in given for ids in getattr(encoded, need) for i in ids})
-    return found if found * FEW <= vocab else 0
 
 
 def _estimate(

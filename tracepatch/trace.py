@@ -250,7 +250,7 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, torch.Tensor], kep
     for task in first:
         x = perform(model, without_keeping(task), x, known, kept)
     for task in first:  # what is kept is what passes by after all edits of the place
-        if task[0] in KEPT_LATE and any(task[3]) and not isinstance(task[3][0], tuple):
+        if kept_late(task) and any(task[3]):
             perform(model, (*task[:2], (), *task[3:]), x, known, kept)
     for task in last:  # what attention adds is not what an edit of the sum makes of it
         x = perform(model, task, x, known, kept)
@@ -277,8 +277,12 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, torch.Tensor], kep
 
 def without_keeping(task: tuple[Any, ...]) -> tuple[Any, ...]:
     """The task of writing alone, where what is kept can be told from what passes by in the end."""
-    late = task[0] in KEPT_LATE and not isinstance(task[3][0], tuple)
-    return (*task[:3], (False, ()), *task[4:]) if late else task
+    return (*task[:3], (False, ()), *task[4:]) if kept_late(task) else task
+
+
+def kept_late(task: tuple[Any, ...]) -> bool:
+    """Whether what a task keeps is kept once everything is written; not so of cells of a table, which say which."""
+    return task[0] in KEPT_LATE and not isinstance(task[3][0], tuple)
 
 
 def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:

@@ -17,14 +17,13 @@ from torch import nn
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.climb import entering
-from tracepatch.costs import FEW
+from tracepatch.climb import entering, world_cells
 from tracepatch.errors import MeasurementError, TracepatchError
 from tracepatch.firing import each_once, failure, named, once, require_fired
 from tracepatch.jobs import Job
 from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, stops
 from tracepatch.masks import Wires, positions, wired
-from tracepatch.metrics import Metric
+from tracepatch.metrics import Metric, columns_read
 from tracepatch.models import Model, module_of, remote_of
 from tracepatch.plan import Group, Plan
 from tracepatch.shadows import shadow_columns
@@ -107,7 +106,7 @@ class Tracer:
         )
         rows = [*jobs, *[jobs[0]] * count]
         few = None if table is None or logit_edits else self._few(group)
-        measures = self._measures(metrics, group, rows, known, few)
+        measures = self.measures(metrics, group, rows, known, few)
         inputs, top = self._inputs(group, rows, table)
         narrowed = (*top, None if few is None else (self.architecture.unembed, few))
         past = self._past(table, seats, keep_past)
@@ -154,12 +153,6 @@ class Tracer:
         read = [self.encoded.encoded(self.root(row), row.pair) for row in rows]
         return trace.named(ids, torch.tensor(read, device=self.device))
 
-    def measures(
-        self, metrics: Iterable[Metric], group: Group, rows: Sequence[Job], known: dict[Any, torch.Tensor]
-    ) -> tuple[Any, ...]:
-        """For each metric: its function, which of the reads it takes, what it needs of the pairs, and its columns."""
-        return self._measures(metrics, group, rows, known, None)
-
     # ------------------------------------------------------------------------------------------------ of a table
 
     def _inputs(self, group: Group, rows: Sequence[Job], table: Table | None) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -192,9 +185,7 @@ class Tracer:
         if keep and table is None:
             return "keep", depth, None
         if keep and table is not None:
-            runs = sorted(table.paths, key=seats.world_of.__getitem__)
-            lanes = torch.tensor([[table.paths[run][0]] for run in runs])
-            return "keep", depth, (lanes, torch.tensor([table.paths[run][1] for run in runs]))
+            return "keep", depth, world_cells(table, seats.world_of, "keys")
         if table is None or not table.prefix:
             return None
         worlds = torch.tensor([seats.world_of[run] for run in table.lanes])
@@ -231,27 +222,27 @@ class Tracer:
     # ------------------------------------------------------------------------------------------------ of the metrics
 
     def _few(self, group: Group) -> torch.Tensor | None:
-        """The only vocabulary columns that the metrics read, sorted; ``None`` where they may read all."""
-        ids: set[int] = set()
-        for metric in self.plan.metrics:
-            if metric.vocab is None:
-                return None
-            if metric.vocab == "given":
-                ids |= {i for need in metric.needs for pair in group.pairs for i in getattr(self.encoded, need)[pair]}
-            else:
-                ids |= set(metric.vocab)
-        if not self._linear or len(ids) * FEW > self.architecture.vocab:
-            return None
-        return torch.tensor(sorted(ids))
+        """The only vocabulary columns that are computed; ``None`` for all."""
+        found = columns_read(self.plan.metrics, self.encoded, group.pairs, self.architecture.vocab)
+        return torch.tensor(found) if found is not None and self._linear else None
 
-    def _measures(
+    def measures(
         self,
         metrics: Iterable[Metric],
         group: Group,
         rows: Sequence[Job],
         known: dict[Any, torch.Tensor],
-        few: torch.Tensor | None,
+        few: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
+        """For each metric: its function, which of the reads it takes, what it needs of the pairs, and its columns.
+
+        Args:
+            metrics: What is read.
+            group: Of the rows.
+            rows: What is measured.
+            known: What was kept of the worlds.
+            few: The only vocabulary columns that are computed, sorted; all otherwise.
+        """
         place = {p: i for i, p in enumerate(group.reads)}
         found = []
         for metric in metrics:
