@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import tracepatch as tp
+from tracepatch.climb import standing
 from tracepatch.masks import positions, visible
 from tracepatch.table import Table
 
@@ -107,8 +108,8 @@ def draw_table(axes: Axes, table: Table, colour: dict[int, Colour]) -> None:
 
 def draw_mask(axes: Axes, table: Table, colour: dict[int, Colour]) -> None:
     """Which token sees which, in the colour of the row of the one that sees."""
-    at = positions(table)
-    sees = visible(table, at)[0] & (at[0][None] <= at[0][:, None])
+    at = positions(standing(table))
+    sees = visible(standing(table), at)[0] & (at[0][None] <= at[0][:, None])
     slots = table.shape[-1][1]
     owner = {table.cell(n, q)[1]: n for n, job in enumerate(table.jobs) for q in range(job.start, table.end)}
     picture = torch.tensor(to_rgb("#f6f6f8")).expand(slots, slots, 3).clone()

@@ -40,13 +40,16 @@ def captured(
     visited = stops(architecture, keys if keep else (), writes or {}, seats=Seats({}, 7))
     kept, _ = trace.forward(
         model,
-        trace.named(IDS),
-        visited,
+        (
+            trace.named(IDS),
+            visited,
+            ("of", torch.arange(7), None),
+            (),
+            ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}, None),),
+            (True, ()),
+            *trace.PLAIN[3:],
+        ),
         {},
-        ("of", torch.arange(7), None),
-        (),
-        ((lambda logits, given: logits[:, -1, 0], torch.arange(7), {}, None),),
-        (True, ()),
     )
     return kept, kept["logits", 0][0]
 

@@ -14,7 +14,7 @@ from slow import made_up_pairs
 from tiny_models import build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, lowering, trace, traced, writing
+from tracepatch import errors, lowering, program, trace, traced, writing
 from tracepatch.architecture import architecture_of
 
 WORDS = [f"w{i}" for i in range(30, 60)]
@@ -35,11 +35,11 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     forward = trace.forward
 
-    def counted(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return forward(model, inputs, *rest)
+    def counted(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> Any:
+        shapes.append(tuple(run[0]["input_ids"].shape))
+        return forward(model, run, known)
 
-    monkeypatch.setattr(trace, "forward", counted)
+    monkeypatch.setattr(program, "forward", counted)
     return shapes
 
 

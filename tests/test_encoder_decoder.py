@@ -222,7 +222,9 @@ def test_the_residual_sum_closes(model_type: str) -> None:
     names = ("resid_pre", "attn_out", "cross_attn_out", "mlp_out")
     visited = stops(architecture_of(model), [(n, i) for n in names for i in range(2)] + [("resid_pre", 2)], {})
     read = ("of", torch.arange(5), None)
-    kept, _ = trace.forward(model, trace.named(IDS, ENCODER_IDS), visited, {}, read, (), (), (True, ()))
+    kept, _ = trace.forward(
+        model, (trace.named(IDS, ENCODER_IDS), visited, read, (), (), (True, ()), *trace.PLAIN[3:]), {}
+    )
     for i in range(2):
         x = kept["resid_pre", i]
         block = module.get_submodule(architecture_of(model).layers[i].path)

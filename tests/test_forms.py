@@ -19,8 +19,9 @@ from test_twins import without_weights
 from tiny_models import build, config, tokenizer
 
 import tracepatch as tp
-from tracepatch import costs, errors, masks, packing, trace, traced
+from tracepatch import costs, errors, masks, packing, steps, trace
 from tracepatch.architecture import architecture_of
+from tracepatch.climb import standing
 from tracepatch.forms import allowed
 from tracepatch.jobs import EAGER, Job
 from tracepatch.sites import SCALES
@@ -564,9 +565,10 @@ def test_who_sees_whom(case: tuple[list[Job], list[Job], Form, int, int, int]) -
     if form == "staggered":
         return
     table = seat(jobs, form, depth, end, worlds=worlds, lanes=lanes)
-    at = masks.positions(table)
+    stands = standing(table)
+    at = masks.positions(stands)
     cells = cells_of(table)
-    seen = masks.visible(table, at)
+    seen = masks.visible(stands, at)
     own_lanes, slots = table.shape[-1]
     assert seen.shape == (own_lanes, slots, table.prefix + slots)
     for lane in range(own_lanes):
@@ -596,9 +598,9 @@ def test_masks_and_tables_of_packed_tokens() -> None:
     lowest = torch.finfo(torch.float32).min
     numbers_too = torch.where(window, 0.0, lowest)
     wires = (((0, "mask", window), ("position_embeddings", "table", (turns, -turns))), ((0, "mask", numbers_too), ("position_ids", "table", torch.arange(5))))  # fmt: skip
-    given = masks.wired(table, wires, torch.device("cpu"))
-    at = masks.positions(table)
-    visible = masks.visible(table, at)
+    given = masks.wired(standing(table), wires, torch.device("cpu"))
+    at = masks.positions(standing(table))
+    visible = masks.visible(standing(table), at)
     for lane in range(table.shape[0][0]):
         for slot in range(table.shape[0][1]):
             for key in range(table.prefix + table.shape[0][1]):
@@ -615,24 +617,23 @@ def test_masks_and_tables_of_packed_tokens() -> None:
 
 def cramped(monkeypatch: pytest.MonkeyPatch, most: int, times: int = 1 << 30) -> list[int]:
     """A machine without memory for runs of more than so many measured rows, so many times; the rows of those that ran."""
-    run, ran, failed = traced.Tracer.run, [], []
+    whole, ran, failed = steps.Here._operated, [], []
 
-    def cramped_run(self: Any, group: Any, jobs: Sequence[Job], *rest: Any, **options: Any) -> Any:
-        rows = sum(job.row >= 0 for job in jobs)
+    def refused(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
 
-        def forward(*given: Any) -> Any:
+    def cramped_run(self: Any, step: Any, number: int, known: Any) -> Any:
+        call = step.ops[number][1]
+        rows = sum(job.row >= 0 for job in call.jobs) if call else 0
+        with monkeypatch.context() as patched:
             if rows > most and len(failed) < times:
                 failed.append(rows)
-                raise torch.OutOfMemoryError("no room")
-            ran.append(rows)
-            return whole(*given)
+                patched.setattr(steps, "operate", refused)
+            else:
+                ran.append(rows)
+            return whole(self, step, number, known)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(trace, "forward", forward)
-            return run(self, group, jobs, *rest, **options)
-
-    whole = trace.forward
-    monkeypatch.setattr(traced.Tracer, "run", cramped_run)
+    monkeypatch.setattr(steps.Here, "_operated", cramped_run)
     return ran
 
 
@@ -760,7 +761,9 @@ def test_metrics_of_few_columns_equal_those_of_all(
     computed = []
     original = trace.only_columns
     monkeypatch.setattr(
-        trace, "only_columns", lambda head, columns: (computed.append(columns.tolist()), original(head, columns))
+        trace,
+        "only_columns",
+        lambda head, columns, apart: (computed.append(columns.tolist()), original(head, columns, apart)),
     )
     found = [
         numbers(each_form(tiny(model_type, layers=2), pairs, swept, metric, forms=[form])[form])

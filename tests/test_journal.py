@@ -27,15 +27,15 @@ from conftest import ioi_pairs, toy
 from typer.testing import CliRunner
 
 import tracepatch as tp
-from tracepatch import entries, executors, journal, writing
+from tracepatch import entries, journal, steps, writing
 from tracepatch.__main__ import app
 from tracepatch.errors import MeasurementError, MeasurementWarning, RecipeError
 from tracepatch.identity import Identities, UnidentifiedError, context
 from tracepatch.models import module_of
-from tracepatch.progress import bar, pace
+from tracepatch.progress import Told, bar, pace
 
 SCALE = 2.0
-whole = executors._Run._fitted
+whole = steps.Here._taken
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseEx
     done = [0]
 
     @contextmanager
-    def interrupting(*_: Any) -> Iterator[Callable[[int], None]]:
+    def interrupting(*_: Any) -> Iterator[Told]:
         def advance(_: int) -> None:
             done[0] += 1
             if done[0] == batches:
                 raise error
 
-        yield advance
+        yield Told(advance)
 
     monkeypatch.setattr(sys.modules["tracepatch.recipe"], "bar", interrupting)
 
@@ -98,11 +98,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that will be run from now on, but for those of the checks."""
     rows: list[int] = []
 
-    def batch(self: Any, group: Any, batch: Any, known: Any) -> Any:
-        rows.extend(job.row for job in batch.jobs)
-        return whole(self, group, batch, known)
+    def taken(self: Any, step: Any, known: Any) -> Any:
+        rows.extend(job.row for job in (step.batch.jobs if step.batch else ()))
+        return whole(self, step, known)
 
-    monkeypatch.setattr(executors._Run, "_fitted", batch)
+    monkeypatch.setattr(steps.Here, "_taken", taken)
     return rows
 
 
@@ -241,42 +241,41 @@ import sys, time
 import torch
 torch.set_num_threads(1)
 import tracepatch as tp
-from tracepatch import executors
+from tracepatch import steps
 sys.path.insert(0, {tests!r})
 from conftest import ioi_pairs, toy
 from test_journal import heads
-real = executors._Run._fitted
-def slow(*given):
-    known = real(*given)
-    print("batch", flush=True)
-    time.sleep({pause})
-    return known
+real = steps.Here._taken
+def slow(self, step, known):
+    taken = real(self, step, known)
+    if step.batch:
+        print("batch", flush=True)
+        time.sleep({pause})
+    return taken
 with tp.patching(toy("gpt2"), ioi_pairs(), batch_size=3, directory={folder!r}) as p:
     heads(p)
-executors._Run._fitted = slow  # not before: what the model allows was tried when the block ended
+steps.Here._taken = slow  # not before: what the model allows was tried when the block ended
 p.run()
 """
 
 
 def test_processes_that_are_ended(gpt2: Any, pairs: tp.Pairs, tmp_path: Path) -> None:
     """By kill -9, and by a real Ctrl-C."""
-    started = {}
+    complained = {}
     for how in (signal.SIGKILL, signal.SIGINT):
         code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / how.name), pause=0.3)
         given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started[how] = subprocess.Popen([sys.executable, "-c", code], **given)
-    complained = {}
-    for how, process in started.items():
-        for _ in range(4):
-            assert process.stdout.readline() == "batch\n"
-        process.send_signal(how)
-        _, complained[how] = process.communicate(timeout=60)
+        with subprocess.Popen([sys.executable, "-c", code], **given) as process:
+            for _ in range(4):
+                assert process.stdout.readline() == "batch\n"
+            process.send_signal(how)
+            _, complained[how] = process.communicate(timeout=60)
         assert process.returncode == -how
     told = complained[signal.SIGINT].splitlines()
     assert told[-2] == "KeyboardInterrupt"
     assert re.match(r"\d+ of 24 rows are measured and kept in ", told[-1]), told
     wanted = recorded(gpt2, pairs).run()
-    for how in started:
+    for how in complained:
         p = recorded(gpt2, pairs, directory=tmp_path / how.name)
         assert 9 <= p.plan.measured["stored"] < 24
         assert same(p.run(), wanted)
@@ -758,7 +757,11 @@ def test_proved_cells_wait_for_their_baseline(gpt2: Any, pairs: tp.Pairs) -> Non
             p.corrupted.resid_pre[1, 9] = p.clean.resid_pre[1, 9]
     assert (p.partial()["status"] == tp.Status.PENDING).all()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tracepatch.executors._Run._fitted", lambda *_: _raise(KeyboardInterrupt()))
+
+        def interrupted(self: Any, step: Any, known: Any) -> Any:
+            return _raise(KeyboardInterrupt()) if step.batch else whole(self, step, known)
+
+        patch.setattr("tracepatch.steps.Here._taken", interrupted)
         p.run()
     assert p.partial()["status"].values.tolist() == [[2, 3]] * 3
 
@@ -824,15 +827,17 @@ def test_pace() -> None:
 def test_the_bar_is_quiet_where_nobody_watches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with bar(10, "toy") as advance:
-        advance(3)
+    with bar(10, "toy") as told:
+        told.advance(3)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    with bar(10, "toy", True, stored=4) as advance:
-        advance(3)
+    with bar(10, "toy", True, stored=4) as told:
+        told.advance(3)
+        told.say("queued, 3 s")
     said, complained = capsys.readouterr()
     assert said == ""
     assert "7/10 rows" in complained
+    assert "toy: queued, 3 s" in complained
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -16,7 +16,13 @@ import tracepatch as tp
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tracepatch"
 ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
-MAY_IMPORT_NNSIGHT = {"models", "trace"}
+MAY_IMPORT_NNSIGHT = {"models", "requests", "trace"}
+SHIPPED = {
+    "writing": set(),
+    "masks": set(),
+    "trace": {"tracepatch.writing", "tracepatch.masks"},
+    "program": {"tracepatch.trace"},
+}
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",
     "recording": "what is written inside a block: rows, worlds and their sites, each refused where it stands",
@@ -53,13 +59,13 @@ def test_imports_go_up_only(path: Path) -> None:
 
 def test_what_runs_in_a_trace_needs_nothing_of_ours() -> None:
     """So that it can be shipped to a server by its text."""
-    for name, allowed in (("writing", set()), ("trace", {"tracepatch.writing"})):
+    for name, allowed in SHIPPED.items():
         path = PACKAGE / f"{name}.py"
         assert {n for n in imported(path) if n.startswith("tracepatch")} <= allowed
         assert not re.search(r"^\s*@|super\(\)|^class ", path.read_text(), re.M)
 
 
-def test_nnsight_stays_in_two_modules() -> None:
+def test_nnsight_stays_in_three_modules() -> None:
     users = {m.stem for m in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "nnsight" for n in imported(m))}
     assert users == MAY_IMPORT_NNSIGHT
     deep = [n for m in modules() for n in imported(m) if n.startswith("nnsight.")]

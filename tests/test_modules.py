@@ -17,7 +17,7 @@ from tiny_models import EXPERTS, build, tokenizer
 from torch import Tensor, nn
 
 import tracepatch as tp
-from tracepatch import trace
+from tracepatch import program
 from tracepatch.errors import ComponentError, MeasurementError, RecipeError
 from tracepatch.plan import Proof
 
@@ -414,8 +414,8 @@ def test_a_raw_trace_equals_the_same_edit_recorded() -> None:
 
 def test_a_raw_trace_is_held_against_a_run_of_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of one row round differently from runs of many."""
-    model, pairs, plain = toy("gpt2"), ioi_pairs(2), trace.raw
-    monkeypatch.setattr(trace, "raw", lambda *given: plain(*given) + 1e-3)
+    model, pairs, plain = toy("gpt2"), ioi_pairs(2), program.raw
+    monkeypatch.setattr(program, "raw", lambda *given: plain(*given) + 1e-3)
     with tp.patching(model, pairs, checks=False) as p, p.row(name="nothing"):
         p.trace(lambda m: None)
     result = p.run()

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.errors import MetricError, RecipeError, ResultError, TracepatchError
+from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -46,6 +46,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the prompts.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, …; the checkpoint's own otherwise.", show_default=False)
 ]
+Remote = Annotated[
+    str | None,
+    typer.Option(
+        help="Run on a server instead of here: 'ndif', or the URL of one; --model is then a repo id.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="As transformers' device_map: auto, cuda, cpu.", show_default=False)]
 
 
@@ -59,6 +66,7 @@ def run(
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Device = None,
+    remote: Remote = None,
     checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Whether a run checks itself.")] = True,
     directory: Annotated[
         Path | None,
@@ -73,7 +81,7 @@ def run(
     found: dict[str, list[xr.Dataset]] = {}
     lines = [_headline(module), ""]
     for label, source in _labelled(model or TOYS):
-        loaded = _load(source, dtype, device_map, label)
+        loaded = _load(source, dtype, device_map, remote, label)
         pairs = _prompts(module, loaded, count, seed)
         say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
         checklist = pairs.check(loaded)
@@ -122,11 +130,12 @@ def explain(
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Device = None,
+    remote: Remote = None,
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
     module = _module(recipe)
     for label, source in _labelled(model or TOYS[:1]):
-        loaded = _load(source, dtype, device_map, label)
+        loaded = _load(source, dtype, device_map, remote, label)
         say(str(tp.Architecture(loaded)), markup=False)
         pairs = _prompts(module, loaded, count, seed)
         for name, chosen in _recipes(module).items():
@@ -159,11 +168,12 @@ def check(
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Device = None,
+    remote: Remote = None,
 ) -> None:
     """Check whether pairs of prompts can answer a question on a model."""
     passed = True
     for label, source in _labelled(model or TOYS[:1]):
-        loaded = _load(source, dtype, device_map, label)
+        loaded = _load(source, dtype, device_map, remote, label)
         suffix = Path(recipe).suffix
         if suffix == ".csv":
             pairs = tp.Pairs.from_csv(recipe)
@@ -280,7 +290,11 @@ def _own_name(source: str) -> str:
     return source.replace("toy:", "toy-") if source.startswith("toy:") else Path(source).name or source
 
 
-def _load(source: str, dtype: str | None, device_map: str | None, label: str) -> Any:
+def _load(source: str, dtype: str | None, device_map: str | None, remote: str | None, label: str) -> Any:
+    if remote is not None and source.startswith("toy:"):
+        raise ModelError(f"{source} is in this package, and runs here: leave out --remote, or pass --model ORG/NAME.")
+    if remote is not None:
+        return tp.load(source, remote=True if remote == "ndif" else remote, dtype=dtype, name=label)
     if source.startswith("toy:"):
         return tp.toys.load(source.removeprefix("toy:"), dtype=dtype, device_map=device_map, name=label)
     return tp.load(source, dtype=dtype, device_map=device_map, name=label)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from tracepatch.errors import PromptError, listing, plural
-from tracepatch.models import Model, last_logits, limits, require_ready, require_weights
+from tracepatch.models import Model, limits, require_ready, require_weights
+from tracepatch.requests import operated
 from tracepatch.tokens import EncodedPairs, shown
+from tracepatch.trace import PLAIN, named
 
 Verdict: TypeAlias = Literal["ok", "note", "FAIL"]
 
@@ -193,6 +195,30 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
     return checks
 
 
+def _looked_at(encoded: EncodedPairs, side: str, pair: int, differing: tuple[int, ...]) -> tuple[Any, ...]:
+    """A forward of one prompt, as ``program.operate`` takes it, of which only ``_seen`` comes back."""
+    ids = encoded.world(side)[pair]
+    read = torch.tensor([encoded.encoded(side, pair)]) if encoded.encoder else None
+    before = [p for p in differing if p > 0]
+    given = {
+        "right": torch.tensor([encoded.answer[pair]], dtype=torch.long),
+        "wrong": torch.tensor([encoded.wrong[pair]], dtype=torch.long),
+        "at": torch.tensor([[p - 1 for p in before]], dtype=torch.long),
+        "token": torch.tensor([[ids[p] for p in before]], dtype=torch.long),
+    }
+    everywhere = torch.arange(len(ids))
+    measures = ((_seen, everywhere, given, None),)
+    return "run", (named(torch.tensor([ids]), read), (), ("of", everywhere, None), (), measures, *PLAIN[2:]), ""
+
+
+def _seen(logits: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of one prompt: are the last logits finite, the largest, answers less wrong ones; log-probabilities of tokens."""
+    last = logits[0, -1]
+    gap = last[given["right"][0]].mean() - last[given["wrong"][0]].mean()
+    logs = logits[0].log_softmax(-1)[given["at"][0], given["token"][0]]
+    return torch.cat([torch.stack([last.isfinite().all().to(gap), last.argmax().to(gap), gap]), logs])[None]
+
+
 def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
     """Whether the model does the task on both sides, and how surprising the swapped tokens are to it."""
     sides = ["clean"] if encoded.corrupted is None else ["clean", "corrupted"]
@@ -200,19 +226,17 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
     tops: dict[str, list[str]] = {side: [] for side in sides}
     surprise: dict[str, list[float]] = {side: [] for side in sides}
     comparable = not encoded.encoder and _alike(encoded)
-    for side in sides:
-        for i, ids in enumerate(encoded.world(side)):
-            read = torch.tensor([encoded.encoded(side, i)]) if encoded.encoder else None
-            logits = last_logits(model, torch.tensor([ids]), read)[0]
-            if not torch.isfinite(logits[-1]).all():
-                return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
-            tops[side].append(encoded.words([int(logits[-1].argmax())])[0])
-            if encoded.answer[i] and encoded.wrong[i]:
-                right, wrong = (logits[-1, list(ids)].mean() for ids in (encoded.answer[i], encoded.wrong[i]))
-                gaps[side][i] = float(right - wrong)
-            logs = logits.log_softmax(-1)
-            differing = encoded.differing(i) if comparable else ()
-            surprise[side] += [float(logs[p - 1, ids[p]]) for p in differing if p > 0]
+    asked = [(side, i) for side in sides for i in range(len(encoded))]
+    differing = {i: encoded.differing(i) if comparable else () for i in range(len(encoded))}
+    found = operated(model, [_looked_at(encoded, side, i, differing[i]) for side, i in asked])
+    for (side, i), (scores, _) in zip(asked, found, strict=True):
+        finite, top, gap, *logs = scores[0].tolist()
+        if not finite:
+            return [Check("FAIL", f"the model's logits are NaN or inf on the {side} prompt of pair {i}")]
+        tops[side].append(encoded.words([int(top)])[0])
+        if encoded.answer[i] and encoded.wrong[i]:
+            gaps[side][i] = gap
+        surprise[side] += logs
     checks = [_task(side, gaps[side], tops[side], encoded) for side in sides if gaps[side]]
     if gaps["clean"] and len(sides) == 2:
         checks += _contrast(gaps["clean"], gaps["corrupted"])

@@ -47,16 +47,25 @@ def entering(table: Table) -> tuple[int, int]:
     return max((lane for lane, _ in ends), default=0), max((slot for _, slot in ends), default=0)
 
 
-def between(
-    architecture: Architecture, table: Table, wires: dict[int, dict[Any, Any]] | None
-) -> Iterator[tuple[float, int, tuple[Any, ...]]]:
+def standing(table: Table) -> tuple[Any, ...]:
+    """Who stands where, as plain columns; see ``masks``."""
+    known = {run: number for number, run in enumerate(table.paths)}
+    jobs = [
+        (*seat, job.start, known.get((job.pair, job.base), len(known)))
+        for seat, job in zip(table.seats, table.jobs, strict=True)
+    ]
+    paths = tuple((lane, torch.tensor(slots)) for lane, slots in table.paths.values())
+    return torch.tensor(jobs), table.end, table.prefix, table.first, table.shape, paths
+
+
+def between(architecture: Architecture, table: Table) -> Iterator[tuple[float, int, tuple[Any, ...]]]:
     """The blocks that are skipped, and those that take masks and tables from us, as ``(order, stage, stop)``."""
     for layer in architecture.layers:
         place = layer.pre
         if layer.index < table.first:
             yield place.order, 0, ((layer.path, "", "skip", layer.post.key, 0), ())
-        elif wires is not None:
-            yield place.order, 101, ((layer.path, "", "wire", None, 0), tuple(wires[layer.index].items()))
+        elif table.form == "packed":
+            yield place.order, 101, ((layer.path, "", "wire", None, 0), (("wire", layer.index),))
 
 
 def leaving(architecture: Architecture, table: Table) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracepatch.architecture import Architecture
@@ -10,6 +11,9 @@ from tracepatch.sites import component
 from tracepatch.table import Table
 from tracepatch.tokens import EncodedPairs
 
+REQUEST_ROWS = 20_000  # rows that are sent to a server at once
+SENT, SENT_TOKEN = 17_000, 1.5  # bytes of a request: of code, and of a token of a row
+RETURNED = 1_200  # bytes of an answer beside its numbers
 TOKENS = 1024  # tokens a table beyond which nothing is gained on the processors tried
 FLAT_TOKENS = 4096  # the same of whole prompts
 FAST_TOKENS = 16384  # the same of tables on accelerators
@@ -75,6 +79,38 @@ class Estimate:
 
 
 NOTHING = Estimate(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What goes to a server and comes back.
+
+    Attributes:
+        requests: How often.
+        up: Bytes that are sent.
+        down: Bytes that come back.
+    """
+
+    requests: int
+    up: int
+    down: int
+
+
+def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int) -> Traffic:
+    """What measuring some jobs sends and brings home: indices up, numbers down.
+
+    Args:
+        jobs: What is measured.
+        lengths: Per pair, its tokens.
+        columns: Numbers of a row.
+    """
+    requests = max(1, -(-len(jobs) // REQUEST_ROWS))
+    tokens = sum(lengths[job.pair] - job.start for job in jobs) + 2 * sum(lengths)
+    tensors = {id(w.constant): w.constant.tensor.numel() for job in jobs for w in job.writes if w.constant is not None}
+    saved = sum(read.size for job in jobs for read in job.reads)
+    numbers = 4 * (columns * (len(jobs) + 2 * len(lengths)) + saved)
+    up = requests * SENT + SENT_TOKEN * tokens + 4 * sum(tensors.values())
+    return Traffic(requests, round(up), requests * RETURNED + numbers)
 
 
 def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu") -> Costs:

@@ -12,6 +12,7 @@ the call that was wrong::
     ├── RecipeError         an edit outside a row, a label that contradicts its edits, an empty recipe
     ├── MetricError         a metric of the wrong shape, or without what it needs
     ├── MeasurementError    a forward gave NaN or inf, or an edit never fired
+    ├── ServerError         a server cannot be reached, or does not do what it is asked
     └── ResultError         a file that is not a result, results that do not fit together
 
 ``MeasurementWarning`` is for numbers that may be right but should be looked at: patches that change nothing at all.
@@ -58,6 +59,10 @@ class MetricError(TracepatchError):
 
 class MeasurementError(TracepatchError):
     """A measurement that must not be trusted: NaN, inf, or an edit that never fired."""
+
+
+class ServerError(TracepatchError):
+    """A server that cannot be reached, does not run the model, or does not do what it is asked."""
 
 
 class MeasurementWarning(UserWarning):

@@ -1,29 +1,33 @@
-"""Running a plan here: worlds first, then the batches, with progress, and every number checked before it is kept."""
+"""Running a plan: worlds first, then the batches, with every number checked before it is kept.
+
+What is run, and what is made of the numbers, is the same wherever it runs; a ``steps.Runner`` takes the steps.
+"""
 
 from __future__ import annotations
 
-import gc
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tracepatch import trace
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
 from tracepatch.jobs import Job
 from tracepatch.journal import Journal, Measured
 from tracepatch.metrics import Metric
-from tracepatch.models import Model, eager_attention, module_of, remote_of
+from tracepatch.models import Model, remote_of
 from tracepatch.packing import halves
 from tracepatch.plan import Batch, Group, Plan, Proof, order_of, parts
+from tracepatch.remote import There
 from tracepatch.sources import WorldName
+from tracepatch.steps import Here, Runner, Step, Taken
 from tracepatch.tokens import EncodedPairs
-from tracepatch.traced import Outcome, Tracer
+from tracepatch.traced import Call, Tracer
 
 STEADY = 8  # times the last bit, or the drift of the unpatched witness, that a row without effect may be off
 
@@ -37,8 +41,9 @@ def run(
     *,
     checks: bool = True,
     journal: Journal | None = None,
+    say: Callable[[str], None] = lambda words: None,
 ) -> Measured:
-    """Executes a plan in this process, or trace by trace on the server the model was loaded for.
+    """Executes a plan in this process, or on the server that the model was loaded for.
 
     Args:
         model: What is patched.
@@ -48,12 +53,14 @@ def run(
         advance: Called with the number of rows done after each traced run.
         checks: Whether every edit must be seen to fire, and the plan's sample is measured once more.
         journal: What is finished already, and where what gets finished is kept.
+        say: Called with a few words on how a request stands, while the server is waited for.
 
     Raises:
         MeasurementError: A number came out NaN or inf, an edit never fired, or a forward failed; the rows are named.
+        ServerError: The server cannot be reached, or does not do what it is asked.
     """
     ready = journal or Journal(plan)
-    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, ready).whole()
+    return _Run(model, architecture, encoded, plan, advance or (lambda done: None), checks, ready, say).whole()
 
 
 def so_far(model: Model, architecture: Architecture, encoded: EncodedPairs, plan: Plan, journal: Journal) -> Measured:
@@ -73,6 +80,7 @@ class _Run:
         advance: Callable[[int], None],
         checks: bool,
         journal: Journal,
+        say: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.model, self.encoded, self.plan, self.advance = model, encoded, plan, advance
         self.checks, self.journal = checks, journal
@@ -89,17 +97,13 @@ class _Run:
         self.fired = 0
         self.saved: dict[tuple[int, int, int], torch.Tensor] = {}
         self.again: tuple[NDArray[np.float64], ...] = ()
+        self.runner: Runner = There(model, plan.eager, say) if remote_of(model) else Here(model, plan.eager)
 
     def whole(self) -> Measured:
         """Everything the plan asks for."""
         began = time.perf_counter()
-        gc.freeze()  # what is there before need not be looked through after each run
-        try:
-            with eager_attention(module_of(self.model)) if self.plan.eager else nullcontext():
-                for group in self.plan.groups:
-                    self._group(group)
-        finally:
-            gc.unfreeze()
+        with self.runner.ready():
+            self.runner.go(found for group in self.plan.groups if (found := self._group(group)) is not None)
         return self._measured(time.perf_counter() - began)
 
     def known(self) -> Measured:
@@ -108,30 +112,23 @@ class _Run:
             self.journal.todo(self, group)
         return self._measured(0.0)
 
-    def _group(self, group: Group) -> None:
-        """What is not finished of a group, with its worlds before."""
+    def _group(self, group: Group) -> tuple[Step, Iterable[Step]] | None:
+        """What is not finished of a group, and what makes its worlds known before; ``None`` if all is."""
         todo = self.journal.todo(self, group)
         sampled = self.checks and self.journal.checks is None and self.plan.sample
         again = bool(sampled and self.plan.sample[0].pair in group.pairs)
         if not (todo or again or self.journal.needs_worlds(group)):
-            return
-        known: dict[Any, torch.Tensor] = {}
-        if group.rides and group.batches[0] not in todo:  # for its worlds, which must round as they did before
-            fired = self.fired
-            known = self._fitted(group, group.batches[0], known)
-            self.fired = fired
-        elif not group.rides:
-            known = self._worlds(group)
-        if not group.rides or known:
-            self.journal.worlds(self, group)
-        for batch in todo:
-            with self.journal.batch(self, batch):
-                known = self._fitted(group, batch, known)
-            if batch.computes_worlds:
-                self.journal.worlds(self, group)
-            self.advance(len(batch.jobs))
-        if again:
-            self._again(group, known)
+            return None
+        riding = group.batches[0] if group.rides else None
+        if riding is None:
+            lead = self._worlds(group, digest=partial(self._known_worlds, group))
+        elif riding in todo:
+            lead = self._batch(group, riding, partial(self._finished, group, riding))
+        else:  # for its worlds, which must round as they did before
+            lead = self._batch(group, riding, partial(self._once_more, group))
+        rest = (batch for batch in todo if batch is not riding)
+        steps = (self._batch(group, batch, partial(self._finished, group, batch)) for batch in rest)
+        return lead, itertools.chain(steps, [self._again(group)] if again else [])
 
     def _measured(self, seconds: float) -> Measured:
         self._fill()
@@ -145,62 +142,137 @@ class _Run:
             self.fired,
             self.saved,
             self.again,
+            self.runner.ran,
         )
 
-    def _again(self, group: Group, known: dict[Any, torch.Tensor]) -> None:
-        """Measures the plan's sample as whole prompts, without a cache, in a run of its own."""
-        found = self.tracer.run(group, self.plan.sample, known, self.plan.metrics)
-        self.again = tuple(found.scores.double().numpy())
+    # --------------------------------------------------------------------------------------------- what is to be done
 
-    def _worlds(self, group: Group) -> dict[Any, torch.Tensor]:
+    def _worlds(self, group: Group, digest: Callable[[list[Taken]], None], at_once: int = 0) -> Step:
         """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
-        pristine = [_unpatched(pair, world) for pair in group.pairs for world in self.plan.worlds]
         needed = sorted(group.needed)
-        want_logits = (
-            any(n in ("clean", "corrupted") for m in self.plan.metrics for n in m.needs) or ("logits", 0) in needed
-        )
-        # A divergence needs the clean logits first, so it is scored below.
+        edits_logits = ("logits", 0) in needed
+        late = [m for m in self.plan.metrics if _references(m)]  # a divergence needs the clean logits first
         direct = [m for m in self.plan.metrics if not _references(m)]
-        at_once = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
-        known: dict[Any, torch.Tensor] = {}
-        for jobs in (pristine, *group.edited):  # an edited world takes values of those before it
-            pieces: list[Outcome] = []
+        at_once = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
+        ops: list[tuple[tuple[Any, ...], Call | None]] = []
+        largest = 0
+        for jobs in (_pristine(group, self.plan), *group.edited):  # an edited world takes values of those before it
             split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), at_once)
+            largest = max(largest, *map(len, split))
             for part in split:
-                pieces += self._parted(group, part, known, direct, keep=needed, keep_logits=want_logits)
+                call = self.tracer.call(
+                    group, part, direct, keep=needed, keep_logits=bool(late) or edits_logits, keep_past=group.cached
+                )
+                ops.append((("run", call.run, "piece"), call))
             order = order_of(jobs, split)
-            gained = {key: _joined([p.kept[key] for p in pieces], order) for key in pieces[0].kept}
-            logits = gained.get(("logits", 0))
-            if logits is not None:
-                gained["reference", 0] = logits.float().log_softmax(-1)
-                if ("logits", 0) in needed:
-                    spread = logits.new_zeros(len(jobs), group.length, logits.shape[-1])
-                    spread[:, list(group.reads)] = logits
-                    gained["logits", 0] = spread
-            known = {key: torch.cat([known[key], new]) if key in known else new for key, new in gained.items()}
-            self._baselines(group, jobs, _joined([p.scores for p in pieces], order), logits, known)
-        return known
+            joined = (None if order is None else torch.tensor(order), torch.tensor(group.reads))
+            ops.append((("join", *joined, group.length * edits_logits, self.tracer.measures(late, group, jobs)), None))
 
-    def _baselines(
-        self,
-        group: Group,
-        jobs: Sequence[Job],
-        direct: torch.Tensor,
-        logits: torch.Tensor | None,
-        known: dict[Any, torch.Tensor],
-    ) -> None:
-        taken = 0
-        found = []
+        def smaller() -> list[Step]:
+            return [self._worlds(group, digest, largest // 2)] if largest > 1 else []
+
+        return Step(tuple(ops), partial(self._failed, ops), digest, smaller)
+
+    def _batch(self, group: Group, batch: Batch, digest: Callable[[list[Taken]], None]) -> Step:
+        """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it."""
+        raw = self.plan.rows[batch.jobs[0].row].raw if batch.jobs else None
+        if raw is not None:
+            return self._raw(group, batch, raw, digest)
+        table = batch.table
+        if table is not None:
+            everyone: tuple[Job, ...] = table.jobs
+        else:
+            base, pair = batch.jobs[0].base, batch.jobs[0].pair
+            edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
+            everyone = (next(edited, _unpatched(pair, base)), *batch.jobs)
+        rides = batch.computes_worlds
+        keep = sorted(group.needed) if rides else ()
+        call = self.tracer.call(
+            group, everyone, self.plan.metrics, table=table, keep=keep, keep_past=rides and group.cached
+        )
+
+        def smaller() -> list[Step]:
+            several = halves(batch, self.plan.layers) if len(batch.jobs) > 1 else ()
+            return [self._batch(group, half, digest) for half in several]
+
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
+        ops.append((("run", call.run, "worlds" if rides else ""), call))
+        return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch)
+
+    def _raw(
+        self, group: Group, batch: Batch, function: Callable[[Any], Any], digest: Callable[[list[Taken]], None]
+    ) -> Step:
+        """A row's raw trace, and before it the same run without it: what they differ by is what the row did."""
+        (job,) = batch.jobs
+        given = torch.tensor(group.reads), self.tracer.measures(self.plan.metrics, group, [job])
+        ops = tuple(((("raw", self.tracer.named([job]), act, *given)), None) for act in (None, function))
+
+        def failed(number: int, error: Exception) -> MeasurementError:
+            what = "the function failed inside the trace" if number else "the run without the function failed"
+            return MeasurementError(
+                f"pair {job.pair}, {self.plan.rows[job.row]}: {what} ({type(error).__name__}). Its own error is above."
+            )
+
+        return Step(ops, failed, digest, batch=batch)
+
+    def _again(self, group: Group) -> Step:
+        """Measures the plan's sample as whole prompts, without a cache, in a run of its own."""
+        call = self.tracer.call(group, self.plan.sample, self.plan.metrics)
+        ops = [(("run", call.run, ""), call)]
+
+        def digest(taken: list[Taken]) -> None:
+            ((_, found),) = taken
+            self.again = tuple(self.tracer.outcome(call, *found[0]).scores.double().numpy())
+
+        return Step(tuple(ops), partial(self._failed, ops), digest)
+
+    def _failed(self, ops: Sequence[tuple[Any, Call | None]], number: int, error: Exception) -> MeasurementError:
+        before, after = reversed(ops[: number + 1]), ops[number:]
+        call = next(call for _, call in itertools.chain(before, after) if call is not None)
+        return self.tracer.failed(call, error)
+
+    # --------------------------------------------------------------------------------------------- what came of it
+
+    def _known_worlds(self, group: Group, taken: list[Taken]) -> None:
+        """Reads the baselines, and keeps them."""
+        self._read_worlds(group, taken)
+        self.journal.worlds(self, group)
+
+    def _finished(self, group: Group, batch: Batch, taken: list[Taken]) -> None:
+        """Reads a batch that was run for its rows, and keeps what it gave."""
+        with self.journal.batch(self, batch):
+            self._read(group, taken)
+        if batch.computes_worlds:
+            self.journal.worlds(self, group)
+        self.advance(len(batch.jobs))
+
+    def _once_more(self, group: Group, taken: list[Taken]) -> None:
+        """Reads a batch that was finished before and is run for its worlds."""
+        fired = self.fired
+        self._read(group, taken)
+        self.fired = fired
+        self.journal.worlds(self, group)
+
+    def _read_worlds(self, group: Group, taken: list[Taken]) -> None:
+        ((step, found),) = taken
+        scores: list[torch.Tensor] = []
+        stages = iter((_pristine(group, self.plan), *group.edited))
+        for (op, call), given in zip(step.ops, found, strict=True):
+            if call is not None:
+                scores.append(self.tracer.outcome(call, *given).scores)
+                continue
+            order = op[1]
+            together = torch.cat(scores) if order is None else torch.cat(scores)[order]
+            self._baselines(next(stages), together, given)
+            scores = []
+
+    def _baselines(self, jobs: Sequence[Job], direct: torch.Tensor, late: torch.Tensor) -> None:
+        """Puts down the values of worlds: of metrics read in their runs, and of those that compare with them."""
+        found, taken = [], [0, 0]
         for metric in self.plan.metrics:
-            width = 1 + len(metric.parts)
-            if _references(metric):
-                assert logits is not None
-                ((_, at, given, _),) = self.tracer.measures([metric], group, jobs, known)
-                scored = metric(logits[:, at].float(), {k: v.to(logits.device) for k, v in given.items()})
-                found.append(scored.float().cpu())
-            else:
-                found.append(direct[:, taken : taken + width])
-                taken += width
+            which, width = int(_references(metric)), 1 + len(metric.parts)
+            found.append((direct, late)[which][:, taken[which] : taken[which] + width])
+            taken[which] += width
         values = torch.cat(found, 1).double().numpy()
         bad = [
             f"pair {job.pair}, {job.base} run: {self._describe(v)}"
@@ -218,80 +290,54 @@ class _Run:
         for job, value in zip(jobs, values, strict=True):
             self.baselines[job.base][job.pair] = value
 
-    def _parted(
-        self, group: Group, jobs: Sequence[Job], known: dict[Any, torch.Tensor], metrics: list[Metric], **keep: Any
-    ) -> list[Outcome]:
-        """Runs worlds, in halves and their halves where there is not enough memory for all."""
-        try:
-            return [self.tracer.run(group, jobs, known, metrics, keep_past=group.cached, **keep)]
-        except MeasurementError as error:
-            if not _may_fit_in_halves(error, jobs):
-                raise
-        middle = len(jobs) // 2
-        halved = (self._parted(group, part, known, metrics, **keep) for part in (jobs[:middle], jobs[middle:]))
-        return [outcome for part in halved for outcome in part]
+    def _read(self, group: Group, taken: list[Taken]) -> None:
+        """Reads the values of a batch, or of the parts of it that were run instead."""
+        for step, found in taken:
+            assert step.batch is not None
+            call = step.ops[-1][1]
+            if call is None:
+                self._read_raw(step.batch.jobs[0], found)
+                continue
+            outcome, table = self.tracer.outcome(call, *found[-1]), step.batch.table
+            if table is not None and not bool(outcome.scores.isfinite().all()):
+                self._blame(group, step.batch)
+            self.fired += outcome.fired
+            self.saved |= outcome.saved
+            worlds = table.worlds if table is not None else 0
+            if worlds:
+                self._baselines(call.jobs[:worlds], outcome.scores[:worlds], outcome.scores[:worlds, :0])
+            self._rows(step.batch.jobs, call.jobs[worlds:], outcome.scores[worlds:].double().numpy())
 
-    def _fitted(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-        """Runs a batch, in halves and their halves where there is not enough memory for it."""
-        try:
-            return self._batch(group, batch, known)
-        except MeasurementError as error:
-            if not _may_fit_in_halves(error, batch.jobs):
-                raise
-        for half in halves(batch, self.plan.layers):
-            known = self._fitted(group, half, known)
-        return known
+    def _read_raw(self, job: Job, found: list[torch.Tensor]) -> None:
+        base = self.baselines[job.base][job.pair]
+        witness, value = (scores[0].double().numpy() for scores in found)
+        self.noise = np.fmax(self.noise, np.abs(witness - base))
+        if not np.isfinite(value).all():
+            raise MeasurementError(
+                f"pair {job.pair}, {self.plan.rows[job.row]}: {self._describe(value)}. The unpatched runs were finite: "
+                "look at what the function writes."
+            )
+        # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
+        self.values[job.row, job.pair] = base + (value - witness)
 
-    def _batch(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-        """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it."""
-        jobs, table = batch.jobs, batch.table
-        raw = self.plan.rows[jobs[0].row].raw if jobs else None
-        if raw is not None:
-            self._raw(group, jobs[0], raw, known)
-            return known
-        if table is not None:
-            everyone, worlds = table.jobs, table.worlds
-        else:
-            base, pair = jobs[0].base, jobs[0].pair
-            edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
-            lead = (next(edited, _unpatched(pair, base)),)
-            everyone, worlds = (*lead, *jobs), 0
-        keep = sorted(group.needed) if worlds else ()
-        past = bool(worlds) and group.cached
-        found = self.tracer.run(group, everyone, known, self.plan.metrics, table=table, keep=keep, keep_past=past)
-        if table is not None and not bool(found.scores.isfinite().all()):
-            self._blame(group, batch, known)
-        self.fired += found.fired
-        self.saved |= found.saved
-        if worlds:
-            self._baselines(group, everyone[:worlds], found.scores[:worlds], None, found.kept)
-            known = found.kept
-        scores = found.scores.double().numpy()
-        self._rows(jobs, scores[len(everyone) - len(jobs) :], everyone[worlds:], scores[worlds:])
-        return known
-
-    def _blame(self, group: Group, batch: Batch, known: dict[Any, torch.Tensor]) -> None:
+    def _blame(self, group: Group, batch: Batch) -> None:
         """Finds the rows whose values are not finite: in a table they spread to all that share a lane.
 
         Raises:
             MeasurementError: There are some; or the unpatched runs are not finite themselves.
         """
+        worlds = self._worlds(group, partial(self._read_worlds, group))
         if group.rides:
-            self._worlds(group)
-
-        def spoilt(part: Batch) -> list[Job]:
-            assert part.table is not None
-            keep = sorted(group.needed) if part.table.worlds else ()
-            scores = self.tracer.run(
-                group, part.table.jobs, known, self.plan.metrics, table=part.table, keep=keep
-            ).scores
-            if bool(scores.isfinite().all()):
-                return []
-            if len(part.jobs) == 1:
-                return list(part.jobs)
-            return [job for half in halves(part, self.plan.layers) for job in spoilt(half)]
-
-        self._refuse(spoilt(batch))
+            self.runner.go([(worlds, [])])
+        bad, spoilt = [], [batch]
+        while spoilt:
+            bad += [job for part in spoilt if len(part.jobs) == 1 for job in part.jobs]
+            smaller = [half for part in spoilt if len(part.jobs) > 1 for half in halves(part, self.plan.layers)]
+            spoilt = []
+            if smaller:
+                steps = (self._batch(group, part, partial(_judged, part, spoilt)) for part in smaller)
+                self.runner.go([(worlds, steps)])
+        self._refuse(bad)
 
     def _refuse(self, bad: Sequence[Job]) -> None:
         if bad:
@@ -301,14 +347,9 @@ class _Run:
                 "look at what is written there."
             )
 
-    def _rows(
-        self,
-        jobs: Sequence[Job],
-        values: NDArray[np.float64],
-        everyone: Sequence[Job],
-        scores: NDArray[np.float64],
-    ) -> None:
-        """Puts down the values of a batch's rows, and how far its unpatched witness drifts."""
+    def _rows(self, jobs: Sequence[Job], everyone: Sequence[Job], scores: NDArray[np.float64]) -> None:
+        """Puts down the values of a batch's rows, and how far the unpatched witness before them drifts."""
+        values = scores[len(everyone) - len(jobs) :]
         witness = everyone[0] if len(everyone) > len(jobs) else None
         if witness is not None:
             self.noise = np.fmax(self.noise, np.abs(scores[0] - self.baselines[witness.base][witness.pair]))
@@ -321,30 +362,6 @@ class _Run:
             limit = eps * np.array([np.abs(base[of]).max() for of in self.metric_of])
             limit = np.fmax(limit, np.fmin(STEADY * self.noise, STEADY * limit))
             self.still[job.row, job.pair] = (np.abs(value - base) <= limit).all()
-
-    def _raw(self, group: Group, job: Job, function: Callable[[Any], Any], known: dict[Any, torch.Tensor]) -> None:
-        """A row's raw trace, and the same run without it: what they differ by is what the row did."""
-        row = self.plan.rows[job.row]
-        inputs = self.tracer.named([job])
-        measures = self.tracer.measures(self.plan.metrics, group, [job], known)
-        reads, remote = torch.tensor(group.reads), remote_of(self.model)
-        base = self.baselines[job.base][job.pair]
-        witness = trace.raw(self.model, inputs, None, reads, measures, remote)[0].double().numpy()
-        self.noise = np.fmax(self.noise, np.abs(witness - base))
-        try:
-            found = trace.raw(self.model, inputs, function, reads, measures, remote)[0].double().numpy()
-        except Exception as error:
-            raise MeasurementError(
-                f"pair {job.pair}, {row}: the function failed inside the trace ({type(error).__name__}). Its own error "
-                "is above."
-            ) from error
-        if not np.isfinite(found).all():
-            raise MeasurementError(
-                f"pair {job.pair}, {row}: {self._describe(found)}. The unpatched runs were finite: look at what the "
-                "function writes."
-            )
-        # Runs of another shape round differently; a function that does nothing has no effect to the last bit.
-        self.values[job.row, job.pair] = base + (found - witness)
 
     def _fill(self) -> None:
         """Values of rows that were not measured: the base's where that was proved, a twin's for the same edits."""
@@ -360,22 +377,18 @@ class _Run:
         return ", ".join(f"{m}{'.' + p if p else ''} = {v}" for (m, p), v in zip(self.columns, values, strict=True))
 
 
-def _may_fit_in_halves(error: MeasurementError, jobs: Sequence[Job]) -> bool:
-    """Whether a run of jobs failed for want of memory, and can be made smaller; frees what can be freed."""
-    if not isinstance(error.__cause__, torch.OutOfMemoryError) or len(jobs) < 2:
-        return False
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return True
+def _judged(part: Batch, spoilt: list[Batch], taken: list[Taken]) -> None:
+    """Adds a batch to the spoilt ones if it gave numbers that are not finite."""
+    if not all(bool(found[-1][0].isfinite().all()) for _, found in taken):
+        spoilt.append(part)
+
+
+def _pristine(group: Group, plan: Plan) -> list[Job]:
+    return [_unpatched(pair, world) for pair in group.pairs for world in plan.worlds]
 
 
 def _unpatched(pair: int, world: WorldName) -> Job:
     return Job(-1, pair, world, (), 0, 0)
-
-
-def _joined(pieces: list[torch.Tensor], order: list[int] | None) -> torch.Tensor:
-    whole = torch.cat(pieces)
-    return whole if order is None else whole[order]
 
 
 def _references(metric: Metric) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from tracepatch.calls import Call, Key, Place, floats
 from tracepatch.models import Model
 from tracepatch.probe import Layer, Sublayer, resolution
-from tracepatch.trace import forward, named, read
+from tracepatch.trace import PLAIN, forward, named, read
 
 ROUTED = ("router_logits", "experts_out")
 # What a router may return as it is, or compute first of all; nnsight names the calls of a forward like this.
@@ -104,7 +104,7 @@ class Search:
         stops += [(_spot(block.place("output", self.tokens), long), (_kept(("out", 0)),))]
         try:
             (was,) = read(self.model, [_spot(place, long)], self.ids)
-            kept, _ = forward(self.model, named(self.ids), tuple(stops), {}, first, (), (), (False, ()))
+            kept, _ = forward(self.model, (named(self.ids), tuple(stops), first, *PLAIN), {})
         except Exception:  # no such call, or a forward without source
             return False
         follows = all(_close(kept["told", key], self._moved(value)) for key, value in told)

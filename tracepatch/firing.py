@@ -22,7 +22,7 @@ from tracepatch.rows import Row
 
 
 def require_fired(
-    rows: Sequence[Row], group: Group, jobs: Sequence[Job], kept: dict[Any, torch.Tensor], ran: dict[int, int]
+    rows: Sequence[Row], group: Group, jobs: Sequence[Job], kept: dict[Any, Any], ran: dict[int, int]
 ) -> int:
     """Compares what a traced run says it wrote with the plan itself, not with what was made of it since.
 
@@ -44,7 +44,7 @@ def require_fired(
         read = [p for p in write.positions if write.component != "logits" or p in group.reads]
         if read:
             wanted[_key(write)] += len(read) * len(write.units or (0,)) * len(write.srcs or (0,))
-    told = {key[1]: value.tolist() for key, value in kept.items() if key[0] == "fired"}
+    told = {key[1]: value for key, value in kept.items() if key[0] == "fired"}
     wrong = []
     for key, count in wanted.items():
         lanes = ran[-1] if key[0] == "logits" else ran[key[1]]
@@ -127,6 +127,7 @@ def failure(error: Exception, places: Sequence[str], of: str, ran: int) -> str:
             f"There was not enough memory for a traced run of {plural(ran, 'row')}: {what}\n{of}\n"
             "Pass a smaller batch_size=, or in memory= how many bytes may be taken."
         )
+    kind = getattr(error, "kind", type(error).__name__)  # a server's error keeps its name
     # nnsight names the value that it waited for, as in 'model.transformer.h.2.output.i0'.
     missed = max((path for path in places if f".{path}." in what), key=len, default="")
     if missed:
@@ -136,6 +137,6 @@ def failure(error: Exception, places: Sequence[str], of: str, ran: int) -> str:
             "other layers, or switch off what makes the model leave modules out."
         )
     return (
-        f"A traced run of {plural(ran, 'row')} failed: {type(error).__name__}: {what}\n{of}\n"
+        f"A traced run of {plural(ran, 'row')} failed: {kind}: {what}\n{of}\n"
         "If a metric or a function of yours raised this, mend it; if not, batch_size=1 finds the row."
     )

@@ -159,7 +159,7 @@ class Identities:
                 held.append((variable, cell.cell_contents))
             except ValueError:
                 raise UnidentifiedError(f"uses {variable} before it has a value") from None
-        used = [(key, function.__globals__[key]) for key in sorted(_globals(code)) if key in function.__globals__]
+        used = [(key, function.__globals__[key]) for key in sorted(globals_of(code)) if key in function.__globals__]
         defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
         parts = [_code(code, name), self.of(defaults), *(f"{key}={self.of(value)}" for key, value in (*held, *used))]
         return f"function({','.join(parts)})"
@@ -272,11 +272,11 @@ def _constant(value: Any) -> str:
     return f"({','.join(map(_constant, value))})" if isinstance(value, tuple) else f"{type(value).__name__}:{value!r}"
 
 
-def _globals(code: types.CodeType) -> set[str]:
+def globals_of(code: types.CodeType) -> set[str]:
     """The names that a function, or one inside it, looks up outside of all functions."""
     found = {str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
-        found |= _globals(constant) if isinstance(constant, types.CodeType) else set()
+        found |= globals_of(constant) if isinstance(constant, types.CodeType) else set()
     return found
 
 

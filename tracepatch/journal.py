@@ -49,6 +49,7 @@ class Measured:
         fired: Edits that were seen to fire.
         saved: (row, its save's number, pair) → the live value ``[…]`` in float32.
         again: Of each row of the plan's sample, the columns, measured as whole prompts.
+        ran: Where the model ran, as a server says; empty where it ran here.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -60,6 +61,7 @@ class Measured:
     fired: int
     saved: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     again: tuple[NDArray[np.float64], ...] = ()
+    ran: dict[str, str] = field(default_factory=dict)
 
 
 class Numbers(Protocol):

@@ -75,7 +75,6 @@ def stops(
     reads: dict[Key, tuple[Columns, ...]] | None = None,
     seats: Seats | None = None,
     chosen: Sequence[int] = (),
-    wires: dict[int, dict[Any, Any]] | None = None,
 ) -> tuple[Stop, ...]:
     """The places to visit, in the order in which they pass by, each with what is kept, written and saved there."""
     keep, shadows, reads = set(keep), shadows or {}, reads or {}
@@ -128,7 +127,7 @@ def stops(
         for place, task in growth(architecture, seats.table, seats.world_of):
             tasks[place].append((GROW, task))
         tasks[leaving(architecture, seats.table)].append((TOP, top(seats.table, seats.world_of, chosen)))
-        found += between(architecture, seats.table, wires)
+        found += between(architecture, seats.table)
         found += narrowed(architecture, seats.table, chosen, keep, writes)
     for place, several in tasks.items():
         several.sort(key=lambda t: t[0])

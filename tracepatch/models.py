@@ -40,7 +40,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
-from tracepatch.trace import named
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
@@ -73,8 +72,8 @@ def load(
         model: A Hugging Face repo id, a folder with a model, a Hugging Face module, or an nnsight model.
         tokenizer: The tokenizer, or its repo id or folder. Needed with a Hugging Face module; otherwise it comes with
             the model.
-        remote: Run on a server instead of here: ``True`` for NDIF, or the URL of a server of your own. No weights are
-            loaded.
+        remote: Run on a server instead of here: ``True`` for NDIF, or the URL of a server of your own. The model is
+            then a repo id; only its config and tokenizer are loaded.
         dtype: ``"float32"``, ``"bfloat16"``, … or a torch dtype. Without it, the checkpoint's own.
         device_map: As in transformers: ``"auto"``, ``"cuda"``, … (needs accelerate).
         name: What to call the model in results; its repo id or folder otherwise.
@@ -370,13 +369,6 @@ def eager_attention(module: PreTrainedModel) -> Iterator[None]:
     finally:
         if switched:
             module.set_attn_implementation(before)
-
-
-def last_logits(model: Model, ids: torch.Tensor, encoder: torch.Tensor | None = None) -> torch.Tensor:
-    """All logits of plain forwards, in float32: ids ``[row, pos]`` → ``[row, pos, vocab]``, on the CPU."""
-    with torch.no_grad(), model.trace(**named(ids, encoder), use_cache=False, remote=remote_of(model)):
-        logits: torch.Tensor = nnsight.save(model.output.logits.float().cpu())
-    return logits
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracepatch.costs import NOTHING, Estimate
+from tracepatch.costs import NOTHING, Estimate, Traffic
 from tracepatch.errors import plural
 from tracepatch.jobs import EAGER, Job, Write
 from tracepatch.metrics import Metric
@@ -157,6 +157,7 @@ class Plan:
         budget: Bytes that may be taken: half by the worlds' values that are kept, half by a run.
         notes: Anything a user should know before running.
         remote: Where it runs, if not here.
+        traffic: What goes there and comes back.
         sample: A row that is measured, and one on the same pair that was proved to be without effect, if there is one,
             to be measured once more as whole prompts with every edit left in.
         estimate: What it costs.
@@ -178,6 +179,7 @@ class Plan:
     budget: int
     notes: tuple[str, ...] = ()
     remote: str = ""
+    traffic: Traffic | None = None
     edited: tuple[EditedWorld, ...] = ()
     sample: tuple[Job, ...] = ()
     estimate: Estimate = NOTHING
@@ -247,8 +249,9 @@ class Plan:
         if self.eager:
             lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
         lines += [f"  world        {world}" for world in self.edited]
-        if self.remote:
-            lines.append(f"  runs on      {self.remote}")
+        if self.traffic is not None:
+            sent = f"about {_size(self.traffic.up)} up and {_size(self.traffic.down)} down"
+            lines.append(f"  runs on      {self.remote}: {plural(self.traffic.requests, 'request')}, {sent}")
         lines += [f"  note         {note}" for note in self.notes]
         stored = self.measured.get("stored", 0)
         if stored and "directory" in self.measured:

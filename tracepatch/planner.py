@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
-from tracepatch.costs import Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes
+from tracepatch.costs import Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes, traffic
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.lowering import Lowering, Profile
@@ -158,6 +158,7 @@ def make_plan(
     groups = tuple(
         g for length, pairs in sorted(by_length.items()) for g in packer.groups(length, pairs, reads_of, jobs)
     )
+    measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
         layers=len(architecture),
@@ -172,6 +173,7 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
+        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics)) if remote else None,
         edited=tuple(edited),
         sample=sample,
         estimate=_estimate(architecture, packer, groups, worlds, pace),

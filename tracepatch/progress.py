@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console
@@ -12,8 +13,21 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a run is told to call while it runs.
+
+    Attributes:
+        advance: With the number of rows that have been done.
+        say: With a few words on what is being waited for.
+    """
+
+    advance: Callable[[int], None] = lambda done: None
+    say: Callable[[str], None] = lambda words: None
+
+
 @contextmanager
-def bar(total: int, what: str, wanted: bool | None = None, stored: int = 0) -> Iterator[Callable[[int], None]]:
+def bar(total: int, what: str, wanted: bool | None = None, stored: int = 0) -> Iterator[Told]:
     """A progress bar on stderr; nothing where it is not a terminal.
 
     Args:
@@ -23,15 +37,17 @@ def bar(total: int, what: str, wanted: bool | None = None, stored: int = 0) -> I
         stored: Rows that are done before it begins, which say nothing about the rate.
 
     Yields:
-        What is called with the number of rows that have been done.
+        What is called with the number of rows that have been done, and with words on what is being waited for.
     """
     if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda done: None
+        yield Told()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), _Pace(stored))
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=total, completed=stored)
-        yield lambda done: shown.advance(task, done)
+        yield Told(
+            lambda done: shown.advance(task, done), lambda words: shown.update(task, description=f"{what}: {words}")
+        )
 
 
 class _Pace(ProgressColumn):

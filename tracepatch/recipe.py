@@ -35,9 +35,11 @@ from tracepatch.planner import make_plan
 from tracepatch.progress import bar
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
+from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
+from tracepatch.shipping import require_shippable
 from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
 from tracepatch.table import FORMS, Form
@@ -118,13 +120,13 @@ class Patching(Recorder):
         edits = [e for row in (*self.rows, *self.edited.values()) for e in row.edits]
         sites = [e.site for e in edits] + [s.site for row in self.rows for s in row.saves]
         form, why = chosen(self.model, self.architecture, sites, self._wanted)
-        return make_plan(
+        plan = make_plan(
             self.architecture,
             self.encoded,
             self.rows,
             self.metrics,
             model=name_of(self.model),
-            remote=_where(self.model),
+            remote=place(self.model) if remote_of(self.model) else "",
             edited=tuple(self.edited.values()),
             form=form,
             why=why,
@@ -132,6 +134,9 @@ class Patching(Recorder):
             pace=_PACES.get(self.model),
             **self._limits,
         )
+        if plan.remote:
+            require_shippable(plan)
+        return plan
 
     def run(self, progress: bool | None = None) -> Result:
         """Traces what the plan says and returns the labelled result (``tp.results.to_result`` describes it).
@@ -157,9 +162,11 @@ class Patching(Recorder):
         plan.measured.clear()
         stored = journal.load()
         try:
-            with bar(plan.jobs, name_of(self.model), progress, stored) as advance:
+            with bar(plan.jobs, name_of(self.model), progress, stored) as told_to:
                 given = self.architecture, self.encoded, plan
-                measured = run(self.model, *given, advance, checks=self._checks, journal=journal)
+                measured = run(
+                    self.model, *given, told_to.advance, checks=self._checks, journal=journal, say=told_to.say
+                )
             told = journal.checks
             found: list[warnings.WarningMessage] = []
             if told is None:
@@ -375,14 +382,3 @@ def _require_pairs(pairs: Any) -> Pairs:
             f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."
         )
     return pairs
-
-
-def _where(model: Model) -> str:
-    remote = remote_of(model)
-    return (
-        ""
-        if not remote
-        else "NDIF, one request a traced run"
-        if remote is True
-        else f"{remote}, one request a traced run"
-    )

@@ -265,6 +265,7 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "tracepatch_format": FORMAT,
         "model": plan.model or name_of(model),
         "source": source_of(model),
+        **({"server": json.dumps({"host": plan.remote, **measured.ran})} if measured.ran else {}),
         "fingerprint": fingerprint(model),
         "pairs": encoded.name,
         "bos": str(encoded.bos),

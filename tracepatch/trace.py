@@ -1,8 +1,8 @@
 """What runs inside an nnsight trace, the only place where a plan touches a model.
 
 Nothing is decided here. Functions take nested tuples of builtins and tensors and return tensors in builtins, use only
-torch and nnsight (and ``writing``, which uses only torch), and have no decorators, so that they mean the same wherever
-they are executed.
+torch and nnsight (and ``writing`` and ``masks``, which use only torch), and have no decorators, so that they mean the
+same wherever they are executed.
 """
 
 from __future__ import annotations
@@ -13,51 +13,70 @@ from typing import Any
 import nnsight
 import torch
 
+from tracepatch.masks import wired
 from tracepatch.writing import edited, module_at, on, perform, retain
 
 KEPT_LATE = ("plain", "weights")
+PLAIN = ((), (), (False, ()), None, None, None)  # of a forward: no logits are edited, read or kept, nothing is cached
 UNWRITTEN = ("aside", "allowed", "from_shadows", "grow", "narrow", "widen", "top")
 
 
-def forward(
-    model: Any,
-    inputs: dict[str, Any],
-    stops: tuple[Any, ...],
-    known: dict[Any, torch.Tensor],
-    top: tuple[Any, ...],
-    logit_edits: tuple[Any, ...],
-    measures: tuple[Any, ...],
-    keep_logits: tuple[Any, ...],
-    past: tuple[Any, ...] | None = None,
-    remote: Any = False,
-) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[dict[Any, Any], torch.Tensor]:
     """One traced forward.
 
     Args:
         model: The nnsight model.
-        inputs: What its forward takes: token ids, and the like.
-        stops: The places to visit, from ``layout.stops``.
-        known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``.
-        top: How logits become ``[row, read, …]``: ``("kept",)`` as they are, ``("of", positions)``,
-            ``("each", reads)`` where a table's tokens stand in one row; then the vocabulary columns to take, if any.
-        logit_edits: Indexed writes of logits.
-        measures: ``(function, indices into reads, given, columns)`` for each metric.
-        keep_logits: Whether to keep the logits at the reads too, and what rows save of them.
-        past: ``("keep", layers, cells)`` keeps the worlds' keys and values; ``("take", lanes, positions)`` lets the
-            tokens of a table see those of so many positions before them, for the worlds of each layer's lanes.
-        remote: As nnsight takes it.
+        run: What there is to do, nine things:
+            what its forward takes, token ids and the like;
+            the places to visit, from ``layout.stops``;
+            how logits become ``[row, read, …]``: ``("kept",)`` as they are, ``("of", positions)``, ``("each", reads)``
+            where a table's tokens stand in one row, then the vocabulary columns to take, if any;
+            indexed writes of logits;
+            ``(function, indices into reads, given, columns)`` for each metric;
+            whether to keep the logits at the reads too, and what rows save of them;
+            ``("keep", layers, cells, inputs)`` to keep the worlds' keys and values (where they stand, and what a
+            forward of them alone takes), ``("take", lanes, positions)`` to let the tokens of a table see those of so
+            many positions before them, for the worlds of each layer's lanes, or none;
+            who stands where in a packed table, see ``masks``, or none;
+            and how many rows to give back, shadow rows not among them, or none for all.
+        known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``, and what ``wires`` has found.
 
     Returns:
         What was kept, and the metrics' values ``[row, column]`` in float32.
     """
-    given = dict(inputs, use_cache=past is not None)
+    inputs, stops, top, logit_edits, measures, keep_logits, past, standing, rows = run
+    device = home(model)
+    given = {name: value.to(device) for name, value in inputs.items()}
+    given["use_cache"] = past is not None
     if past is not None:
         given["past_key_values"] = cache(past, known)
+    values = dict(known)
+    if standing is not None:
+        values["wired"] = wired(standing, known["wires", standing[1]], device)
     with torch.no_grad():
-        with model.trace(**given, remote=remote):
-            result = nnsight.save(inside(model, stops, known, top, logit_edits, measures, keep_logits, past))
+        with model.trace(**given):
+            result = nnsight.save(inside(model, stops, values, top, logit_edits, measures, keep_logits, past))
     kept, scores = result
+    if past is not None and past[0] == "keep" and sandboxed(model):
+        # In a sandbox a forward in which a block's input is read fills a copy of the cache.
+        with torch.no_grad():
+            with model.trace(**past[3], use_cache=True, past_key_values=cache(past, known)):
+                filled = nnsight.save(model.output.past_key_values)
+        keep_past(filled, None, past[1], kept)
+    if rows is not None:
+        kept = {key: value if key[0] in ("save", "fired") else value[:rows] for key, value in kept.items()}
+        scores = scores[:rows]
     return kept, scores
+
+
+def sandboxed(model: Any) -> bool:
+    """Whether this code runs apart from the model's weights."""
+    return bool(model._module.get_input_embeddings().weight.is_meta)
+
+
+def home(model: Any) -> Any:
+    """The device where tokens go in, as far as it can be seen from here."""
+    return torch.device("cpu") if sandboxed(model) else model._module.get_input_embeddings().weight.device
 
 
 def cache(past: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> Any:
@@ -82,21 +101,32 @@ def cache(past: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> Any:
     return found
 
 
-def wiring(model: Any, blocks: list[str], wrapped: bool, unembed: str, inputs: dict[str, Any]) -> list[Any]:
-    """What each block takes from outside on these inputs: a mask ``[query, key]`` and tables with an entry a position.
+def wires(
+    model: Any, known: dict[Any, Any], blocks: tuple[str, ...], wrapped: bool, unembed: str, ids: torch.Tensor
+) -> None:
+    """What each block takes from outside on a prompt: a mask ``[query, key]`` and tables with an entry a position.
 
-    Every block is skipped, so this costs next to nothing.
+    Every block is skipped, so this costs next to nothing; it is done once for each length.
 
-    Returns:
-        Per block, ``(argument, kind, value)``: the argument's place or name, ``mask`` or ``table``.
+    Args:
+        model: The nnsight model.
+        known: Is given, for the length, per block ``(argument, kind, value)``: the argument's place or name, ``mask``
+            or ``table``.
+        blocks: Their paths.
+        wrapped: Whether they give tuples.
+        unembed: Path of the unembedding.
+        ids: Of the prompt, ``[1, pos]``.
     """
+    length = ids.shape[1]
+    if ("wires", length) in known:
+        return
     with torch.no_grad():
-        with model.trace(**inputs, use_cache=False):
+        with model.trace(input_ids=ids.to(home(model)), use_cache=False):
             found = nnsight.save(wires_inside(model, blocks, wrapped, unembed))
-    return list(found)
+    known["wires", length] = found
 
 
-def wires_inside(model: Any, blocks: list[str], wrapped: bool, unembed: str) -> list[Any]:
+def wires_inside(model: Any, blocks: tuple[str, ...], wrapped: bool, unembed: str) -> list[Any]:
     """The body of that trace."""
     wires = []
     for path in blocks:
@@ -129,30 +159,41 @@ def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, t
 
 def raw(
     model: Any,
+    known: dict[Any, Any],
     inputs: dict[str, Any],
     function: Any,
     reads: torch.Tensor,
     measures: tuple[Any, ...],
-    remote: Any = False,
 ) -> torch.Tensor:
     """A traced forward in which a function, or nothing, acts: the metrics' values ``[row, column]``."""
+    given = {name: value.to(home(model)) for name, value in inputs.items()}
     with torch.no_grad():
-        with model.trace(**inputs, use_cache=False, remote=remote):
+        with model.trace(**given, use_cache=False):
             if function is not None:
                 function(model)
-            scores = nnsight.save(scored(model.output.logits[:, reads.to(model.output.logits.device)], measures))
+            logits = model.output.logits
+            scores = nnsight.save(scored(logits[:, reads.to(logits.device)], measures, known))
     return scores  # type: ignore[no-any-return]  # nnsight has no types
 
 
-def scored(logits: torch.Tensor, measures: tuple[Any, ...]) -> torch.Tensor:
+def scored(logits: torch.Tensor, measures: tuple[Any, ...], known: dict[Any, Any]) -> torch.Tensor:
     """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``."""
     scores = []
     for function, at, given, columns in measures:
-        read = logits[:, at].float()
+        read = logits[:, at.to(logits.device)].float()
         read = read if columns is None else read[..., columns.to(read.device)]
-        found = function(read, {name: value.to(logits.device) for name, value in given.items()})
+        needed = {name: needs(value, at, known).to(logits.device) for name, value in given.items()}
+        found = function(read, needed)
         scores.append(found if found.ndim == 2 else found[:, None])
     return torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+
+
+def needs(value: Any, at: torch.Tensor, known: dict[Any, Any]) -> torch.Tensor:
+    """What a metric is given: a tensor as it is, or of ``("reference", worlds)`` those worlds' log-probabilities."""
+    if isinstance(value, torch.Tensor):
+        return value
+    reference: torch.Tensor = known["reference", 0]
+    return reference[value[1].to(reference.device)][:, at.to(reference.device)]
 
 
 def inside(
@@ -164,14 +205,15 @@ def inside(
     measures: tuple[Any, ...],
     keep_logits: tuple[Any, ...],
     past: tuple[Any, ...] | None,
-) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[Any, Any], torch.Tensor]:
     """The body of the trace."""
-    kept: dict[Any, torch.Tensor] = {}
+    kept: dict[Any, Any] = {}
     for stop in stops:
         visit(model, stop, known, kept)
     how, *which, columns = top
+    apart = sandboxed(model)
     if columns is not None:
-        only_columns(module_at(model, columns[0]), columns[1])
+        only_columns(module_at(model, columns[0]), columns[1], apart)
     logits = model.output.logits
     if how == "of":
         logits = logits[:, which[0].to(logits.device)]
@@ -181,22 +223,26 @@ def inside(
     if logit_edits:
         kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
     retain(("logits", 0), keep_logits, logits, kept)
-    if past is not None and past[0] == "keep":
-        keep_past(model.output.past_key_values, past, kept)
+    if past is not None and past[0] == "keep" and not apart:
+        keep_past(model.output.past_key_values, past[2], past[1], kept)
+    if apart:
+        model.output = torch.zeros(1)  # or logits and cache of every row would be sent to the sandbox
     kept = {key: value for key, value in kept.items() if key[0] != "aside"}  # what this forward alone needed
-    return kept, scored(logits, measures)
+    return kept, scored(logits, measures, known)
 
 
-def only_columns(head: Any, columns: torch.Tensor) -> None:
-    """Computes only some columns of the unembedding."""
+def only_columns(head: Any, columns: torch.Tensor, apart: bool) -> None:
+    """Computes only some columns of the unembedding; where there are no weights, in a sandbox, leaves out the rest."""
+    if apart:
+        head.skip(head(head.input)[..., columns])
+        return
     weight, bias = head._module.weight, head._module.bias
     columns = columns.to(weight.device)
     head.skip(torch.nn.functional.linear(head.input, weight[columns], None if bias is None else bias[columns]))
 
 
-def keep_past(found: Any, past: tuple[Any, ...], kept: dict[Any, torch.Tensor]) -> None:
+def keep_past(found: Any, cells: Any, layers: int, kept: dict[Any, Any]) -> None:
     """Keeps keys and values of the worlds, ``[world, head, pos, d_head]`` in each layer."""
-    _, layers, cells = past
     for layer in range(layers):
         for name in ("keys", "values"):
             table = getattr(found.layers[layer], name)
@@ -218,7 +264,7 @@ def read(model: Any, places: list[Any], ids: torch.Tensor, encoder: torch.Tensor
     return list(taken)
 
 
-def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]) -> None:
+def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """Keeps and writes what is to be kept and written at one place.
 
     A place is ``(path, operation, side, key, slots)``, with slots only where they are one dim with the rows.
@@ -231,7 +277,7 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, torch.Tensor], kep
         return
     if side == "wire":
         args, kwargs = envoy.inputs
-        given = dict(tasks)
+        given = known["wired"][tasks[0][1]]
         args = [given.get(place, value) for place, value in enumerate(args)]
         envoy.inputs = (tuple(args), {**kwargs, **{name: v for name, v in given.items() if isinstance(name, str)}})
         return
@@ -285,9 +331,9 @@ def kept_late(task: tuple[Any, ...]) -> bool:
     return task[0] in KEPT_LATE and not isinstance(task[3][0], tuple)
 
 
-def fired(writes: tuple[Any, ...], rows: int) -> torch.Tensor:
+def fired(writes: tuple[Any, ...], rows: int) -> tuple[int, int]:
     """What the caller compares with its plan: how many cells were written, and of how many rows the value was."""
-    return torch.tensor([sum(len(write[1][0]) for write in writes), rows])
+    return sum(len(write[1][0]) for write in writes), rows
 
 
 def replaced(values: Any, key: Any, value: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""One traced run: jobs as what ``trace.forward`` takes, and what it gives back as values of those jobs.
+"""Traced runs: jobs as what ``trace.forward`` takes, and what it gives back as values of those jobs.
 
 A flat run has a whole prompt for each job. A table's jobs share lanes, start where they first differ, and see what
 stands before that in a cache of the worlds. What a metric is given does not depend on the form.
@@ -6,7 +6,6 @@ stands before that in a cache of the worlds. What a metric is given does not dep
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from torch import nn
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.climb import entering, world_cells
-from tracepatch.errors import MeasurementError, TracepatchError
-from tracepatch.firing import each_once, failure, named, once, require_fired
+from tracepatch.climb import entering, standing, world_cells
+from tracepatch.errors import MeasurementError
+from tracepatch.firing import failure, named, once, require_fired
 from tracepatch.jobs import Job
 from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, stops
-from tracepatch.masks import Wires, positions, wired
+from tracepatch.masks import positions
 from tracepatch.metrics import Metric, columns_read
-from tracepatch.models import Model, module_of, remote_of
+from tracepatch.models import Model, module_of
 from tracepatch.plan import Group, Plan
 from tracepatch.shadows import shadow_columns
 from tracepatch.sources import WorldName
@@ -39,52 +38,70 @@ class Outcome:
     """What a traced run gave.
 
     Attributes:
-        kept: Values of worlds, ``(component, layer)`` → ``[world, pos, …]``.
         scores: The metrics' values, ``[job, column]`` in float32.
         fired: Edits that were seen to fire.
         saved: (row, its save's number, pair) → the live value.
     """
 
-    kept: dict[Any, torch.Tensor]
     scores: torch.Tensor
     fired: int
     saved: dict[tuple[int, int, int], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Call:
+    """A traced run, ready to be made here or elsewhere, and what it takes to read what it gives.
+
+    Attributes:
+        group: Of the jobs.
+        jobs: What is measured.
+        run: As ``trace.forward`` takes it.
+        saving: For each value that is saved, the (job's number, its save's number) of its rows.
+        wires: What it takes to wire the blocks of a packed table, see ``trace.wires``; nothing for other runs.
+        ran: Layer → rows that traced tensors have there; -1 for the logits.
+        once: Modules that must run once.
+        places: The modules that are visited, in their order.
+    """
+
+    group: Group
+    jobs: tuple[Job, ...]
+    run: tuple[Any, ...]
+    saving: list[list[tuple[int, int]]]
+    wires: tuple[Any, ...]
+    ran: dict[int, int]
+    once: frozenset[str]
+    places: tuple[str, ...]
+
+
 class Tracer:
-    """Makes traced runs of one plan."""
+    """Makes the calls of one plan, and reads what they give."""
 
     def __init__(
         self, model: Model, architecture: Architecture, encoded: EncodedPairs, plan: Plan, *, checks: bool = True
     ) -> None:
-        self.model, self.architecture, self.encoded, self.plan, self.checks = model, architecture, encoded, plan, checks
+        self.architecture, self.encoded, self.plan, self.checks = architecture, encoded, plan, checks
         self.roots = {world.name: world.root for world in plan.edited}
         module: Any = module_of(model)
-        device = module.get_input_embeddings().weight.device
-        self.device = torch.device("cpu") if device.type == "meta" else device  # a server moves what it is sent
         head = module.get_submodule(architecture.unembed) if architecture.unembed else None
         self._linear = type(head) is nn.Linear
         self._positioned = "position_ids" in inspect.signature(module.forward).parameters
-        self._wires: dict[int, Wires] = {}
 
-    def run(
+    def call(
         self,
         group: Group,
         jobs: Sequence[Job],
-        known: dict[Any, torch.Tensor],
         metrics: Iterable[Metric],
         *,
         table: Table | None = None,
         keep: Sequence[tuple[str, int]] = (),
         keep_logits: bool = False,
         keep_past: bool = False,
-    ) -> Outcome:
+    ) -> Call:
         """One traced run with a row a job, or with the jobs of a table.
 
         Args:
             group: Of the jobs.
             jobs: What is measured; all of a table's.
-            known: What was kept of the worlds.
             metrics: What is read.
             table: Where the jobs' tokens stand, if they are no whole prompts.
             keep: What of the worlds is kept, if this run computes them.
@@ -99,42 +116,53 @@ class Tracer:
             at_reads(group.reads, w) for key, found in writes.items() if key[0] == "logits" for w in found
         )
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        wires = self._wired(group, table, rows=jobs)
-        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads, wires)
+        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads)
         saved_logits = tuple(
             saved_at_reads(group.reads, r) for key, found in reads.items() if key[0] == "logits" for r in found
         )
         rows = [*jobs, *[jobs[0]] * count]
         few = None if table is None or logit_edits else self._few(group)
-        measures = self.measures(metrics, group, rows, known, few)
         inputs, top = self._inputs(group, rows, table)
-        narrowed = (*top, None if few is None else (self.architecture.unembed, few))
-        past = self._past(table, seats, keep_past)
-        counted = once(visited, self.architecture) if self.checks and not remote_of(self.model) else ()
-        given = (inputs, visited, known, narrowed, logit_edits, measures, (keep_logits, saved_logits), past)
-        try:
-            with each_once(module_of(self.model), counted):
-                kept, scores = trace.forward(self.model, *given, remote_of(self.model))
-        except TracepatchError:
-            raise
-        except Exception as error:
-            of = named(self.plan.rows, [row for row in rows if row.writes]) or "  the unpatched runs"
-            where = [path for (path, *_), _ in visited]
-            raise MeasurementError(failure(error, where, of, len(rows))) from error
-        gc.collect()  # a trace ends as a circle, with every activation of its run in it
+        run = (
+            inputs,
+            visited,
+            (*top, None if few is None else (self.architecture.unembed, few)),
+            logit_edits,
+            self.measures(metrics, group, rows, few),
+            (keep_logits, saved_logits),
+            self._past(jobs, table, seats, keep_past),
+            standing(table) if table is not None and table.form == "packed" else None,
+            len(jobs) if table is None else None,  # without the shadows
+        )
+        return Call(
+            group=group,
+            jobs=tuple(jobs),
+            run=run,
+            saving=saving,
+            wires=self._wires(group, table.end) if table is not None and table.form == "packed" else (),
+            ran={layer: seats.lanes(layer, len(rows)) for layer in range(len(self.architecture) + 1)} | {-1: len(rows)},
+            once=frozenset(once(visited, self.architecture)) if self.checks else frozenset(),
+            places=tuple(path for (path, *_), _ in visited) or tuple(s.path for s in self.architecture.layers),
+        )
+
+    def outcome(self, call: Call, scores: torch.Tensor, told: dict[Any, Any]) -> Outcome:
+        """What a traced run gave, as ``program.operate`` returned it.
+
+        Raises:
+            MeasurementError: An edit did not fire.
+        """
         saved = {
-            (jobs[number].row, save, jobs[number].pair): live
-            for n, whose in enumerate(saving)
-            for (number, save), live in zip(whose, kept["save", n], strict=True)
+            (call.jobs[number].row, save, call.jobs[number].pair): live
+            for n, whose in enumerate(call.saving)
+            for (number, save), live in zip(whose, told["save", n], strict=True)
         }
-        fired = 0
-        if self.checks:
-            ran = {layer: seats.lanes(layer, len(rows)) for layer in range(len(self.architecture) + 1)}
-            fired = require_fired(self.plan.rows, group, jobs, kept, ran | {-1: len(rows)})
-        own = {key: value for key, value in kept.items() if key[0] not in ("save", "fired")}
-        if table is None:  # without the shadows
-            own = {key: value[: len(jobs)] for key, value in own.items()}
-        return Outcome(own, scores[: len(jobs)], fired if jobs[-1].row >= 0 else 0, saved)
+        fired = require_fired(self.plan.rows, call.group, call.jobs, told, call.ran) if self.checks else 0
+        return Outcome(scores, fired if call.jobs[-1].row >= 0 else 0, saved)
+
+    def failed(self, call: Call, error: Exception) -> MeasurementError:
+        """An error of a traced run in words: where, for which rows, and what to do."""
+        of = named(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
+        return MeasurementError(failure(error, call.places, of, call.ran[-1]))
 
     def order(self, group: Group) -> list[Run]:
         """The runs whose values are kept, as they stand in what is known."""
@@ -147,11 +175,11 @@ class Tracer:
 
     def named(self, rows: Sequence[Job]) -> dict[str, torch.Tensor]:
         """The prompts of these runs as arguments of a forward."""
-        ids = torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows], device=self.device)
+        ids = torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows])
         if not self.encoded.encoder:
             return trace.named(ids)
         read = [self.encoded.encoded(self.root(row), row.pair) for row in rows]
-        return trace.named(ids, torch.tensor(read, device=self.device))
+        return trace.named(ids, torch.tensor(read))
 
     # ------------------------------------------------------------------------------------------------ of a table
 
@@ -160,64 +188,46 @@ class Tracer:
         reads = torch.tensor(group.reads)
         if table is None:
             if self.architecture.keeps_logits:
-                return {**self.named(rows), "logits_to_keep": reads.to(self.device)}, ("kept",)
+                return {**self.named(rows), "logits_to_keep": reads}, ("kept",)
             return self.named(rows), ("of", reads)
         if table.worlds:  # one by one, so that a table of any shape may leave at the top
             ids = torch.zeros(entering(table), dtype=torch.long)
             for (lane, slot), job in zip(table.seats[: table.worlds], table.jobs, strict=False):
                 found = self.encoded.world(job.base)[job.pair][job.start : table.end]
                 ids[lane, slot : slot + len(found)] = torch.tensor(found, dtype=torch.long)
-            at = positions(table)[: ids.shape[0], : ids.shape[1]]
+            at = positions(standing(table))[: ids.shape[0], : ids.shape[1]]
             ids, at = ids.reshape(-1, 1), at.reshape(-1, 1)
         else:
             first = table.jobs[0]
             last = table.prefix + 1 if table.form == "packed" else table.end
             ids = torch.tensor([self.encoded.world(self.root(first))[first.pair][table.prefix : last]])
             at = torch.arange(table.prefix, last)[None]
-        inputs = {"input_ids": ids.to(self.device)}
+        inputs = {"input_ids": ids}
         if self._positioned:
-            inputs["position_ids"] = at.to(self.device)
+            inputs["position_ids"] = at
         return inputs, ("each", len(reads))
 
-    def _past(self, table: Table | None, seats: Seats, keep: bool) -> tuple[Any, ...] | None:
+    def _past(self, jobs: Sequence[Job], table: Table | None, seats: Seats, keep: bool) -> tuple[Any, ...] | None:
         """What a run keeps of keys and values, or takes of them."""
         depth = len(self.architecture)
-        if keep and table is None:
-            return "keep", depth, None
-        if keep and table is not None:
-            return "keep", depth, world_cells(table, seats.world_of, "keys")
+        if keep:
+            runs = {(job.pair, job.base): job for job in (jobs if table is None else table.jobs[: table.worlds])}
+            alone = self.named(sorted(runs.values(), key=lambda job: seats.world_of[job.pair, job.base]))
+            less = {"logits_to_keep": 1} if self.architecture.keeps_logits else {}
+            cells = None if table is None else world_cells(table, seats.world_of, "keys")
+            # What edits do to the keys is not in a forward of the worlds alone.
+            return "keep", depth, cells, None if any(job.writes for job in runs.values()) else alone | less
         if table is None or not table.prefix:
             return None
         worlds = torch.tensor([seats.world_of[run] for run in table.lanes])
         # A model asks its first layers how many tokens there are before it.
         return "take", tuple(worlds[: max(1, table.shape[layer][0])] for layer in range(depth)), table.prefix
 
-    def _wired(self, group: Group, table: Table | None, rows: Sequence[Job]) -> dict[int, dict[Any, Any]] | None:
-        """What the blocks of a packed table take from outside."""
-        if table is None or table.form != "packed":
-            return None
-        try:
-            wires = self._wiring(group, table.end)
-        except Exception as error:
-            paths = [layer.path for layer in self.architecture.layers]
-            raise MeasurementError(failure(error, paths, "  the unpatched runs", len(rows))) from error
-        return wired(table, wires, self.device)
-
-    def _wiring(self, group: Group, end: int) -> Wires:
-        """What the model hands to its blocks for a prompt of this length."""
-        if end not in self._wires:
-            job = Job(-1, group.pairs[0], "clean", (), 0, 0)
-            ids = self.named([job])["input_ids"][:, :end]
-            layers = self.architecture.layers
-            found = trace.wiring(
-                self.model,
-                [layer.path for layer in layers],
-                layers[0].post.key is not None,
-                self.architecture.unembed,
-                {"input_ids": ids},
-            )
-            self._wires[end] = tuple(found)
-        return self._wires[end]
+    def _wires(self, group: Group, end: int) -> tuple[Any, ...]:
+        """The paths of the blocks, whether they give tuples, the unembedding, and a prompt of a table's length."""
+        layers = self.architecture.layers
+        ids = self.named([Job(-1, group.pairs[0], "clean", (), 0, 0)])["input_ids"][:, :end]
+        return tuple(layer.path for layer in layers), layers[0].post.key is not None, self.architecture.unembed, ids
 
     # ------------------------------------------------------------------------------------------------ of the metrics
 
@@ -231,7 +241,6 @@ class Tracer:
         metrics: Iterable[Metric],
         group: Group,
         rows: Sequence[Job],
-        known: dict[Any, torch.Tensor],
         few: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         """For each metric: its function, which of the reads it takes, what it needs of the pairs, and its columns.
@@ -240,14 +249,13 @@ class Tracer:
             metrics: What is read.
             group: Of the rows.
             rows: What is measured.
-            known: What was kept of the worlds.
             few: The only vocabulary columns that are computed, sorted; all otherwise.
         """
         place = {p: i for i, p in enumerate(group.reads)}
         found = []
         for metric in metrics:
             at = torch.tensor([place[p] for p in metric.positions.resolve(group.length) or ()])
-            given = {need: self._given(need, metric, at, group, rows, known) for need in metric.needs}
+            given = {need: self._given(need, metric, group, rows) for need in metric.needs}
             picked = None
             if few is not None:  # ids become places among the columns
                 given = {n: torch.where(v < 0, v, torch.searchsorted(few, v.clamp(min=0))) for n, v in given.items()}
@@ -257,15 +265,8 @@ class Tracer:
             found.append((metric.function, at, given, picked))
         return tuple(found)
 
-    def _given(
-        self,
-        need: str,
-        metric: Metric,
-        at: torch.Tensor,
-        group: Group,
-        rows: Sequence[Job],
-        known: dict[Any, torch.Tensor],
-    ) -> torch.Tensor:
+    def _given(self, need: str, metric: Metric, group: Group, rows: Sequence[Job]) -> Any:
+        """A tensor, or which worlds' log-probabilities; see ``trace.needs``."""
         if need in NEEDS_ANSWER:
             ids = [getattr(self.encoded, need)[row.pair] for row in rows]
             widest = max(len(i) for i in ids)
@@ -278,6 +279,4 @@ class Tracer:
                 follow.append([ids_after[p] for p in read])
             return torch.tensor(follow)
         order = {run: i for i, run in enumerate(self.order(group))}
-        reference = known["reference", 0]
-        index = torch.tensor([order[row.pair, need] for row in rows], device=reference.device)
-        return reference[index][:, at.to(reference.device)]
+        return "reference", torch.tensor([order[row.pair, need] for row in rows])

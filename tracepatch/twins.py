@@ -344,7 +344,8 @@ def _built(kind: Any, config: Any, real: Any) -> nn.Module:
         _randomise(module)
         if not config.is_encoder_decoder:  # that takes more than ids
             with torch.no_grad():  # whether sizes fit together shows in a forward only
-                module(torch.zeros(1, PROBE, dtype=torch.long), use_cache=False)
+                token = 1 if config.pad_token_id == 0 else 0  # transformers warns of padding
+    module(torch.full((1, PROBE), token), use_cache=False)
     return module
 
 

@@ -1,0 +1,123 @@
+"""Steps of a run, and how they are taken here: operations on the model, and what is made of what they return.
+
+A step is taken whole: its operations (``program.operate``) follow each other, and its numbers are read when the last
+one has returned. Where there is not enough memory for a step, smaller ones are taken instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tracepatch.errors import MeasurementError, TracepatchError
+from tracepatch.firing import each_once
+from tracepatch.models import Model, eager_attention, module_of
+from tracepatch.plan import Batch
+from tracepatch.program import operate
+from tracepatch.traced import Call
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations that belong together.
+
+    Attributes:
+        ops: As ``program.operate`` takes them, each with the call that it makes, if it makes one.
+        failed: An error of one of them, by its number, in words.
+        digest: What is made of what they returned: of the step, or of the smaller ones that were taken instead.
+        smaller: Steps that do the same and need less memory, if there are any.
+        batch: The batch that is run, if one is.
+    """
+
+    ops: tuple[tuple[tuple[Any, ...], Call | None], ...]
+    failed: Callable[[int, Exception], MeasurementError]
+    digest: Callable[[list[Taken]], None] = field(default=lambda taken: None)
+    smaller: Callable[[], list[Step]] = field(default=list)
+    batch: Batch | None = None
+
+    @property
+    def rows(self) -> int:
+        """Patched rows that it measures."""
+        return len(self.batch.jobs) if self.batch else 0
+
+
+Taken = tuple[Step, list[Any]]
+"""A step, and what each of its operations returned."""
+
+
+class Runner(Protocol):
+    """What takes steps, here or elsewhere."""
+
+    ran: dict[str, str]
+    """Where the model runs, as a server says; empty here."""
+
+    def ready(self) -> Any:
+        """A context in which steps are taken."""
+
+    def go(self, groups: Iterable[tuple[Step, Iterable[Step]]]) -> None:
+        """Of each group, takes the step that makes the worlds known, and then those that need them.
+
+        Each step is digested once it is taken.
+
+        Raises:
+            MeasurementError: One failed.
+        """
+
+
+class Here:
+    """Takes steps in this process."""
+
+    def __init__(self, model: Model, eager: bool) -> None:
+        self._model, self._eager = model, eager
+        self._wires: dict[Any, Any] = {}  # the same for all groups
+        self.ran: dict[str, str] = {}
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """With attention as it is needed, and little for the collector to look through after each run."""
+        gc.freeze()
+        try:
+            with eager_attention(module_of(self._model)) if self._eager else nullcontext():
+                yield
+        finally:
+            gc.unfreeze()
+
+    def go(self, groups: Iterable[tuple[Step, Iterable[Step]]]) -> None:
+        """Takes one operation after the other; see ``Runner``."""
+        for lead, steps in groups:
+            known = dict(self._wires)
+            for step in itertools.chain([lead], steps):
+                step.digest(self._taken(step, known))
+
+    def _taken(self, step: Step, known: dict[Any, Any]) -> list[Taken]:
+        before = set(known)
+        try:
+            return [(step, [self._operated(step, number, known) for number in range(len(step.ops))])]
+        except MeasurementError as error:
+            several = step.smaller() if isinstance(error.__cause__, torch.OutOfMemoryError) else []
+            if not several:
+                raise
+        for key in set(known) - before:  # what was begun
+            del known[key]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [taken for one in several for taken in self._taken(one, known)]
+
+    def _operated(self, step: Step, number: int, known: dict[Any, Any]) -> Any:
+        op, call = step.ops[number]
+        try:
+            with each_once(module_of(self._model), call.once if call else ()):
+                found = operate(self._model, op, known)
+        except TracepatchError:
+            raise
+        except Exception as error:
+            raise step.failed(number, error) from error
+        gc.collect()  # a trace ends as a circle, with every activation of its run in it
+        self._wires |= {key: value for key, value in known.items() if key[0] == "wires"}
+        return found
