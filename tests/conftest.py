@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import nnsight
 import pytest
 import torch
 
@@ -35,3 +37,21 @@ def gpt2() -> Any:
 @pytest.fixture
 def pairs() -> tp.Pairs:
     return ioi_pairs()
+
+
+class Served(NamedTuple):
+    """A real NDIF server: where it is, and how it runs what it is sent now (``"trusted"`` or ``"sandbox"``)."""
+
+    host: str
+    kind: str
+
+
+@pytest.fixture(params=["trusted", "sandbox"])
+def ndif(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A server that has the toys as ``toys/gpt2`` and so on; only tests marked ndif may ask for it."""
+    host = os.environ.get("TRACEPATCH_NDIF")
+    if host is None:
+        pytest.skip("there is no server here: python tests/ndif/server.py test")
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", request.param)  # by which the server decides
+    monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
+    return Served(host, request.param)

@@ -230,6 +230,7 @@ def start(service: str) -> None:
         process = subprocess.Popen(
             [str(part) for part in given[service]],
             env=env,
+            cwd=STATE,  # Python looks there for modules, and there are none: no server has tracepatch
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -242,7 +243,7 @@ def start(service: str) -> None:
     _pid_file(service).write_text(str(process.pid))
 
 
-def start_all(patience: float = 120.0) -> None:
+def start_all(patience: float = 300.0) -> None:
     """Starts the server, and returns when it takes requests.
 
     Raises:
@@ -255,7 +256,7 @@ def start_all(patience: float = 120.0) -> None:
     wait_for_api(patience)
 
 
-def wait_for_api(patience: float = 120.0) -> None:
+def wait_for_api(patience: float = 300.0) -> None:
     """Returns when the server takes requests.
 
     Raises:
@@ -368,12 +369,14 @@ def up(*, hold: bool = False) -> subprocess.Popen[bytes]:
     STATE.mkdir()
     for weights in sorted((CHECKOUT / "tracepatch/toys/weights").iterdir()):
         publish(f"toys/{weights.name}", weights)
-    maker = subprocess.Popen(
-        [*UNSHARE, sys.executable, str(HERE / "server.py"), "_first", "hold" if hold else "stay"],
-        stdin=subprocess.PIPE if hold else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    with (STATE / "first.log").open("w") as log:
+        maker = subprocess.Popen(
+            [*UNSHARE, sys.executable, str(HERE / "server.py"), "_first", "hold" if hold else "stay"],
+            stdin=subprocess.PIPE if hold else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,  # what it inherited would stay open as long as the server is up
+            start_new_session=True,
+        )
     assert maker.stdout is not None
     said = maker.stdout.readline().decode().strip()
     if said != READY:
@@ -445,6 +448,7 @@ def _end_with_the_holder() -> None:
 
 
 def _test(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is left of it is removed, too
     try:
         outside = set(listeners())
         maker = up(hold=True)
