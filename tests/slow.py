@@ -39,6 +39,18 @@ def pick(value: Tensor, site: Site, split: bool) -> Tensor:
     return found[index(site.unit)] if site.pos.scalar else found[:, index(site.unit)]
 
 
+def one_name(component: str, layer: int, depth: int) -> tuple[str, int]:
+    """The stream that leaves a block is the one that enters the next, whatever it is called."""
+    after = layer + (component == "resid_post")
+    return (
+        ("resid_pre", after)
+        if component == "resid_post" and after < depth
+        else ("logits_in", 0)
+        if component == "resid_post"
+        else (component, layer)
+    )
+
+
 def untouched(module: Any) -> Any:
     """A copy that no trace has instrumented, with the same weights and attention."""
     config = copy.deepcopy(module.config)
@@ -109,7 +121,8 @@ class Slow:
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
-                world = self.values[part.world, pair][part.site.component, part.site.layer]
+                place = one_name(part.site.component, part.site.layer, self.reference.layers)
+                world = self.values[part.world, pair][place]
                 term = pick(world, part.site, world.ndim == 3 or part.site.component in SPLIT)
                 value = value + factor * (
                     term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term

@@ -14,7 +14,7 @@ from slow import made_up_pairs
 from tiny_models import build, tokenizer
 
 import tracepatch as tp
-from tracepatch import errors, lowering, program, trace, traced, writing
+from tracepatch import errors, forms, lowering, program, trace, traced, writing
 from tracepatch.architecture import architecture_of
 
 WORDS = [f"w{i}" for i in range(30, 60)]
@@ -22,8 +22,9 @@ NUMBER = r"\d(\.\d+|e-\d+)?"
 
 
 @pytest.fixture
-def tiny() -> Any:
-    """A model of its own, already probed, to be spoilt."""
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model of its own, already probed, to be spoilt before its forms are tried."""
+    monkeypatch.setattr(forms, "_KNOWN", {})
     model = tp.load(build("gpt2", layers=3), tokenizer())
     architecture_of(model)
     return model
@@ -147,8 +148,8 @@ def test_a_module_that_sees_other_rows(tiny: Any) -> None:
     with pytest.raises(
         errors.MeasurementError, match="mlp_out of layer 1: it was computed for 22 rows of 11, so that they were mixed"
     ):
-        tp.patch(tiny, made_up_pairs(WORDS), "mlp_out", only={"layer": [1]})
-    tp.patch(tiny, made_up_pairs(WORDS), "mlp_out", only={"layer": [1]}, checks=False)
+        tp.patch(tiny, made_up_pairs(WORDS), "mlp_out", only={"layer": [1]}, form="flat")
+    tp.patch(tiny, made_up_pairs(WORDS), "mlp_out", only={"layer": [1]}, form="flat", checks=False)
 
 
 def test_an_edit_that_is_lost(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_failures_inside_a_trace_are_words(tiny: Any) -> None:
     with pytest.raises(
         errors.MeasurementError, match="not enough memory for a traced run of 1 row: no room(.|\n)*batch_size="
     ):
-        tp.patch(tiny, made_up_pairs(WORDS), "z")
+        tp.patch(tiny, made_up_pairs(WORDS), "z", form="flat")
 
 
 # ------------------------------------------------------------------------------------------------- numbers that differ

@@ -19,7 +19,7 @@ from test_twins import without_weights
 from tiny_models import build, config, tokenizer
 
 import tracepatch as tp
-from tracepatch import costs, errors, masks, packing, steps, trace
+from tracepatch import costs, entrance, errors, masks, packing, steps, trace
 from tracepatch.architecture import architecture_of
 from tracepatch.climb import standing
 from tracepatch.forms import allowed
@@ -115,7 +115,7 @@ def thin(p: tp.Patching, names: Sequence[str]) -> None:
 def test_each_form_equals_one_forward_per_patch(name: str) -> None:
     """Every component: those of which a table has no values, those that are seen only step by step, the others."""
     offered = [c for c in tp.COMPONENTS if c not in SCALES and architecture_of(toy(name)).offers(c, 0)]
-    flat, eager = [c for c in offered if c in packing.OUTSIDE], [c for c in offered if c in EAGER]
+    flat, eager = [c for c in offered if c in entrance.OUTSIDE], [c for c in offered if c in EAGER]
     others = [c for c in offered if c not in (*flat, *eager)]
     assert len(flat) >= 3
     assert len(eager) == 2
@@ -667,11 +667,11 @@ def test_one_row_that_does_not_fit(form: Form, monkeypatch: pytest.MonkeyPatch) 
 def test_halves_keep_their_worlds_and_their_witness() -> None:
     p = each_form(tiny("llama"), made_up_pairs(WORDS), swept, forms=["packed"])["packed"]
     riding = next(b for b in batches(p, "packed") if b.table.worlds)
-    for half in packing.halves(riding, 2):
+    for half in packing.halves(riding):
         assert half.table.worlds == riding.table.worlds
         assert half.table.jobs[: half.table.worlds + 1] == riding.table.jobs[: half.table.worlds + 1]
         assert half.table.jobs[half.table.worlds + 1 :] == half.jobs
-    assert sum(len(half.jobs) for half in packing.halves(riding, 2)) == len(riding.jobs)
+    assert sum(len(half.jobs) for half in packing.halves(riding)) == len(riding.jobs)
 
 
 # ------------------------------------------------------------------------------------------------- what models allow

@@ -237,7 +237,8 @@ def halve(model: Any) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
 import torch
 torch.set_num_threads(1)
 import tracepatch as tp

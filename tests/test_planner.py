@@ -42,7 +42,9 @@ MIXED = """\
 def timeless(told: str) -> str:
     """Without the line of the estimated time, which depends on what has run before."""
     kept, found = re.subn(
-        r"\n  time         about \S+ (s|min), (before any|going by the last) run of this model", "", told
+        r"\n  time         about \S+ (s|min), (before any|going by the last) run of this model( +measured .*)?",
+        "",
+        told,
     )
     assert found == 1
     return kept
@@ -79,17 +81,36 @@ def test_explain_a_sweep(gpt2: Any) -> None:
                 p.corrupted.resid_pre[layer, pos] = p.clean.resid_pre[layer, pos]
     assert p.plan is not None
     assert timeless(p.plan.explain()) == EXPLAINED
+    assert [line for line in EXPLAINED.splitlines() if "measured " in line] == []
     p.run()
-    told = timeless(p.plan.explain())
-    assert told.startswith(EXPLAINED + "\n  took         ")
+    told = p.plan.explain()
     number = r"\d(\.\d+|e-\d+)?"
+    assert re.search(r"\n  time         about .* +measured [\d.]+ s, [\d,]+ rows a second\n", told)
+    told = timeless(told)
+    forwards, memory = EXPLAINED.splitlines()[-2:]
+    # Beside what was planned, the checks measured two rows as whole prompts.
+    assert f"\n{forwards}  measured 7.7\n{memory:<{len(forwards)}}  measured on CUDA devices only\n" in told
+    assert told.startswith(EXPLAINED.removesuffix(f"\n{forwards}\n{memory}"))
     assert re.search(
-        rf"[\d,]+ rows a second\n  checks       eager attention differs by {number}; witnesses drift by {number} logits; "
+        rf"devices only\n  checks       eager attention differs by {number}; witnesses drift by {number} logits; "
         rf"row \d+ \(layer=\d, pos=\d+\) of pair \d alone gives the same to {number} logits; "
         rf"row \d+ \(layer=\d, pos=\d+\) of pair \d, proved zero, is its base to {number} logits; "
         r"all 22 edits fired; 0 rows unchanged$",
         told,
     )
+
+
+@pytest.mark.parametrize("form", ["packed", "staggered", "flat"])
+def test_what_is_counted_is_what_is_traced(form: Any, gpt2: Any) -> None:
+    """The estimate of forwards is made of seats; the measurement counts what the layers are given."""
+    for metric in (tp.logit_diff, tp.kl, tp.metric(lambda z: z.sum(-1), component="z", index=(1, -1, 2))):
+        with tp.patching(gpt2, ioi_pairs(2), metric, form=form, checks=False) as p:
+            p.world("noised", of=p.clean).embed[3] += p.gaussian(1.0)
+            for layer, pos in p.grid("resid_mid"):
+                with p.row(layer=layer, pos=pos):
+                    p.corrupted.resid_mid[layer, pos] = p.clean.resid_mid[layer, pos]
+        p.run()
+        assert p.plan.measured["forwards"] == pytest.approx(p.plan.estimate.forwards)
 
 
 def test_explain_everything_else(gpt2: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ioi_pairs, toy
-from slow import Slow, made_up_pairs, pick
+from slow import Slow, made_up_pairs, one_name, pick
 from tiny_models import build, tokenizer
 
 import tracepatch as tp
@@ -76,18 +76,6 @@ def spots(p: tp.Patching, name: str) -> list[Any]:
 def live(slow: Slow, row: Row, pair: int) -> dict[Any, torch.Tensor]:
     """Every component of a patched forward, by the oracle."""
     return slow.reference.values(slow.ids[row.base, pair], slow.edits(row, pair))
-
-
-def one_name(component: str, layer: int, depth: int) -> tuple[str, int]:
-    """The stream that leaves a block is the one that enters the next, whatever it is called."""
-    after = layer + (component == "resid_post")
-    return (
-        ("resid_pre", after)
-        if component == "resid_post" and after < depth
-        else ("logits_in", 0)
-        if component == "resid_post"
-        else (component, layer)
-    )
 
 
 def padded(pieces: list[torch.Tensor]) -> np.ndarray:

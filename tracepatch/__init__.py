@@ -17,11 +17,11 @@
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
 ``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
 ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``lowering``, ``packing``, ``planner``,
-``climb``, ``layout``, ``shadows``, ``firing``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``,
-``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``,
-``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``,
-``toys``, ``__main__``.
+``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
+``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
+``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
+``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
+``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -1,4 +1,4 @@
-"""What a table needs besides its edits: where it grows, what its blocks take from outside, and what is read at the top.
+"""What a run needs besides its edits: where a table grows, what its blocks take from outside, what is read, its end.
 
 As in ``layout``, what leaves this module is nested tuples of builtins and tensors.
 """
@@ -13,12 +13,14 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.jobs import EAGER
+from tracepatch.jobs import CACHED, EAGER, Job, Read
+from tracepatch.sites import component
 from tracepatch.table import Run, Table
 
 Cells = list[tuple[int, int]]
 OF_MLP = ("mlp", "router", "experts")
 ABOVE = 2 * 10**9  # after whatever is written
+KNOWN = ("known", 0)  # where what is read of worlds alone stands among what is read
 
 
 def growth(
@@ -29,7 +31,7 @@ def growth(
     for number, job in enumerate(table.jobs[table.worlds :], start=table.worlds):
         born[job.birth].append(number)
     before = entering(table)
-    for layer in range(table.first, len(architecture) + 1):
+    for layer in range(table.first, len(table.shape)):
         shape, cells, origin = table.shape[layer], [], []
         for number in born[layer]:
             job = table.jobs[number]
@@ -64,8 +66,18 @@ def between(architecture: Architecture, table: Table) -> Iterator[tuple[float, i
         place = layer.pre
         if layer.index < table.first:
             yield place.order, 0, ((layer.path, "", "skip", layer.post.key, 0), ())
-        elif table.form == "packed":
+        elif table.form == "packed" and layer.index < len(table.shape) - 1:
             yield place.order, 101, ((layer.path, "", "wire", None, 0), (("wire", layer.index),))
+
+
+def ending(architecture: Architecture, until: int) -> Iterator[tuple[float, int, tuple[Any, ...]]]:
+    """The blocks above the last layer that is computed, and what is above them, are skipped; as ``between``."""
+    for layer in architecture.layers[until:]:
+        yield layer.pre.order, 102, ((layer.path, "", "skip", layer.post.key, 0), ())
+    above = (architecture.final_norm, architecture.unembed) if until <= len(architecture) else ()
+    for order, path in enumerate(above, ABOVE):
+        if path:
+            yield order, 0, ((path, "", "skip", None, 0), ())
 
 
 def leaving(architecture: Architecture, table: Table) -> Place:
@@ -117,6 +129,85 @@ def top(table: Table, world_of: dict[Run, int], reads: Sequence[int]) -> tuple[A
                 origin.append(_base(table, world_of, job, position))
     source = None if table.worlds else ("resid_pre", depth)
     return "top", _index(at), _columns(cells), _index(others), source, _columns(origin)
+
+
+def looked(
+    architecture: Architecture,
+    seen: Iterable[Read],
+    jobs: Sequence[Job],
+    table: Table | None,
+    world_of: dict[Run, int],
+    length: int,
+) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What metrics read of a batch, row by row: (component, layer) → columns as ``writing.retain`` takes them.
+
+    Args:
+        architecture: Of the model.
+        seen: What is read.
+        jobs: The rows.
+        table: Their seats, where they are no whole prompts.
+        world_of: (pair, world) → its index in what was kept of the worlds.
+        length: Tokens of a prompt.
+    """
+    found: dict[tuple[str, int], list[Any]] = defaultdict(list)
+    for read in seen:
+        place, cells, base = (read.component, read.layer), whole_prompts(read, range(len(jobs))), None
+        if table is not None:
+            units = architecture.units(*place) if read.component in EAGER else 0
+            cells, base = _seated(read, table, world_of, units, length)
+            place = place if table.worlds or len(base[0]) else KNOWN
+        swap = component(read.component).attends
+        found[place].append((("metric", read.number), cells, base, swap, read.dropped, None))
+    return {place: tuple(several) for place, several in found.items()}
+
+
+def whole_prompts(read: Read, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The cells of a read in rows that are whole prompts, to be broadcast: ``[row, pos, unit, src]``."""
+    parts = [rows, read.positions, *(part for part in (read.units, read.srcs) if part is not None)]
+    return tuple(torch.tensor(part).view(-1, *[1] * (len(parts) - 1 - i)) for i, part in enumerate(parts))
+
+
+def _seated(
+    read: Read, table: Table, world_of: dict[Run, int], units: int, length: int
+) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """The cells of a read in a table, and where its base has those below a row's birth and before its start."""
+    eager = read.component in EAGER  # indexed weight by weight: keys stand apart
+    own = read.component in CACHED
+    srcs = read.srcs or (range(length) if eager else ())
+    picked = read.units or (range(units) if eager else None)
+    at: list[int] = []
+    cells: Cells = []
+    keys: list[list[int]] = []
+    others: list[int] = []
+    origin: Cells = []
+    looked_back: list[list[int]] = []
+    for number, job in enumerate(table.jobs):
+        born = job.birth <= read.layer and read.component != "embed"
+        for i, position in enumerate(read.positions):
+            here = number * len(read.positions) + i
+            if born and position >= job.start:
+                lane, slot = table.cell(number, position)
+                at.append(here)
+                cells.append((lane, table.prefix + slot if own else slot))
+                keys.append([table.key(number, src) for src in srcs])
+            else:
+                others.append(here)
+                origin.append(_base(table, world_of, job, position))
+                looked_back.append([_base(table, world_of, job, src)[1] for src in srcs])
+    source = None if table.worlds else (read.component, read.layer)
+    whole = _indexed(cells, picked, keys, eager)
+    return whole, (_index(at), _index(others), source, _indexed(origin, picked, looked_back, eager), len(table.jobs))
+
+
+def _indexed(cells: Cells, units: Sequence[int] | None, keys: list[list[int]], eager: bool) -> tuple[torch.Tensor, ...]:
+    """Cells with their units and keys, to be broadcast: ``[cell, unit, src]``."""
+    dims = (units is not None) + eager
+    found = [column.view(-1, *[1] * dims) for column in _columns(cells)]
+    if units is not None:
+        found.append(torch.tensor(units).view(1, -1, *[1] * eager))
+    if eager:
+        found.append(torch.tensor(keys, dtype=torch.long)[:, None])
+    return tuple(found)
 
 
 def world_cells(table: Table, world_of: dict[Run, int], name: str) -> tuple[torch.Tensor, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracepatch.architecture import Architecture
-from tracepatch.jobs import Job
+from tracepatch.jobs import Job, Read
 from tracepatch.sites import component
 from tracepatch.table import Table
 from tracepatch.tokens import EncodedPairs
@@ -113,8 +113,15 @@ def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int) -> Traffi
     return Traffic(requests, round(up), requests * RETURNED + numbers)
 
 
-def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu") -> Costs:
-    """What a model of this size usually costs on a device of this type."""
+def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu", *, unembeds: bool = True) -> Costs:
+    """What a model of this size usually costs on a device of this type.
+
+    Args:
+        architecture: Of the model.
+        row_bytes: Peak memory of one whole prompt in a flat run.
+        device: Its type.
+        unembeds: Whether logits are computed.
+    """
     speed, tokens = (SPEED, TOKENS) if device == "cpu" else (FAST, FAST_TOKENS)
     d_model, width = architecture.d_model, max(layer.width for layer in architecture.layers)
     per_layer = 4 * d_model**2 + 2 * d_model * max(width, d_model)
@@ -124,7 +131,7 @@ def default_costs(architecture: Architecture, row_bytes: int, device: str = "cpu
         token=2 * per_layer / speed,
         attend=5 * d_model / speed,
         copy=16 * d_model / speed,
-        row=2 * d_model * architecture.vocab / speed,
+        row=2 * d_model * architecture.vocab / speed * unembeds,
         row_bytes=row_bytes,
         tokens=tokens,
         flat_tokens=max(tokens, FLAT_TOKENS),
@@ -146,7 +153,9 @@ def table_bytes(architecture: Architecture, table: Table, logits: int) -> int:
     keys = table.prefix + slots
     activations = lanes * slots * (wide + heads * keys * 2 + keys)
     cache = sum(
-        kept_bytes(architecture, name, i, lanes * keys) for name in ("keys", "values") for i in range(len(architecture))
+        kept_bytes(architecture, name, i, lanes * keys)
+        for name in ("keys", "values")
+        for i in range(len(table.shape) - 1)
     )
     return activations * size + (cache if table.prefix else 0) + len(table.jobs) * logits * (size + 8)
 
@@ -172,12 +181,19 @@ def kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -
     return int(length * count * width * size)
 
 
-def saved_bytes(architecture: Architecture, job: Job, length: int) -> int:
-    """What a row saves, while it is computed: in the model's dtype and in float32."""
-    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in job.reads)
+def saved_bytes(architecture: Architecture, reads: Sequence[Read], length: int) -> int:
+    """What is saved of a row, or read by metrics, while it is computed: in the model's dtype and in float32."""
+    found = sum(read.size * (architecture.dtype.itemsize + 4) for read in reads)
     # Of head_out every head is made at every position, twice where it is edited.
-    layers = [read.layer for read in job.reads if read.component == "head_out"]
+    layers = [read.layer for read in reads if read.component == "head_out"]
     return found + 2 * sum(kept_bytes(architecture, "head_out", layer, length) for layer in layers)
+
+
+def seen_bytes(architecture: Architecture, table: Table, seen: Sequence[Read]) -> int:
+    """What metrics read of a table, while it is computed."""
+    numbers = sum(read.size for read in seen) * len(table.jobs)
+    made = [replace(read, size=0) for read in seen]  # heads of all tokens
+    return numbers * (architecture.dtype.itemsize + 4) + saved_bytes(architecture, made, table.tokens)
 
 
 def encoder_bytes(architecture: Architecture, encoded: EncodedPairs) -> int:

@@ -97,7 +97,8 @@ class _Run:
         self.fired = 0
         self.saved: dict[tuple[int, int, int], torch.Tensor] = {}
         self.again: tuple[NDArray[np.float64], ...] = ()
-        self.runner: Runner = There(model, plan.eager, say) if remote_of(model) else Here(model, plan.eager)
+        here = not remote_of(model)
+        self.runner: Runner = Here(model, architecture, plan.eager) if here else There(model, plan.eager, say)
 
     def whole(self) -> Measured:
         """Everything the plan asks for."""
@@ -143,6 +144,8 @@ class _Run:
             self.saved,
             self.again,
             self.runner.ran,
+            self.runner.forwards,
+            self.runner.peak,
         )
 
     # --------------------------------------------------------------------------------------------- what is to be done
@@ -192,7 +195,7 @@ class _Run:
         )
 
         def smaller() -> list[Step]:
-            several = halves(batch, self.plan.layers) if len(batch.jobs) > 1 else ()
+            several = halves(batch) if len(batch.jobs) > 1 else ()
             return [self._batch(group, half, digest) for half in several]
 
         ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
@@ -332,7 +335,7 @@ class _Run:
         bad, spoilt = [], [batch]
         while spoilt:
             bad += [job for part in spoilt if len(part.jobs) == 1 for job in part.jobs]
-            smaller = [half for part in spoilt if len(part.jobs) > 1 for half in halves(part, self.plan.layers)]
+            smaller = [half for part in spoilt if len(part.jobs) > 1 for half in halves(part)]
             spoilt = []
             if smaller:
                 steps = (self._batch(group, part, partial(_judged, part, spoilt)) for part in smaller)

@@ -103,7 +103,7 @@ def each_once(module: torch.nn.Module, paths: Iterable[str]) -> Iterator[None]:
 
 def once(visited: Sequence[Stop], architecture: Architecture) -> set[str]:
     """The modules that must run once; instead of those that a trace calls itself, to split heads, the block."""
-    paths = {path for (path, *_), _ in visited}
+    paths = {path for (path, _, side, *_), _ in visited if side not in ("skip", "known")}
     for layer in {name[1] for _, tasks in visited for kind, name, *_ in tasks if kind == "head_out"}:
         how = architecture.head_projection(layer)
         paths = (paths - {how.projection, how.post_norm}) | {architecture.layers[layer].path}

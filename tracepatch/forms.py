@@ -19,6 +19,7 @@ from tracepatch.architecture import Architecture, architecture_of
 from tracepatch.errors import MeasurementError, RecipeError
 from tracepatch.executors import run
 from tracepatch.jobs import EAGER
+from tracepatch.layout import stops
 from tracepatch.metrics import Given, Metric
 from tracepatch.models import Model, module_of, weightless
 from tracepatch.planner import make_plan
@@ -27,10 +28,12 @@ from tracepatch.recording import Recorder
 from tracepatch.sites import Site
 from tracepatch.table import FORMS, Form
 from tracepatch.tokens import BosPolicy, EncodedPairs
+from tracepatch.trace import PLAIN, forward, named
 from tracepatch.twins import Twin
 
 LENGTH, DIFFER = 9, (2, 5)  # of the prompts that are tried, and where the two of each pair differ
 READ = 8  # logits that are compared
+_ENDS: dict[tuple[str, str], str] = {}
 _KNOWN: dict[tuple[str, str, bool, Form | None], Allowed] = {}
 
 
@@ -97,6 +100,37 @@ def allowed(model: Model, architecture: Architecture, eager: bool = False, only:
     return _KNOWN[key]
 
 
+def unending(model: Model, architecture: Architecture) -> str:
+    """Why a forward of a model cannot end below its last layer, in words; empty if it can. Tried once, as forms are.
+
+    What is above is skipped: every block hands on what it was given. Some models take more of a block than that.
+    """
+    module = module_of(model)
+    config = {k: v for k, v in module.config.to_dict().items() if not k.startswith("_name")}
+    key = type(module).__name__, json.dumps(config, sort_keys=True, default=str)
+    if key not in _ENDS:
+        if weightless(module):
+            model = Twin(model).model
+            architecture = architecture_of(model)
+        ids = torch.ones(1, LENGTH, dtype=torch.long)
+        visited = stops(architecture, [("resid_pre", 1)], {}, until=1)
+        inputs = named(ids, ids if architecture.encodes else None)
+        try:
+            forward(model, (inputs, visited, ("none", None), *PLAIN), {})
+            _ENDS[key] = ""
+        except Exception as error:  # whatever the model's code raises
+            _ENDS[key] = _failed(error)
+    return _ENDS[key]
+
+
+def _failed(error: Exception) -> str:
+    """A failure of the model's code, in a clause."""
+    cause = error.__cause__ or error
+    said = (str(cause).strip().splitlines() or [""])[0].split(".")[0]
+    said = said if len(said) <= 60 else said[:59] + "…"
+    return f"the model's code fails ({type(cause).__name__}: {said})"
+
+
 def _never(architecture: Architecture) -> str:
     """Why a model allows no tables, whatever its code does; empty if it may."""
     if architecture.encodes:
@@ -133,10 +167,7 @@ def _tried(model: Model, architecture: Architecture, eager: bool, tables: tuple[
             gaps = [np.abs(_measured(model, recorder, form, rides) - wanted) for rides in ways]
             gaps += [np.abs(_measured(model, recorder, form, rides, few) - wanted[few]) for rides in ways]
         except Exception as error:  # whatever the model's code raises
-            cause = error.__cause__ or error
-            said = (str(cause).strip().splitlines() or [""])[0].split(".")[0]
-            said = said if len(said) <= 60 else said[:59] + "…"
-            refused[form] = f"the model's code fails ({type(cause).__name__}: {said})"
+            refused[form] = _failed(error)
             continue
         gap = max(one.max() for one in gaps) / scale
         if gap <= 2 * resolution(architecture.dtype):

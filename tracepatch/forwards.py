@@ -95,11 +95,12 @@ class Forward:
             self.shadows[name, layer] = [(row + before, heads) for row, heads in found]
             self.rows = max(self.rows, 1 + before + len(found))
 
-    def lines(self, last: str = "") -> list[str]:
-        """The trace, with what other forwards want of it, and the line at its end."""
+    def lines(self, last: str = "", seen: Site | None = None) -> list[str]:
+        """The trace, with what other forwards want of it, or the site that a metric reads, and the line at its end."""
         visits: dict[Visit, None] = {}
+        live = None if seen is None else (seen.component, seen.layer)
         wanted = self.common.wanted[self.world] if not last else {}
-        for name, layer in {**self.groups, **wanted}:
+        for name, layer in {**self.groups, **wanted, **({} if live is None else {live: None})}:
             edits = self.groups.get((name, layer), [])
             shadows = tuple(self.shadows.get((name, layer), ()))
             stop = STOPS[name](Spot(self.architecture, name, layer, self.rows, bool(edits), shadows))
@@ -114,6 +115,12 @@ class Forward:
                 value = f"{name}.clone()"
             if (name, layer) in wanted:
                 lines.append(f"{self.common.kept(self.world, name, layer)} = nnsight.save({value})")
+            if (name, layer) == live:
+                saved = f"{_live(name, layer)} = nnsight.save({stop.value if stop.passes else value})"
+                if stop.passes:  # after all that is edited at its place
+                    visits[(stop.order, 1, 0, 0), (*stop.before, saved)] = None
+                else:
+                    lines.append(saved)
             if edits:
                 lines += stop.back
             late = len(self.architecture) if name.startswith("logits") else layer
@@ -127,6 +134,15 @@ class Forward:
             read = ids.replace("_tokens", "_read")
             given = f"input_ids={read}, decoder_input_ids={ids}"
         return [f"with torch.no_grad(), model.trace({given}, use_cache=False):", *indented(found)]
+
+    def live(self, site: Site) -> str:
+        """What a metric reads, with the row in front."""
+        name = _live(site.component, site.layer)
+        parts = self._weight_parts(site) if COMPONENTS[site.component].attends else []
+        if not any(part.startswith("[") for part in parts):
+            return f"{name}[{self._index(site, ':1')}]"
+        head, dest, src = parts  # one after the other: beside a list a number would change the order of dims
+        return f"{name}[:1, ..., {src}][:, :, {dest}][:, {head}]"
 
     def _shadows(self, edits: list[tuple[WorldName, Edit]]) -> list[tuple[int, tuple[int, ...]]]:
         """Rows of the batch from 1 on, with the heads that read the same stream in each."""
@@ -260,6 +276,10 @@ class Forward:
 
 
 # ------------------------------------------------------------------------------------------------------ pieces of text
+
+
+def _live(name: str, layer: int) -> str:
+    return f"live_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
 
 
 def written(edit: Edit) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tracepatch.sites import SPLIT_READERS
+from tracepatch.sites import SPLIT_READERS, component
 from tracepatch.sources import Constant, Function, WorldName
 
 EAGER = frozenset({"scores", "pattern"})
@@ -75,10 +75,10 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A live value that a row saves, with every index resolved as in ``Write``.
+    """A live value that a row saves, or that a metric reads, with every index resolved as in ``Write``.
 
     Attributes:
-        number: Which of the row's saves it is.
+        number: Which of the row's saves, or of the plan's metrics, it is.
         component: What is read.
         layer: Where.
         positions: The positions.
@@ -98,6 +98,13 @@ class Read:
     scalar: tuple[bool, bool, bool]
     reduce: Callable[..., Any] | None
     size: int
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The dims that integers drop of its value, rows in front, in the order of the index."""
+        kind = component(self.component)
+        scalar = dict(zip((kind.place, kind.unit, "src"), self.scalar, strict=True))
+        return tuple(i for i, dim in enumerate((d for d in kind.index if d != "layer"), start=1) if scalar[dim])
 
 
 def narrowed(write: Write, chosen: Sequence[int]) -> Write:

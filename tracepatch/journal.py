@@ -50,6 +50,8 @@ class Measured:
         saved: (row, its save's number, pair) → the live value ``[…]`` in float32.
         again: Of each row of the plan's sample, the columns, measured as whole prompts.
         ran: Where the model ran, as a server says; empty where it ran here.
+        forwards: Whole forwards that were traced, counted in tokens and layers; ``None`` where they cannot be seen.
+        peak: Bytes taken beside the model; ``None`` where that cannot be seen.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -62,6 +64,8 @@ class Measured:
     saved: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     again: tuple[NDArray[np.float64], ...] = ()
     ran: dict[str, str] = field(default_factory=dict)
+    forwards: float | None = None
+    peak: int | None = None
 
 
 class Numbers(Protocol):

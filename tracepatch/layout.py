@@ -16,7 +16,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
-from tracepatch.climb import between, growth, leaving, narrowed, top, world_cells
+from tracepatch.climb import KNOWN, between, ending, growth, leaving, narrowed, top, whole_prompts, world_cells
 from tracepatch.jobs import CACHED, EAGER, Job, Read, Term, Write
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
@@ -60,11 +60,11 @@ class Seats:
 
     def slots(self, layer: int) -> int:
         """How many slots a row of traced tensors has in a layer."""
-        return self.length if self.table is None else self.table.shape[max(layer, 0)][1]
+        return self.length if self.table is None else self.table.in_layer(layer)[1]
 
     def lanes(self, layer: int, rows: int) -> int:
         """How many rows traced tensors have in a layer, or, at -1, the logits, of a batch with so many rows."""
-        return rows if self.table is None or layer < 0 else self.table.shape[layer][0]
+        return rows if self.table is None or layer < 0 else self.table.in_layer(layer)[0]
 
 
 def stops(
@@ -75,10 +75,13 @@ def stops(
     reads: dict[Key, tuple[Columns, ...]] | None = None,
     seats: Seats | None = None,
     chosen: Sequence[int] = (),
+    until: int | None = None,
 ) -> tuple[Stop, ...]:
     """The places to visit, in the order in which they pass by, each with what is kept, written and saved there."""
-    keep, shadows, reads = set(keep), shadows or {}, reads or {}
+    keep, shadows, reads = set(keep), shadows or {}, dict(reads or {})
+    known = reads.pop(KNOWN, ())
     tasks: dict[Place, list[tuple[int, tuple[Any, ...]]]] = defaultdict(list)
+    found: list[tuple[float, int, Stop]] = [(FIRST, 0, (("", "", "known", None, 0), known))] if known else []
     for name, layer in sorted(keep | set(writes) | set(shadows) | set(reads)):
         if name == "logits":
             continue
@@ -122,13 +125,15 @@ def stops(
             place = architecture.place(name, layer)
             heads = architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
-    found: list[tuple[float, int, Stop]] = []
+    if until is not None:
+        found += ending(architecture, until)
     if seats and seats.table:
         for place, task in growth(architecture, seats.table, seats.world_of):
             tasks[place].append((GROW, task))
-        tasks[leaving(architecture, seats.table)].append((TOP, top(seats.table, seats.world_of, chosen)))
         found += between(architecture, seats.table)
-        found += narrowed(architecture, seats.table, chosen, keep, writes)
+        if chosen:
+            tasks[leaving(architecture, seats.table)].append((TOP, top(seats.table, seats.world_of, chosen)))
+            found += narrowed(architecture, seats.table, chosen, {*keep, *reads}, writes)
     for place, several in tasks.items():
         several.sort(key=lambda t: t[0])
         at = place.path, place.operation, place.side, place.key, _slots(architecture, place, seats)
@@ -237,8 +242,8 @@ def read_columns(
     """What the rows of a flat batch save: one indexed read for all that save the same cells.
 
     Returns:
-        (component, layer) → ``(number, cells, swap, dropped, reduce)`` as ``writing.retain`` takes them, and for each
-        number the (job's number, its save's number) of its rows.
+        (component, layer) → ``(key, cells, base, swap, dropped, reduce)`` as ``writing.retain`` takes them, and for
+        each number of a key the (job's number, its save's number) of its rows.
     """
     alike: dict[Read, list[tuple[int, int]]] = defaultdict(list)
     for number, job in enumerate(jobs):
@@ -246,15 +251,9 @@ def read_columns(
             alike[replace(read, number=0)].append((number, read.number))
     found: dict[Key, list[Columns]] = defaultdict(list)
     for order, (read, whose) in enumerate(alike.items()):
-        kind = component(read.component)
-        parts = [[number for number, _ in whose], list(read.positions)]
-        parts += [list(read.units)] if read.units is not None else []
-        parts += [list(read.srcs)] if read.srcs is not None else []
-        cells = tuple(torch.tensor(part).view(-1, *[1] * (len(parts) - 1 - i)) for i, part in enumerate(parts))
-        dropped = dict(zip((kind.place, kind.unit, "src"), read.scalar, strict=True))
-        dims = (dim for dim in kind.index if dim != "layer")
-        at = tuple(i for i, dim in enumerate(dims, start=1) if dropped[dim])
-        found[read.component, read.layer].append((order, cells, kind.attends, at, read.reduce))
+        cells, swap = whole_prompts(read, [number for number, _ in whose]), component(read.component).attends
+        column = ("save", order), cells, None, swap, read.dropped, read.reduce
+        found[read.component, read.layer].append(column)
     return {key: tuple(several) for key, several in found.items()}, list(alike.values())
 
 

@@ -5,15 +5,15 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 * Attention is causal: an activation at a position depends on the tokens up to it. So where the clean and the corrupted
   tokens agree up to a position, the worlds agree there, and writing one world's value into the other changes nothing,
   as long as no earlier edit of the same row has reached the place.
-* The metric reads declared positions. What stands after the last of them cannot reach it; in the last layer nothing is
-  left to carry a value to another position but what attention there still reads (the stream entering it, its keys and
-  values).
+* Metrics read declared positions, of the logits or of an activation. What stands after the last of them cannot reach
+  them, nor what is written after the activation has passed by; see ``reach``.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,13 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
+from tracepatch.reach import LAST, canonical, indices, of_logits, reaches, read_at
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
-# What attention of the same layer carries to other positions.
-CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_scale", "k", "v"})
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
-LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Profile:
     Attributes:
         length: Tokens of each prompt.
         differing: Positions at which the two prompts differ.
-        reads: Positions that the metrics read.
+        reads: Positions whose logits the metrics read.
+        seen: Activations that the metrics read.
         pair: Number of the pair, where something is drawn anew for each.
         encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
     """
@@ -49,6 +48,7 @@ class Profile:
     length: int
     differing: tuple[int, ...]
     reads: tuple[int, ...]
+    seen: tuple[Read, ...] = ()
     pair: int = -1
     encoded: bool = False
 
@@ -73,6 +73,7 @@ class Lowering:
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
+        self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
         self.edited = edited or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
         # The first position that a world's standing edits touch.
@@ -111,6 +112,7 @@ class Lowering:
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
         mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
+        mixed = any(w.function is not None for w in writes)
         for number, write in enumerate(writes):
             if write.standing:
                 if write.function is not None and len(write.positions) > 1:  # it may mix positions
@@ -119,7 +121,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            reach = [i for i, p in enumerate(write.positions) if carried or self._reaches(write, p)]
+            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p, carried, mixed)]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
                 kept.append(write)
@@ -144,22 +146,8 @@ class Lowering:
         """The live values that a row saves, as far as the prompt has them."""
         found = []
         for number, save in enumerate(row.saves):
-            site, kind = save.site, component(save.site.component)
-            try:
-                positions, units, srcs = self._indices(site)
-            except SiteError:
-                continue
-            count = self.architecture.units(site.component, site.layer)
-            if srcs is not None and units is None:  # indexed dims stand side by side
-                units = tuple(range(count))
-            size = len(positions) * (len(units) if units is not None else max(1, count))
-            if kind.attends:
-                size *= self.profile.length if srcs is None else len(srcs)
-            elif kind.dims[-1] not in kind.index:
-                size *= self.architecture.width(site.component, site.layer)
-            name, layer = ("logits", self.depth) if site.component == "logits" else _canonical(site, self.depth)
-            scalar = site.pos.scalar, site.unit.scalar, site.src.scalar
-            found.append(Read(number, name, layer, positions, units, srcs, scalar, save.reduce, size))
+            with suppress(SiteError):
+                found.append(read_at(number, save.site, save.reduce, self.architecture, self.profile.length))
         return tuple(found)
 
     def _moment(self, edit: Edit) -> tuple[float, int, int]:
@@ -191,12 +179,12 @@ class Lowering:
                 heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
             if srcs is not None and attended is None and component(value.site.component).attends:
                 attended = tuple(range(self.profile.length))
-            name, layer = _canonical(value.site, self.depth)
+            name, layer = canonical(value.site, self.depth)
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
             terms.append(Term(factor, value.world, name, layer, here, heads, attended))
         return Write(
-            *(("logits", self.depth) if site.component == "logits" else _canonical(site, self.depth)),
+            *(("logits", self.depth) if site.component == "logits" else canonical(site, self.depth)),
             positions=positions,
             offsets=tuple(range(len(positions))),
             units=units,
@@ -226,21 +214,10 @@ class Lowering:
         return Constant.of(total)
 
     def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
-        positions = site.pos.resolve(self.profile.length)
-        if not positions:
-            raise SiteError(str(site))
-        units = None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
-        srcs = None if site.src.all else site.src.resolve(self.profile.length)
-        if not site.src.all and not srcs:
-            raise SiteError(str(site))
-        return positions, units, srcs
+        return indices(site, self.architecture, self.profile.length)
 
-    def _reaches(self, write: Write, position: int) -> bool:
-        reads = self.profile.reads
-        if component(write.component).module:  # what becomes of it is not known
-            return position <= reads[-1]
-        beside = write.layer >= self.depth or (write.layer == self.depth - 1 and write.component not in CARRIED)
-        return position in reads if beside else position <= reads[-1]
+    def _reaches(self, write: Write, position: int, carried: bool, mixed: bool) -> bool:
+        return any(reaches(self.architecture, write, position, read, carried, mixed) for read in self.targets)
 
     def _inert(self, write: Write, i: int, base: WorldName) -> bool:
         """Whether the source equals the base at the i-th position, given that no earlier edit has reached it."""
@@ -277,17 +254,6 @@ class Lowering:
 
     def _root(self, name: WorldName) -> WorldName:
         return self.edited[name].root if name in self.edited else name
-
-
-def _canonical(site: Site, depth: int) -> tuple[str, int]:
-    """Component and layer, one name for each place of the stream."""
-    if site.component == "resid_post":
-        return "resid_pre", site.layer + 1
-    if site.component == "logits_in":
-        return "resid_pre", depth
-    if site.component == "logits_in_scale":
-        return site.component, depth
-    return site.component, site.layer
 
 
 def _drop_overwritten(writes: list[Write]) -> list[Write]:

@@ -63,7 +63,7 @@ def wired(standing: tuple[Any, ...], wires: Any, device: Any) -> dict[int, dict[
     pos, keys = pos.to(device), keys.to(device)
     made: dict[int, Any] = {}  # layers share masks, and tables
     found: dict[int, dict[Any, Any]] = {}
-    for layer in range(first, len(wires)):
+    for layer in range(first, len(shape) - 1):
         lanes, slots = shape[layer]
         given = {}
         for argument, kind, value in wires[layer]:

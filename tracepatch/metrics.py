@@ -1,36 +1,38 @@
-"""From logits to numbers with a unit.
+"""From logits, or from an activation, to numbers with a unit.
 
-Each metric declares the positions it reads, so that nothing else is computed, and what it needs to know of a pair.
-Values are computed in float32, one a row; a metric never mixes rows.
+Each metric declares what it reads, positions of the logits or one site, so that nothing else is computed, and what it
+needs to know of a pair. Values are computed in float32, one a row; a metric never mixes rows.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from tracepatch.errors import MetricError
-from tracepatch.sites import Select, select
+from tracepatch.errors import MetricError, SiteError
+from tracepatch.sites import Select, Site, component, select, split_index
 from tracepatch.tokens import EncodedPairs
 
 Given: TypeAlias = dict[str, torch.Tensor]
 NEEDS = ("answer", "wrong", "next", "clean", "corrupted")
+OF_TOKENS = ("answer", "wrong")  # what an activation may be compared with
 LAST = Select((-1,), scalar=True)
 FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number read from the logits of a run.
+    """A number read from the logits of a run, or from one of its activations.
 
     Attributes:
         name: Its name in results.
         unit: What the number counts.
-        function: ``(logits [row, read, vocab], given) → [row]``, or ``[row, 1 + parts]`` for a metric with parts.
+        function: ``(logits [row, read, vocab], given) → [row]``, or ``[row, 1 + parts]`` for a metric with parts; of an
+            activation ``(live [row, …], given) → [row]``.
         positions: The positions it reads, in each prompt's own counting.
         parts: Names of further columns that the function returns, such as the two sides of a difference.
         needs: What it needs of ``given``: ``answer`` and ``wrong`` (ids ``[row, n]``, padded with -1), ``next`` (ids
@@ -40,6 +42,8 @@ class Metric:
         vocab: The only token ids whose logits it reads: the function is given just these columns, in this order;
             ``"given"`` for those of the answers; ``None`` for all. Fewer columns make runs faster.
         squeezed: Whether the function wants ``[row, vocab]`` instead, because it reads one position.
+        site: The activation that it reads instead of logits; ``None`` for logits. Its layer is as written until the
+            model is known.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Metric:
     note: str = ""
     squeezed: bool = False
     vocab: tuple[int, ...] | Literal["given"] | None = None
+    site: Site | None = None
 
     def __post_init__(self) -> None:
         unknown = [need for need in self.needs if need not in NEEDS]
@@ -60,8 +65,27 @@ class Metric:
     def __repr__(self) -> str:
         return f"<metric {self.name} [{self.unit or 'no unit'}]>"
 
+    @property
+    def reads(self) -> str:
+        """What it reads, in words."""
+        return f"at position {self.positions}" if self.site is None else f"of {self.site}"
+
+    @property
+    def told(self) -> str:
+        """What it does, with the activation that it reads."""
+        return self.note if self.site is None else f"{self.reads}: {self.note}".rstrip(": ")
+
     def at(self, positions: Any) -> Metric:
-        """The same metric read at other positions (an integer, slice, list or mask), averaged over them."""
+        """The same metric read at other positions (an integer, slice, list or mask), averaged over them.
+
+        Raises:
+            MetricError: It reads an activation.
+        """
+        if self.site is not None:
+            raise MetricError(
+                f"Metric {self.name!r} reads {self.site}, and at() moves what is read of the logits. Make another one, "
+                "with the positions in index=."
+            )
         return replace(self, positions=select(positions, "pos"))
 
     def __call__(self, logits: torch.Tensor, given: Given) -> torch.Tensor:
@@ -77,21 +101,34 @@ def metric(
     positions: Any = -1,
     needs: tuple[str, ...] = (),
     vocab: Iterable[int] | None = None,
+    component: str = "",
+    index: Any = None,
 ) -> Metric:
-    """A function of logits as a metric.
+    """A function of logits, or of an activation, as a metric.
 
     Args:
         function: ``f(logits)``, or ``f(logits, given)`` with ``needs``, → one number a row. ``logits`` is
             ``[row, vocab]`` at one position, and ``[row, read, vocab]`` where ``positions`` is a slice, list or mask.
+            With ``component`` it is given the live value ``[row, …]`` instead.
         name: Its name in results; the function's own otherwise.
         unit: What the number counts.
         positions: What it reads; the last position otherwise. ``metric.at([…])`` averages a function of one position.
         needs: What it wants in ``given``: ``answer``, ``wrong``, ``next``, ``clean``, ``corrupted``; see ``Metric``.
         vocab: The only token ids whose logits it reads. ``logits`` then has just these columns, in this order, and no
             others are computed: ``tp.metric(lambda logits: logits[:, 0] - logits[:, 1], vocab=(11, 22))``.
+        component: The activation that it reads instead of logits, in the patched run, after the row's edits.
+        index: Where, as in the brackets of ``p.clean.z[9, -1, 6]``: ``component="z", index=(9, -1, 6)``. The function
+            is given what indexing gives, with rows in front, in float32.
+
+    Raises:
+        MetricError: It is no function, or what it reads is not said, or said twice.
+        ComponentError: There is no such component.
+        SiteError: The component has no such index.
     """
     if not callable(function):
         raise MetricError(f"{function!r} is no metric: pass tp.logit_diff, another metric, or a function of logits.")
+    if component or index is not None:
+        return _of_activation(function, name, unit, positions, vocab, needs, component, index)
     picked = select(positions, "pos")
 
     def call(logits: torch.Tensor, given: Given) -> torch.Tensor:
@@ -102,8 +139,7 @@ def metric(
             return call(logits[:, 0], given)
         return torch.stack([call(logits[:, i], given) for i in range(logits.shape[1])]).mean(0)
 
-    label = name or str(getattr(function, "__name__", type(function).__name__))
-    note = (inspect.getdoc(function) or "").split("\n")[0]
+    label, note = _labelled(function, name)
     return Metric(
         label,
         unit,
@@ -114,6 +150,52 @@ def metric(
         squeezed=picked.scalar,
         vocab=None if vocab is None else _ids(label, vocab, needs),
     )
+
+
+def _of_activation(
+    function: Callable[..., torch.Tensor],
+    name: str | None,
+    unit: str,
+    positions: Any,
+    vocab: Iterable[int] | None,
+    needs: tuple[str, ...],
+    kind: str,
+    index: Any,
+) -> Metric:
+    label, note = _labelled(function, name)
+    if not kind or index is None:
+        raise MetricError(
+            f"Metric {label!r} reads an activation: say which and where, as in component='z', index=(9, -1, 6) for "
+            "p.clean.z[9, -1, 6]."
+        )
+    if not (isinstance(positions, int) and positions == -1) or vocab is not None:
+        raise MetricError(
+            f"Metric {label!r} reads {kind}: positions= and vocab= speak of logits. Its positions stand in index=."
+        )
+    if kind == "logits":
+        raise MetricError(f"Metric {label!r}: logits are what is read without component=; say where with positions=.")
+    wrong = [need for need in needs if need not in OF_TOKENS]
+    if wrong:
+        raise MetricError(
+            f"Metric {label!r} reads {kind} and needs {', '.join(wrong)}, which speaks of logits. Of a pair it can be "
+            f"given {' and '.join(OF_TOKENS)}."
+        )
+    layers, *picked = split_index(component(kind), index)
+    if not layers.scalar or layers.items is None:
+        raise SiteError(
+            f"Metric {label!r}: {kind}[{layers}, …] is several layers; a metric reads one. Make one for each."
+        )
+
+    def call(live: torch.Tensor, given: Given) -> torch.Tensor:
+        return function(live, given) if needs else function(live)
+
+    return Metric(label, unit, call, needs=needs, note=note, site=Site(kind, layers.items[0], *picked))
+
+
+def _labelled(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
+    """What a function is called, and what it says of itself in a line."""
+    label = name or str(getattr(function, "__name__", type(function).__name__))
+    return label, (inspect.getdoc(function) or "").split("\n")[0]
 
 
 def _ids(name: str, vocab: Iterable[int], needs: tuple[str, ...]) -> tuple[int, ...]:
@@ -159,22 +241,31 @@ def columns_read(
 ) -> tuple[int, ...] | None:
     """The only vocabulary columns that metrics read on these pairs, sorted; ``None`` where all of them are computed."""
     ids: set[int] = set()
-    for chosen in metrics:
+    for chosen in (m for m in metrics if m.site is None):
         if chosen.vocab is None:
             return None
         if chosen.vocab == "given":
             ids |= {i for need in chosen.needs for pair in pairs for i in getattr(encoded, need)[pair]}
         else:
             ids |= set(chosen.vocab)
-    return tuple(sorted(ids)) if len(ids) * FEW <= vocab else None
+    return tuple(sorted(ids)) if ids and len(ids) * FEW <= vocab else None
 
 
 def _one(given: Any) -> Metric:
     return given if isinstance(given, Metric) else metric(given)
 
 
-def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
-    """Tries a metric on made-up logits.
+def require_sound(
+    chosen: Metric, vocab: int, reads: int, dims: Sequence[tuple[str, int]] = (), device: Any = "cpu"
+) -> None:
+    """Tries a metric on made-up logits, or on a made-up activation.
+
+    Args:
+        chosen: The metric.
+        vocab: How many logits there are.
+        reads: At how many positions it reads them.
+        dims: Names and sizes of the activation, if it reads one.
+        device: Where it will be called with that.
 
     Raises:
         MetricError: It raises, has the wrong shape, or mixes rows.
@@ -185,15 +276,16 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
         raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
     vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, reads, vocab, generator=generator)
+    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
+    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
     everything = {
         "answer": torch.zeros(rows, 1, dtype=torch.long),
         "wrong": torch.ones(rows, 1, dtype=torch.long),
         "next": torch.zeros(rows, reads, dtype=torch.long),
-        "clean": logits.flip(0).log_softmax(-1),
-        "corrupted": logits.flip(0).log_softmax(-1),
     }
-    given = {need: everything[need] for need in chosen.needs}
+    if chosen.site is None:
+        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
+    given = {need: everything[need].to(logits.device) for need in chosen.needs}
     try:
         found = chosen.function(logits.clone(), dict(given))
     except Exception as error:
@@ -202,9 +294,8 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
             if chosen.squeezed
             else f"{[rows, reads, vocab]} [row, read, vocab]"
         )
-        raise MetricError(
-            f"Metric {chosen.name!r} fails on logits of shape {seen}: {type(error).__name__}: {error}"
-        ) from error
+        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
+        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
     wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
     if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
         got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
@@ -217,8 +308,12 @@ def require_sound(chosen: Metric, vocab: int, reads: int) -> None:
         raise MetricError(
             f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
             "is a run of "
-            "its own; reduce over positions and vocabulary only."
+            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
         )
+
+
+def _values(site: Site, rows: int, dims: Sequence[tuple[str, int]]) -> str:
+    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

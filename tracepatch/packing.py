@@ -1,30 +1,28 @@
 """Which run measures which row: rows become tables of tokens, tables become batches, under a budget of memory.
 
 A row enters a table in the layer of its first edit, at its first changed position. Rows that a table cannot hold (they
-save values, touch modules or single heads' readers, or what ``entered`` names besides) are whole prompts of a flat
-batch, as is everything on a model that allows no table. A row's raw trace is a run of its own.
+save values, touch modules or single heads' readers, or what ``entrance.entered`` names besides) are whole prompts of a
+flat batch, as is everything on a model that allows no table. A row's raw trace is a run of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from tracepatch.architecture import Architecture
-from tracepatch.costs import Costs, kept_bytes, table_bytes
+from tracepatch.costs import Costs, kept_bytes, seen_bytes, table_bytes
+from tracepatch.entrance import BEFORE, above, attended, entered, explicit, looks_back, outside, standing_in
 from tracepatch.errors import plural
-from tracepatch.jobs import CACHED, EAGER, Job, Term, Write, narrowed
+from tracepatch.jobs import Job, Read
 from tracepatch.plan import Batch, Group, parts
-from tracepatch.sites import SPLIT_READERS, component
 from tracepatch.sources import WorldName
 from tracepatch.table import Form, Table, seat
 from tracepatch.tokens import EncodedPairs
 
 RIDE = 320  # tokens a pair that are measured in the run that computes its worlds
 LANES = (1, 2, 4, 8, 16, 32)
-BEFORE = frozenset({"embed"})  # what is over when the stream enters the first layer
-OUTSIDE = frozenset({"embed", "cross_attn_out", "logits_in_scale"}) | set(SPLIT_READERS)
 
 
 @dataclass
@@ -43,6 +41,8 @@ class Packer:
         rides: Whether rows may be measured in the run that computes their worlds.
         sample: Rows that are measured once more as whole prompts.
         columns: Of the vocabulary, how many are read; 0 for all.
+        depth: Layers that are computed.
+        seen: Activations that metrics read, of the pairs at hand.
         reads: Positions that the metrics read, of the pairs at hand.
         refused: Why rows are flat where tables are allowed, counted.
     """
@@ -58,20 +58,29 @@ class Packer:
     rides: bool = True
     sample: tuple[Job, ...] = ()
     columns: int = 0
+    depth: int = 0
+    seen: tuple[Read, ...] = field(default=(), init=False)
     reads: int = field(default=0, init=False)
     refused: Counter[str] = field(default_factory=Counter)
 
     def groups(
-        self, length: int, pairs: Sequence[int], reads_of: list[tuple[int, ...]], jobs: dict[int, list[Job]]
+        self,
+        length: int,
+        pairs: Sequence[int],
+        reads_of: list[tuple[int, ...]],
+        jobs: dict[int, list[Job]],
+        seen: tuple[Read, ...] = (),
     ) -> Iterator[Group]:
         """Pairs of one length, as many together as memory has room for, or as one run computes with its riders.
 
         Args:
             length: Tokens of each prompt.
             pairs: Their numbers.
-            reads_of: Per pair, the positions that metrics read.
+            reads_of: Per pair, the positions whose logits metrics read.
             jobs: Per pair, the rows to measure.
+            seen: The activations that metrics read.
         """
+        self.seen = seen
         chunk: list[int] = []
         tokens = 0
         most = self._worlds_at_once(length, pairs, jobs)
@@ -96,8 +105,9 @@ class Packer:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
         needed = {(t.component, t.layer) for job in every for w in job.writes for t in w.terms}
         if self.form != "flat":
-            needed |= {("resid_pre", layer) for layer in range(len(self.architecture) + 1)}
-            needed |= {(name, layer) for layer in range(len(self.architecture)) for name in ("keys", "values")}
+            needed |= {("resid_pre", layer) for layer in range(self.depth + 1)}
+            needed |= {(name, layer) for layer in range(self.depth) for name in ("keys", "values")}
+            needed |= {(read.component, read.layer) for read in self.seen}
         kept = sum(kept_bytes(self.architecture, name, layer, length) for name, layer in needed)
         worlds = (1 if self.encoded.corrupted is None else 2) + len(self.standing)
         return max(1, int(self.budget / 2 // max(1, worlds * (kept + self.costs.row_bytes))))
@@ -122,23 +132,27 @@ class Packer:
             if write.component == "logits" and write.function is not None:
                 reads |= set(write.positions)
         reads |= {p for job in every for read in job.reads if read.component == "logits" for p in read.positions}
-        end = max(reads) + 1
+        positions = reads | {p for read in self.seen for p in (*read.positions, *attended(read, length))}
+        end = max(positions) + 1
         ready = sorted((job for pair in pairs for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
         tabled: list[Job] = []
         flat: list[Job] = []
         for job in (job for job in ready if not job.raw):
-            found = "" if self.form == "flat" else self._entered(job, length, reads)
+            found = "" if self.form == "flat" else self._entered(job, length, end, reads)
             if isinstance(found, Job):
-                tabled.append(above(found, self.architecture))
+                tabled.append(above(found, self.architecture, self.seen))
             else:
                 self.refused[found] += 1
                 flat.append(job)
         batches: list[Batch] = []
         self.reads = len(reads)
-        sampled = any(isinstance(self._entered(job, length, reads), str) for job in self.sample if job.pair in pairs)
+        sampled = any(
+            isinstance(self._entered(job, length, end, reads), str) for job in self.sample if job.pair in pairs
+        )
         whole_prompts = flat or self.standing or sampled or any(job.raw for job in ready)
         # What a table does not have: it grows after the embedding, and what is read of it leaves before the logits.
-        beyond = any(_outside(t.component) for job in every for w in job.writes for t in w.terms)
+        beyond = any(outside(t.component) for job in every for w in job.writes for t in w.terms)
+        beyond |= any(outside(read.component) for read in self.seen)
         rides = self.rides and not (self.standing or beyond) and (end == length or not whole_prompts)
         if self.form == "packed" and tabled and rides:
             riding, tabled = self._riding(pairs, tabled, end)
@@ -151,15 +165,19 @@ class Packer:
             length=length,
             pairs=tuple(pairs),
             reads=tuple(sorted(reads)),
-            needed=frozenset(self._needed(every, batches, min(reads))),
+            needed=frozenset(self._needed(every, batches, min(reads, default=length))),
             batches=tuple(batches),
             edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
             captures=max(1, len(lengths)),
+            seen=self.seen,
         )
 
-    def _entered(self, job: Job, length: int, reads: set[int]) -> Job | str:
-        """As it enters a table; staggered ones do not read what stands before a row's start."""
-        return entered(job, length, max(reads) + 1, min(reads) if self.form == "staggered" else length)
+    def _entered(self, job: Job, length: int, end: int, reads: set[int]) -> Job | str:
+        """As it enters a table; staggered ones have no logits of what stands before a row's start."""
+        hidden = [read.component for read in self.seen if read.component not in BEFORE and outside(read.component)]
+        if hidden:
+            return f"are read in {hidden[0]}"
+        return entered(job, length, end, min(reads, default=length) if self.form == "staggered" else length)
 
     def _needed(self, every: list[Job], batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
         """What of the worlds is written somewhere, or where rows are born on top of them in a run of its own."""
@@ -170,6 +188,7 @@ class Packer:
             yield from ((t.component, t.layer) for t in write.terms)
         for table in (table for table in tables if not table.worlds):
             yield from (("resid_pre", job.birth) for job in table.jobs)
+            yield from ((read.component, read.layer) for read in self.seen)
             if any(job.start > first_read for job in table.jobs):
                 yield "resid_pre", len(self.architecture)
 
@@ -187,7 +206,7 @@ class Packer:
         worlds = [world for pair in pairs for world in self._worlds(pair, riding, end)]
         if not riding:
             return None, jobs
-        table = seat([self._witness(riding, end), *riding], "packed", len(self.architecture), end, worlds=worlds)
+        table = seat([self._witness(riding, end), *riding], "packed", self.depth, end, worlds=worlds)
         if self._too_large(table):
             return self._riding(pairs, jobs, end, ride // 2)
         return Batch(tuple(riding), table), later
@@ -201,14 +220,14 @@ class Packer:
 
     def _witness(self, jobs: list[Job], end: int) -> Job:
         """The unpatched base of the first row: its last token alone, from the first row's birth on."""
-        first, birth = jobs[0], min(len(self.architecture) - 1, *(job.birth for job in jobs))
+        first, birth = jobs[0], min(self.depth - 1, *(job.birth for job in jobs))
         start = end - 1 if self.form == "packed" else first.start
         writes = next((w[first.pair].writes for w in self.standing if w[first.pair].base == first.base), ())
-        if any(_looks_back(w) for w in writes):  # the row itself stands where that does no harm
-            start, birth = first.start, min(len(self.architecture) - 1, first.birth)
+        if any(looks_back(w) for w in writes):  # the row itself stands where that does no harm
+            start, birth = first.start, min(self.depth - 1, first.birth)
         length = self.encoded.lengths[first.pair]
-        explicit = tuple(_explicit(w, length) for w in _standing(writes, start, birth, end))
-        return Job(-1, first.pair, first.base, explicit, start, birth)
+        own = tuple(explicit(w, length) for w in standing_in(writes, start, birth, end))
+        return Job(-1, first.pair, first.base, own, start, birth)
 
     def _tables(self, jobs: list[Job], end: int) -> Iterator[Batch]:
         if self.form == "flat":
@@ -233,7 +252,7 @@ class Packer:
         everyone = [self._witness(jobs, end), *jobs]
         runs = len({(job.pair, job.base) for job in jobs}) if self.form == "packed" else len(jobs)
         lanes = (n for n in LANES if n == 1 or runs < n <= len(jobs))
-        tried = [seat(everyone, self.form, len(self.architecture), end, lanes=n) for n in lanes]
+        tried = [seat(everyone, self.form, self.depth, end, lanes=n) for n in lanes]
         table = min(tried, key=self.costs.seconds)
         if self._too_large(table) and len(jobs) > 1:
             middle = len(jobs) // 2
@@ -245,7 +264,8 @@ class Packer:
     def _too_large(self, table: Table) -> bool:
         every = not self.columns or any(w.component == "logits" for job in table.jobs for w in job.writes)
         columns = self.architecture.vocab if every else self.columns
-        return table_bytes(self.architecture, table, self.reads * columns) > self.budget / 2
+        taken = table_bytes(self.architecture, table, self.reads * columns)
+        return taken + seen_bytes(self.architecture, table, self.seen) > self.budget / 2
 
     def _flat(self, jobs: list[Job], length: int) -> Iterator[Batch]:
         """Whole prompts in runs of so many batch elements, or of one job that needs more."""
@@ -270,102 +290,17 @@ class Packer:
                 yield Batch(tuple(taken))
 
 
-def halves(batch: Batch, depth: int) -> tuple[Batch, Batch]:
+def halves(batch: Batch) -> tuple[Batch, Batch]:
     """A batch in two, for when there was not enough memory; the worlds are then computed in both."""
     middle = len(batch.jobs) // 2
     parts_of = batch.jobs[:middle], batch.jobs[middle:]
     table = batch.table
     if table is None:
         return Batch(parts_of[0]), Batch(parts_of[1])
+    depth = len(table.shape) - 1
     worlds, witness = table.jobs[: table.worlds], table.jobs[table.worlds]
     one, two = (Batch(jobs, seat([witness, *jobs], table.form, depth, table.end, worlds=worlds)) for jobs in parts_of)
     return one, two
-
-
-def entered(job: Job, length: int, end: int, first: int) -> Job | str:
-    """A row as it enters a table: from the layer and the position of its own first edit on; or why it cannot.
-
-    What its base, an edited world, does before that is in the stream that it starts from.
-
-    Args:
-        job: The row.
-        length: Tokens of its prompt.
-        end: One more than the last position that is read.
-        first: The latest position that it may start from.
-    """
-    if job.reads:
-        return "save values"
-    for write in job.writes:
-        if component(write.component).module:
-            return "touch modules"
-        if write.component in OUTSIDE and not (write.standing and write.component in BEFORE):
-            return f"edit {write.component}"
-        if write.component in EAGER and end < length:
-            return f"edit {write.component} where positions are left out"
-    own = [w for w in job.writes if not w.standing]
-    start, birth = min(first, *(p for w in own for p in w.positions)), min(w.layer for w in own)
-    # A witness stands in the last layer at least.
-    late = [w for w in job.writes if w.standing and w.layer >= birth - 1 and _looks_back(w)]
-    if any(min(w.positions) < start or (w.function is not None and max(w.positions) >= end) for w in late):
-        return "edit a world of edited keys or values, or of functions that reach over positions"
-    inside = [
-        p for w in own if w.component != "logits" for p in (*w.positions, *(p for t in w.terms for p in t.positions))
-    ]
-    if max(inside, default=0) >= end:
-        return "edit or take positions after the last one that is read"
-    since = next(i for i, w in enumerate(job.writes) if not w.standing)
-    if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):
-        return "edit the stream before a standing edit of it"
-    writes = (_explicit(w, length) for w in _standing(job.writes, start, birth, end))
-    return replace(job, writes=tuple(writes), start=start, birth=birth)
-
-
-def above(job: Job, architecture: Architecture) -> Job:
-    """The same row, born a layer later where its first edit is all of what an MLP adds: the sum after it is known."""
-    first = [w for w in job.writes if w.layer == job.birth]
-    layer = architecture.layers[job.birth] if job.birth < len(architecture) else None
-    known = layer is not None and layer.error == 0 and not any(s.stream_norm for s in layer.sublayers)
-    one = first[0] if len(first) == 1 and first[0].component == "mlp_out" else None
-    # In 16 bits a sum that is put together otherwise is off by its last bit.
-    exact = architecture.dtype.itemsize >= 4
-    if one is None or not (known and exact) or one.function or any(w.standing for w in job.writes):
-        return job
-    taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
-    write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))
-    return replace(job, birth=job.birth + 1, writes=(write, *(w for w in job.writes if w is not one)))
-
-
-def _standing(writes: Iterable[Write], start: int, birth: int, end: int) -> Iterator[Write]:
-    """The writes of a row, without what standing ones did before its start: that is in the stream and cache it has."""
-    for write in writes:
-        if not write.standing or write.component == "logits":
-            yield write
-        elif write.component not in BEFORE and (write.layer, write.component != "resid_pre") > (birth, False):
-            inside = [i for i, p in enumerate(write.positions) if start <= p < end]
-            if inside:
-                yield narrowed(write, inside) if len(inside) < len(write.positions) else write
-
-
-def _looks_back(write: Write) -> bool:
-    """Whether what an edited world does at earlier positions must be done again in a table.
-
-    A cache has keys and values as they were before edits of them.
-    """
-    return write.component in CACHED or (write.function is not None and len(write.positions) > 1)
-
-
-def _explicit(write: Write, length: int) -> Write:
-    """With every source written out: in a table they stand apart."""
-    if write.component not in EAGER or write.srcs is not None:
-        return write
-    every = tuple(range(length))
-    terms = tuple(replace(t, srcs=every) if t.component in EAGER and t.srcs is None else t for t in write.terms)
-    return replace(write, srcs=every, terms=terms)
-
-
-def _outside(name: str) -> bool:
-    """Whether a component has values that no table has."""
-    return name in OUTSIDE or name == "logits" or component(name).module
 
 
 def _rides(job: Job) -> bool:

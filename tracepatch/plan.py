@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tracepatch.costs import NOTHING, Estimate, Traffic
 from tracepatch.errors import plural
-from tracepatch.jobs import EAGER, Job, Write
+from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.metrics import Metric
 from tracepatch.rows import EditedWorld, Row
 from tracepatch.sources import WorldName
@@ -53,6 +53,10 @@ PROOFS = {
     Proof.BOTH: "each of its positions falls under one of the two proofs above",
     Proof.IDENTICAL: "the same edits on the same pair are measured once",
 }
+LATER = (
+    "cannot reach what is read: later in the forward, after its last position, or beside it with no attention left to "
+    "carry it"
+)
 
 
 def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
@@ -105,7 +109,8 @@ class Group:
     Attributes:
         length: Tokens of each prompt.
         pairs: Their numbers.
-        reads: The positions whose logits are computed.
+        reads: The positions whose logits are computed; none where nothing reads logits.
+        seen: The activations that metrics read.
         needed: The (component, layer) of worlds' values that some edit writes.
         edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
@@ -120,6 +125,7 @@ class Group:
     batches: tuple[Batch, ...]
     edited: tuple[tuple[Job, ...], ...] = ()
     captures: int = 1
+    seen: tuple[Read, ...] = ()
 
     @property
     def rides(self) -> bool:
@@ -162,8 +168,10 @@ class Plan:
             to be measured once more as whole prompts with every edit left in.
         estimate: What it costs.
         slower: Why batches are not of the fastest form, in words.
-        measured: After a run, its ``seconds``, and the line of its ``checks``. Where finished batches are kept, before
-            and after it: ``stored``, rows of earlier runs; their ``directory``; ``unstored``, why some are not kept.
+        until: How many layers are computed; more than there are where also what is above them all.
+        measured: After a run, its ``seconds``, ``forwards`` and ``peak`` of memory, as far as they were seen, and the
+            line of its ``checks``. Where finished batches are kept, before and after it: ``stored``, rows of earlier
+            runs; their ``directory``; ``unstored``, why some are not kept.
     """
 
     model: str
@@ -184,6 +192,7 @@ class Plan:
     sample: tuple[Job, ...] = ()
     estimate: Estimate = NOTHING
     slower: tuple[str, ...] = ()
+    until: int = 1 << 30
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,7 +201,8 @@ class Plan:
         read = (name for g in self.groups for name, _ in g.needed)
         written = (w.component for g in self.groups for w in g.writes)
         saved = (r.component for g in self.groups for b in g.batches for j in b.jobs for r in j.reads)
-        return any(name in EAGER for name in (*read, *written, *saved))
+        seen = (m.site.component for m in self.metrics if m.site is not None)
+        return any(name in EAGER for name in (*read, *written, *saved, *seen))
 
     @property
     def batches(self) -> int:
@@ -207,12 +217,12 @@ class Plan:
     def explain(self) -> str:
         """What will be traced and what will not, and why: a table for people.
 
-        After the plan has run, it says how long that took and what the checks found.
+        After the plan has run, what was measured stands beside what was estimated, and what the checks found below.
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         worlds = (len(self.worlds) + len(self.edited)) * self.pairs
         captures = sum(group.captures for group in self.groups if not group.rides) * (1 + len(self.edited))
-        read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] at position {m.positions}" for m in self.metrics)
+        read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] {m.reads}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
         lines = [
             f"{plural(len(self.rows), 'row')} × {plural(self.pairs, 'pair')} on {self.model} "
@@ -223,19 +233,17 @@ class Plan:
         ]
         for proof in (Proof.EQUAL, Proof.UNREACHABLE, Proof.BOTH, Proof.IDENTICAL):
             if counts[proof]:
-                lines.append(f"    {-counts[proof]:>9,}  {PROOFS[proof]}")
+                told = LATER if proof == Proof.UNREACHABLE and any(m.site for m in self.metrics) else PROOFS[proof]
+                lines.append(f"    {-counts[proof]:>9,}  {told}")
         raw = sum(b.raw for g in self.groups for b in g.batches)
         shadows = sum(j.seats - 1 for g in self.groups for b in g.batches for j in b.jobs)
         lines += [
             f"    {self.jobs:>9,}  to be measured",
             *self._forms(),
+            *self._end(),
             f"  traced runs  {captures + self.batches:,}"
             + (f", {captures:,} of them for {self._worlds()}" if captures else ""),
-            f"  forwards     {_count(self.estimate.forwards)}, counted in tokens and layers, instead of "
-            f"{total - absent + worlds:,}{_ratio(total - absent + worlds, self.estimate.forwards)}",
-            f"  memory       about {_size(self.estimate.bytes)} a run, budget {_size(self.budget)}",
-            f"  time         about {_seconds(self.estimate.seconds)}"
-            + (", going by the last run of this model" if self.estimate.pace else ", before any run of this model"),
+            *self._costs(total - absent + worlds, worlds),
         ]
         if raw:
             lines.append(f"  raw traces   {raw:,} of these runs, each of one row, beside an unpatched run of its own")
@@ -257,12 +265,42 @@ class Plan:
         if stored and "directory" in self.measured:
             lines.append(f"  stored       {stored:,} rows of earlier runs are taken from {self.measured['directory']}")
         lines += [f"  not stored   {why}" for why in self.measured.get("unstored", ())]
-        if "seconds" in self.measured:
-            seconds, ran = self.measured["seconds"], self.jobs - stored
-            rate = f"{(ran + worlds) / max(seconds, 1e-9):,.0f} rows a second" if ran else "nothing was run"
-            lines.append(f"  took         {seconds:.2f} s, {rate}")
+        if "checks" in self.measured:
             lines.append(f"  checks       {self.measured['checks']}")
         return "\n".join(lines)
+
+    def _costs(self, whole: int, worlds: int) -> Iterator[str]:
+        """What the plan costs: as estimated and, once it has run, as measured beside that.
+
+        Args:
+            whole: Forwards that one for each patch and each unpatched world would be.
+            worlds: How many of them are those of worlds.
+        """
+        pace = "going by the last run of this model" if self.estimate.pace else "before any run of this model"
+        lines = {
+            "forwards": f"{_count(self.estimate.forwards)}, counted in tokens and layers, instead of {whole:,}"
+            f"{_ratio(whole, self.estimate.forwards)}",
+            "memory": f"about {_size(self.estimate.bytes)} a run, budget {_size(self.budget)}",
+            "time": f"about {_seconds(self.estimate.seconds)}, {pace}",
+        }
+        found = dict.fromkeys(lines, "")
+        if "seconds" in self.measured:
+            seconds, forwards, peak = (self.measured[name] for name in ("seconds", "forwards", "peak"))
+            ran = self.jobs - self.measured.get("stored", 0)
+            rate = f"{(ran + worlds) / max(seconds, 1e-9):,.0f} rows a second" if ran else "nothing was run"
+            found["forwards"] = "not measured here" if forwards is None else f"measured {_count(forwards)}"
+            found["memory"] = "measured on CUDA devices only" if peak is None else f"measured {_size(peak)}"
+            found["time"] = f"measured {seconds:.2f} s, {rate}"
+        width = max(map(len, lines.values()))
+        for title, line in lines.items():
+            yield f"  {title:<13}{line:<{width}}  {found[title]}".rstrip()
+
+    def _end(self) -> Iterator[str]:
+        """Where the forwards end, if that is not above all layers."""
+        if self.until <= self.layers:
+            upper = self.layers - self.until
+            what = f"{plural(upper, 'layer')} and the unembedding are" if upper else "the unembedding is"
+            yield f"  ends         above layer {self.until - 1}: nothing later is read, so {what} not computed"
 
     def _forms(self) -> Iterator[str]:
         """The batches of each form: how many, how large, and why they are not of a faster one."""

@@ -15,19 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
-from tracepatch.costs import Estimate, default_costs, encoder_bytes, flat_bytes, saved_bytes, table_bytes, traffic
+from tracepatch.costs import (
+    Estimate,
+    default_costs,
+    encoder_bytes,
+    flat_bytes,
+    saved_bytes,
+    seen_bytes,
+    table_bytes,
+    traffic,
+)
 from tracepatch.errors import MetricError, RecipeError, SiteError, listing
 from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
+from tracepatch.reach import layers_needed, read_at
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sources import Function, WorldName
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
 MEMORY = 1 << 30
+TRIES = 20  # rows among which one is looked for that forwards reach
 
 
 def make_plan(
@@ -48,6 +59,7 @@ def make_plan(
     rides: bool = True,
     device: str = "cpu",
     pace: float | None = None,
+    ends: str = "",
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -68,6 +80,7 @@ def make_plan(
         rides: Whether rows may be measured in the run that computes their worlds.
         device: The type of device that it runs on.
         pace: How many times longer than estimated a run of this model took here, if there was one.
+        ends: Why a forward of the model cannot end below its last layer, in words; empty if it can.
 
     Raises:
         RecipeError: There are no rows.
@@ -82,7 +95,7 @@ def make_plan(
             "The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`."
         )
     _require_given(metrics, encoded)
-    profiles = [_profile(encoded, metrics, pair) for pair in range(len(encoded))]
+    profiles = [_profile(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
     if any(_draws(edit) for edit in edits):
         profiles = [
@@ -129,11 +142,19 @@ def make_plan(
             seen[key] = number
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
-    sample = _sample(lowering, profiles, rows, jobs, proofs)
-    row_bytes = max(flat_bytes(architecture, p.length, len(p.reads)) for p in lowering) + encoder_bytes(
-        architecture, encoded
-    )
-    saved = [saved_bytes(architecture, job, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads]
+    measured = [job for found in (*jobs.values(), *standing) for job in found]
+    until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
+    if until <= len(architecture) and ends:
+        notes.append(f"the forwards end above the last layer, although nothing there is read: {ends}")
+    until = len(architecture) + 1 if ends else until
+    depth = min(until, len(architecture))
+    sample = _sample(lowering, profiles, rows, jobs, proofs, until)
+    row_bytes = max(
+        flat_bytes(architecture, p.length, len(p.reads)) + saved_bytes(architecture, p.seen, p.length) for p in lowering
+    ) + encoder_bytes(architecture, encoded)
+    saved = [
+        saved_bytes(architecture, job.reads, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads
+    ]
     row_bytes += max(saved, default=0)
     budget = memory or MEMORY
     if not architecture.causal or encoded.encoder:
@@ -142,7 +163,7 @@ def make_plan(
         architecture,
         encoded,
         form,
-        default_costs(architecture, row_bytes, device),
+        default_costs(architecture, row_bytes, device, unembeds=until > depth),
         budget,
         batch_size,
         standing,
@@ -150,13 +171,16 @@ def make_plan(
         rides=rides and not any(need in ("clean", "corrupted") for m in metrics for need in m.needs),
         sample=sample,
         columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
+        depth=depth,
     )
     by_length: dict[int, list[int]] = defaultdict(list)
     for pair, profile in enumerate(profiles):
         by_length[profile.length].append(pair)
     reads_of = [profile.reads for profile in profiles]
     groups = tuple(
-        g for length, pairs in sorted(by_length.items()) for g in packer.groups(length, pairs, reads_of, jobs)
+        g
+        for length, pairs in sorted(by_length.items())
+        for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
     )
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
@@ -178,6 +202,7 @@ def make_plan(
         sample=sample,
         estimate=_estimate(architecture, packer, groups, worlds, pace),
         slower=tuple(packer.slower(why)),
+        until=until,
     )
     check(plan)
     return plan
@@ -199,6 +224,7 @@ def _estimate(
 ) -> Estimate:
     """What the runs of a plan cost, by their shapes."""
     depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
+    computed = packer.depth / depth
     for group in groups:
         rows = len(group.pairs) * (len(worlds) * (not group.rides) + len(group.edited))
         shapes = [rows] if rows else []
@@ -210,9 +236,10 @@ def _estimate(
             forwards += sum(lanes * slots for lanes, slots in inside) / (group.length * depth)
             seconds += costs.seconds(batch.table)
             logits = len(group.reads) * (packer.columns or architecture.vocab)
-            largest = max(largest, table_bytes(architecture, batch.table, logits))
-        forwards += sum(shapes)
-        seconds += sum(costs.flat_seconds(n, group.length, depth) for n in shapes)
+            taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, group.seen)
+            largest = max(largest, taken)
+        forwards += sum(shapes) * computed
+        seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
         largest = max(largest, max(shapes, default=0) * costs.row_bytes)
     return Estimate(forwards, largest, seconds * (pace or 1), pace)
 
@@ -223,6 +250,7 @@ def _sample(
     rows: Sequence[Row],
     jobs: dict[int, list[Job]],
     proofs: NDArray[np.int8],
+    until: int,
 ) -> tuple[Job, ...]:
     """A row to be measured once more, and one on the same pair that was proved to be without effect, by chance."""
     chance = random.Random(f"{len(rows)} rows, {len(profiles)} pairs")
@@ -233,13 +261,16 @@ def _sample(
     zeros = np.flatnonzero(proved[:, pairs[0]]).tolist() if pairs else []
     if chosen:  # an encoder may read another length in the other world
         zeros = [number for number in zeros if rows[number].base == rows[chosen[0].row].base]
-    if zeros:
-        pair, number = pairs[0], chance.choice(zeros)
-        writes, _ = lowering[profiles[pair]].unpruned().row(rows[number])
-        # What can be seen only step by step would make the whole run compute attention so.
-        seen = {w.component for job in measured for w in job.writes}
-        if writes and not {w.component for w in writes} & EAGER - seen:
-            chosen.append(_job(number, pair, rows[number].base, writes))
+    # What can be seen only step by step would make the whole run compute attention so.
+    seen = {w.component for job in measured for w in job.writes}
+    for number in [chance.choice(zeros), *chance.sample(zeros, min(TRIES, len(zeros)))] if zeros else []:
+        pair, low = pairs[0], lowering[profiles[pairs[0]]]
+        writes, _ = low.unpruned().row(rows[number])
+        one = _job(number, pair, rows[number].base, writes)
+        # What stands above all that is read has no place in a forward that ends there.
+        if layers_needed(low.architecture, low.targets, [one]) <= until:
+            chosen += [one] if writes and not {w.component for w in writes} & EAGER - seen else []
+            break
     return tuple(chosen)
 
 
@@ -280,10 +311,19 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
             )
 
 
-def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
+def _profile(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
     length = encoded.lengths[pair]
     reads: set[int] = set()
-    for metric in metrics:
+    seen = []
+    for number, metric in enumerate(metrics):
+        if metric.site is not None:
+            try:
+                seen.append(read_at(number, metric.site, None, architecture, length))
+            except SiteError:
+                raise MetricError(
+                    f"Metric {metric.name!r} reads {metric.site}, which pair {pair} does not have ({length} tokens)."
+                ) from None
+            continue
         found = metric.positions.resolve(length)
         if not found:
             raise MetricError(
@@ -307,5 +347,5 @@ def _profile(encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> P
             )
         reads.update(found)
     if encoded.encoder:  # the decoder's tokens are the same on both sides
-        return Profile(length, (), tuple(sorted(reads)), encoded=True)
-    return Profile(length, encoded.differing(pair), tuple(sorted(reads)))
+        return Profile(length, (), tuple(sorted(reads)), tuple(seen), encoded=True)
+    return Profile(length, encoded.differing(pair), tuple(sorted(reads)), tuple(seen))

@@ -141,4 +141,4 @@ def joined(known: dict[Any, Any], order: Any, reads: torch.Tensor, length: int, 
             gained["logits", 0] = spread
     for key, value in gained.items():
         known[key] = torch.cat([known[key], value]) if key in known else value
-    return torch.zeros(0) if logits is None else scored(logits, measures, known)
+    return torch.zeros(0) if logits is None else scored(logits, measures, {}, known)

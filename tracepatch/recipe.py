@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -16,19 +17,21 @@ from tracepatch.checks import verify
 from tracepatch.entries import Directory
 from tracepatch.errors import RecipeError, plural
 from tracepatch.executors import run, so_far
-from tracepatch.forms import chosen
+from tracepatch.forms import chosen, unending
 from tracepatch.journal import Journal, Measured
-from tracepatch.metrics import Metrics, as_metrics, logit_diff, require_sound
+from tracepatch.metrics import Metrics, as_metrics, logit_diff
 from tracepatch.models import (
     Model,
     device_of,
     limits,
+    module_of,
     name_of,
     remote_of,
     require_ready,
     require_weights,
     room_of,
     start_token,
+    weightless,
 )
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
@@ -43,6 +46,8 @@ from tracepatch.shipping import require_shippable
 from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
 from tracepatch.table import FORMS, Form
+from tracepatch.trials import require_measure
+from tracepatch.worlds import located
 
 Direction: TypeAlias = Literal["denoising", "noising"]
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
@@ -74,10 +79,14 @@ class Patching(Recorder):
         encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
-        self.metrics = as_metrics(metric)
+        self.metrics = tuple(
+            one if one.site is None else replace(one, site=located(one.site, self.architecture, self.encoded))
+            for one in as_metrics(metric)
+        )
+        self.seen = tuple(one.site for one in self.metrics if one.site is not None)
+        device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:
-            found = one.positions.resolve(self.lengths[0])
-            require_sound(one, self.architecture.vocab, len(found or (0,)))
+            require_measure(one, self.architecture.vocab, self.lengths, self._shape, device)
         memory = room_of(model) if memory is None else memory
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
@@ -118,8 +127,9 @@ class Patching(Recorder):
     def make_plan(self) -> Plan:
         """The plan of the rows recorded so far."""
         edits = [e for row in (*self.rows, *self.edited.values()) for e in row.edits]
-        sites = [e.site for e in edits] + [s.site for row in self.rows for s in row.saves]
+        sites = [e.site for e in edits] + [s.site for row in self.rows for s in row.saves] + [*self.seen]
         form, why = chosen(self.model, self.architecture, sites, self._wanted)
+        of_logits = any(one.site is None for one in self.metrics)
         plan = make_plan(
             self.architecture,
             self.encoded,
@@ -132,6 +142,7 @@ class Patching(Recorder):
             why=why,
             device=device_of(self.model).type,
             pace=_PACES.get(self.model),
+            ends="" if of_logits else unending(self.model, self.architecture),
             **self._limits,
         )
         if plan.remote:
@@ -178,7 +189,7 @@ class Patching(Recorder):
             raise
         self._tell(journal, stored)
         journal.finished(told, found)
-        plan.measured.update(seconds=measured.seconds, checks=told)
+        plan.measured.update(seconds=measured.seconds, forwards=measured.forwards, peak=measured.peak, checks=told)
         if not stored:
             _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
         self._measured, self._journal = measured, None
@@ -234,7 +245,7 @@ def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options
     Args:
         model: From ``tp.load``.
         pairs: The prompts.
-        metric: What is read from the logits: one metric or function, several, or a mapping of names.
+        metric: What is read, of the logits or of activations: one metric or function, several, or a mapping of names.
         options: ``prune=False`` measures every row; ``batch_size`` rows bound a traced run, and
             ``memory`` bytes what is taken, half by the worlds' values and half by a run;
             ``checks=False`` leaves out the self-checks, about one forward of two rows; ``form`` is ``"packed"``,

@@ -58,6 +58,7 @@ class Recorder:
         clean: The world of the clean prompts. On the left of an assignment it is the row, on the right its pristine
             values.
         rows: What was recorded.
+        seen: The activations that metrics read.
     """
 
     def __init__(self, architecture: Architecture, encoded: EncodedPairs) -> None:
@@ -73,6 +74,7 @@ class Recorder:
         self._taken: set[tuple[Any, ...]] = set()
         self._dims: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.lengths = tuple(sorted(set(encoded.lengths)))
+        self.seen: tuple[Site, ...] = ()
 
     @property
     def corrupted(self) -> World:
@@ -171,7 +173,7 @@ class Recorder:
             world: Whose prompts are run: the corrupted ones, where there are any, unless said otherwise.
 
         Raises:
-            RecipeError: There is no open row, or it has edits or a raw trace already.
+            RecipeError: There is no open row, it has edits or a raw trace already, or a metric reads an activation.
         """
         row = self.opened
         if row is None:
@@ -179,6 +181,11 @@ class Recorder:
         if row.edits or row.saves or row.raw is not None:
             has = "edits" if row.edits else "saves" if row.saves else "a raw trace"
             raise RecipeError(f"row({row.described}) has {has} already. A raw trace is a row of its own.")
+        if self.seen:
+            raise RecipeError(
+                f"A metric reads {self.seen[0]}, which has passed by when a raw trace is over. Measure raw traces by "
+                "metrics that read logits, in a recording of their own."
+            )
         if not takes_one(function):
             raise RecipeError(f"p.trace takes a function of the model, not {function!r}.")
         given = world if world is not None else self.clean if self.encoded.corrupted is None else self.corrupted
@@ -341,6 +348,7 @@ class Recorder:
         every = [*self._standing(row.base), *row.edits]
         require_separate(f"row({row.described})", every)
         require_fresh(f"row({row.described})", every, [save.site for save in row.saves], self.architecture)
+        require_fresh(f"row({row.described}): a metric", every, self.seen, self.architecture)
         for save in row.saves:
             if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
                 raise RecipeError(

@@ -107,6 +107,8 @@ class There:
     def __init__(self, model: Model, eager: bool, say: Callable[[str], None]) -> None:
         self._model, self._eager, self._say = model, eager, say
         self.ran: dict[str, str] = {}
+        self.forwards: float | None = None
+        self.peak: int | None = None
         self.requests = 0
 
     def ready(self) -> AbstractContextManager[None]:
@@ -153,6 +155,10 @@ class There:
                 "key that it trusts, or run the model here."
             )
         found, end = answer["found"], 0
+        if len(found) < sure and answer["error"] is None:
+            raise ServerError(
+                f"{place(self._model)} returned {len(found)} of {sure} results, and no error: report this."
+            )
         for done, (task, own) in enumerate(zip(tasks, ops, strict=True)):
             if end + len(own) > len(found):
                 failed = answer["error"]

@@ -200,7 +200,7 @@ def _sorted_out(model: Model, error: Exception) -> Exception:
         if _of_the_line(error) and not any(word in lowered for word in ("400", "404", "413", "422", "version")):
             return _TryAgainError(lines[0])
         return ServerError(f"{where} did not take the request: {lines[0]}\n{_advice(lowered)}")
-    if "could not deploy" in lowered:
+    if "could not deploy" in lowered or "error starting model" in lowered:
         return ServerError(
             f"{where} does not run {name}: {lines[0]}\nprint(nnsight.status()) lists what it has; or load the weights "
             "here, without remote=."

@@ -273,7 +273,7 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "versions": json.dumps(versions()),
         "plan": plan.explain(),
         "checks": plan.measured.get("checks", "not run: the result is partial"),
-        "metrics": json.dumps({m.name: m.note for m in plan.metrics}),
+        "metrics": json.dumps({m.name: m.told for m in plan.metrics}),
         "noise_floor": json.dumps(
             {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}
         ),

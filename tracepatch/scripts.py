@@ -67,6 +67,12 @@ def script(
     _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
     _require_present(row.edits, pair, encoded)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
+    read = metrics[which].site
+    if read is not None and read.component not in STOPS:
+        raise RecipeError(
+            f"Metric {metrics[which].name!r} reads {read}, for which no plain script is written. Scripts are "
+            f"written for {', '.join(STOPS)}."
+        )
     return _Script(common, worlds, which, metrics[which]).text(model)
 
 
@@ -143,7 +149,8 @@ class _Script:
         """Whether attention must be computed step by step."""
         wanted = (name for keys in self.common.wanted.values() for name, _ in keys)
         edits = [*self.row.edits, *(edit for _, edit in self._standing())]
-        return any(COMPONENTS[name].attends for name in (*wanted, *(e.site.component for e in edits)))
+        read = () if self.metric.site is None else (self.metric.site.component,)
+        return any(COMPONENTS[name].attends for name in (*wanted, *read, *(e.site.component for e in edits)))
 
     def _standing(self) -> list[tuple[WorldName, Edit]]:
         worlds = [world for world in self.worlds if world == self.row.base or self.common.wanted[world]]
@@ -203,15 +210,22 @@ class _Script:
         edits = [*common.standing(base), *(("", edit) for edit in self.row.edits)]
         of_logits = any(edit.site.component == "logits" for _, edit in edits)
         last = "logits[0]" if of_logits else "model.output.logits[0].clone()"
+        forward = Forward(common, base, edits)
+        self.live = "" if self.metric.site is None else forward.live(self.metric.site)
         return [
             f"# The {base} run, edited: each activation where it passes by, in the order of the forward.",
-            *Forward(common, base, edits).lines(f"logits = nnsight.save({last})"),
+            *forward.lines(f"logits = nnsight.save({last})", self.metric.site),
         ]
 
     # ------------------------------------------------------------------------------------------------ the metric
 
     def _value(self) -> list[str]:
-        """The metric, from ``logits [pos, vocab]``."""
+        """The metric, from ``logits [pos, vocab]``, or from the live value that was kept."""
+        if self.metric.site is not None:
+            self.common.parameters["metric"] = f"p.metrics[{self.which}]"
+            held = {need: list(self._given(need, (), "")) for need in self.metric.needs}
+            of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
+            return [f"value = metric({self.live}.float(), {{{of_pair}}})[0]  # of {self.metric.site}, [row, ...]"]
         metric, positions = self.metric, self.metric.positions.resolve(self.length) or ()
         several, last = len(positions) > 1, positions == (self.length - 1,)
         if metric.function in READINGS:

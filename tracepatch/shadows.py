@@ -34,9 +34,11 @@ def shadow_columns(
     """
     jobs = list(jobs)
     members: dict[Key, list[int]] = defaultdict(list)  # the jobs that edit there
+    seen = {key for key, found in (reads or {}).items() for (kind, _), *_ in found if kind == "metric"}
+    seen = {key for key in seen if key[0] in SPLIT_READERS}
     for number, job in enumerate(jobs):
         saved = {(read.component, read.layer) for read in job.reads if read.component in SPLIT_READERS}
-        for place in saved | set(streams(job.writes)):
+        for place in saved | seen | set(streams(job.writes)):
             members[place].append(number)
     found: dict[Key, Shadows] = {}
     taken: dict[int, int] = defaultdict(int)

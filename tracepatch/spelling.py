@@ -66,6 +66,7 @@ class Stop:
         first: What is done at other moments, before anything is edited there.
         asides: What is taken at other moments, after everything that is edited there.
         defines: Functions that the lines call.
+        passes: Whether the value is what passes by, with all that is edited there, and not made of other things.
     """
 
     order: float
@@ -77,12 +78,14 @@ class Stop:
     first: Moments = ()
     asides: Moments = ()
     defines: tuple[str, ...] = ()
+    passes: bool = False
 
 
 def _plain(spot: Spot) -> Stop:
     """Read and written as it stands."""
     place, dims = spot.place, "batch, pos, " + COMPONENTS[spot.name].dims[-1]
-    return Stop(place.order, _read(place, spot.rows), dims, back=_put(place, spot.name, rows=spot.rows))
+    back = _put(place, spot.name, rows=spot.rows)
+    return Stop(place.order, _read(place, spot.rows), dims, back=back, passes=True)
 
 
 def _z(spot: Spot) -> Stop:
@@ -90,7 +93,7 @@ def _z(spot: Spot) -> Stop:
     place = spot.architecture.place("z", spot.layer)
     heads = f".unflatten(-1, ({spot.units}, {spot.architecture.width('z', spot.layer)}))"
     back = _put(place, "z.flatten(-2)", rows=spot.rows)
-    return Stop(place.order, _read(place, spot.rows) + heads, "batch, pos, head, d_head", back=back)
+    return Stop(place.order, _read(place, spot.rows) + heads, "batch, pos, head, d_head", back=back, passes=True)
 
 
 def _taken_by_attention(spot: Spot) -> Stop:
@@ -102,6 +105,7 @@ def _taken_by_attention(spot: Spot) -> Stop:
         f"batch, pos, {COMPONENTS[name].unit}, d_head",
         (_call(place),),
         back=_given_to_attention(place, f"{name}.transpose(1, 2)"),
+        passes=True,
     )
 
 
@@ -134,6 +138,7 @@ def _weights(spot: Spot) -> Stop:
         (f"{name} = torch.where({allowed}, {name}, {found})  # masked keys stay",),
         back,
         ((scores.order, (f"step = {_step(scores)}", mask)),) if spot.edited else (),
+        passes=True,
     )
 
 

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, TracepatchError
 from tracepatch.firing import each_once
+from tracepatch.meter import metered
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.plan import Batch
 from tracepatch.program import operate
@@ -56,6 +58,10 @@ class Runner(Protocol):
 
     ran: dict[str, str]
     """Where the model runs, as a server says; empty here."""
+    forwards: float | None
+    """Whole forwards that were traced, counted in tokens and layers; ``None`` where they cannot be seen."""
+    peak: int | None
+    """Bytes taken beside the model; ``None`` where that cannot be seen."""
 
     def ready(self) -> Any:
         """A context in which steps are taken."""
@@ -73,10 +79,12 @@ class Runner(Protocol):
 class Here:
     """Takes steps in this process."""
 
-    def __init__(self, model: Model, eager: bool) -> None:
-        self._model, self._eager = model, eager
+    def __init__(self, model: Model, architecture: Architecture, eager: bool) -> None:
+        self._model, self._architecture, self._eager = model, architecture, eager
         self._wires: dict[Any, Any] = {}  # the same for all groups
         self.ran: dict[str, str] = {}
+        self.forwards: float | None = None
+        self.peak: int | None = None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -90,10 +98,15 @@ class Here:
 
     def go(self, groups: Iterable[tuple[Step, Iterable[Step]]]) -> None:
         """Takes one operation after the other; see ``Runner``."""
-        for lead, steps in groups:
-            known = dict(self._wires)
-            for step in itertools.chain([lead], steps):
-                step.digest(self._taken(step, known))
+        forwards, depth = 0.0, len(self._architecture)
+        with metered(self._model, self._architecture) as meter:
+            for lead, steps in groups:
+                before, length = meter.cells or 0, next(call.group.length for _, call in lead.ops if call)
+                known = dict(self._wires)
+                for step in itertools.chain([lead], steps):
+                    step.digest(self._taken(step, known))
+                forwards += ((meter.cells or 0) - before) / (length * depth)
+        self.forwards, self.peak = None if meter.cells is None else forwards, meter.peak
 
     def _taken(self, step: Step, known: dict[Any, Any]) -> list[Taken]:
         before = set(known)

@@ -38,7 +38,7 @@ class Table:
         prefix: Cached positions before the table.
         first: The first layer that is computed.
         seats: Per job, its lane and its first slot.
-        shape: Lanes and slots in each layer, and at the top.
+        shape: Lanes and slots in each layer that is computed, and above them.
         lanes: Per lane, whose prefix stands before it.
         paths: Where the positions of a world stand that is computed here: its lane, and a slot for each position.
     """
@@ -70,6 +70,10 @@ class Table:
             return self.prefix + self.cell(number, position)[1]
         return self.paths[job.pair, job.base][1][position] if self.worlds else position
 
+    def in_layer(self, layer: int) -> tuple[int, int]:
+        """Lanes and slots in a layer."""
+        return self.shape[min(max(layer, 0), len(self.shape) - 1)]
+
     @property
     def tokens(self) -> int:
         """Tokens at the top, with those that only fill lanes up."""
@@ -83,7 +87,7 @@ def seat(jobs: Sequence[Job], form: Form, depth: int, end: int, *, worlds: Seque
     Args:
         jobs: The witness and the rows.
         form: ``packed`` or ``staggered``.
-        depth: Layers of the model.
+        depth: Layers that are computed.
         end: One more than the last position that is read.
         worlds: The worlds that this batch computes, those of one pair one after the other, the whole one first. Only
             packed batches do.
@@ -97,11 +101,11 @@ def seat(jobs: Sequence[Job], form: Form, depth: int, end: int, *, worlds: Seque
     whole: dict[int, Run] = {}
     for world in worlds:
         run = world.pair, world.base
-        if world.start == 0:
+        if world.pair not in whole:
             whole[world.pair] = run
             fill.append(0)
             owners.append(run)
-        lane = len(fill) - 1 if world.start == 0 else lanes_of[whole[world.pair]][0]
+        lane = len(fill) - 1  # the other world too, or its lane would be as long and nearly empty
         lanes_of[run] = [lane]
         at[id(world)] = lane, fill[lane]
         before = paths[whole[world.pair]][1][: world.start] if world.start else ()

@@ -30,9 +30,11 @@ def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[di
             what its forward takes, token ids and the like;
             the places to visit, from ``layout.stops``;
             how logits become ``[row, read, …]``: ``("kept",)`` as they are, ``("of", positions)``, ``("each", reads)``
-            where a table's tokens stand in one row, then the vocabulary columns to take, if any;
+            where a table's tokens stand in one row, ``("none",)`` where nothing reads them, then the vocabulary
+            columns to take, if any;
             indexed writes of logits;
-            ``(function, indices into reads, given, columns)`` for each metric;
+            ``(function, indices into reads, given, columns)`` for each metric, instead of indices the key of the
+            activation that it reads;
             whether to keep the logits at the reads too, and what rows save of them;
             ``("keep", layers, cells, inputs)`` to keep the worlds' keys and values (where they stand, and what a
             forward of them alone takes), ``("take", lanes, positions)`` to let the tokens of a table see those of so
@@ -172,20 +174,24 @@ def raw(
             if function is not None:
                 function(model)
             logits = model.output.logits
-            scores = nnsight.save(scored(logits[:, reads.to(logits.device)], measures, known))
+            scores = nnsight.save(scored(logits[:, reads.to(logits.device)], measures, {}, known))
     return scores  # type: ignore[no-any-return]  # nnsight has no types
 
 
-def scored(logits: torch.Tensor, measures: tuple[Any, ...], known: dict[Any, Any]) -> torch.Tensor:
-    """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``."""
-    scores = []
+def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: dict[Any, Any]) -> torch.Tensor:
+    """The metrics' values ``[row, column]`` of logits ``[row, read, vocab]``, and of activations that were kept."""
+    scores: list[torch.Tensor] = []
     for function, at, given, columns in measures:
-        read = logits[:, at.to(logits.device)].float()
+        read = kept[at] if isinstance(at, tuple) else logits[:, at.to(logits.device)].float()
         read = read if columns is None else read[..., columns.to(read.device)]
-        needed = {name: needs(value, at, known).to(logits.device) for name, value in given.items()}
+        # Shadow rows, which stand at the end, have logits, but nothing else that metrics read.
+        needed = {name: needs(value, at, known)[: len(read)].to(read.device) for name, value in given.items()}
         found = function(read, needed)
-        scores.append(found if found.ndim == 2 else found[:, None])
-    return torch.cat(scores, 1).float().cpu() if scores else torch.zeros(len(logits), 0)
+        scores.append((found if found.ndim == 2 else found[:, None]).to(scores[0].device if scores else read.device))
+    if not scores:
+        return torch.zeros(0 if logits is None else len(logits), 0)
+    rows = min(len(found) for found in scores)
+    return torch.cat([found[:rows] for found in scores], 1).float().cpu()
 
 
 def needs(value: Any, at: torch.Tensor, known: dict[Any, Any]) -> torch.Tensor:
@@ -214,21 +220,23 @@ def inside(
     apart = sandboxed(model)
     if columns is not None:
         only_columns(module_at(model, columns[0]), columns[1], apart)
-    logits = model.output.logits
+    logits: Any = None if how == "none" else model.output.logits
     if how == "of":
         logits = logits[:, which[0].to(logits.device)]
     elif how == "each":
         logits = logits.reshape(-1, which[0], logits.shape[-1])
-    logits = edited(logits, logit_edits, known)
-    if logit_edits:
-        kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
-    retain(("logits", 0), keep_logits, logits, kept)
+    if logits is not None:
+        logits = edited(logits, logit_edits, known)
+        if logit_edits:
+            kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
+        retain(("logits", 0), keep_logits, logits, known, kept)
     if past is not None and past[0] == "keep" and not apart:
         keep_past(model.output.past_key_values, past[2], past[1], kept)
+    scores = scored(logits, measures, kept, known)
     if apart:
         model.output = torch.zeros(1)  # or logits and cache of every row would be sent to the sandbox
-    kept = {key: value for key, value in kept.items() if key[0] != "aside"}  # what this forward alone needed
-    return kept, scored(logits, measures, known)
+    # Without what this forward alone needed.
+    return {key: value for key, value in kept.items() if key[0] not in ("aside", "metric")}, scores
 
 
 def only_columns(head: Any, columns: torch.Tensor, apart: bool) -> None:
@@ -270,6 +278,9 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[A
     A place is ``(path, operation, side, key, slots)``, with slots only where they are one dim with the rows.
     """
     (path, operation, side, key, slots), tasks = stop
+    if side == "known":  # of the worlds, by whichever layer
+        retain(path, (False, tasks), None, known, kept)
+        return
     envoy = module_at(model, path)
     if side == "skip":
         x = envoy.input
@@ -297,7 +308,7 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[A
         x = perform(model, without_keeping(task), x, known, kept)
     for task in first:  # what is kept is what passes by after all edits of the place
         if kept_late(task) and any(task[3]):
-            perform(model, (*task[:2], (), *task[3:]), x, known, kept)
+            perform(model, (*task[:2], (), (task[3][0] is True, task[3][1]), *task[4:]), x, known, kept)
     for task in last:  # what attention adds is not what an edit of the sum makes of it
         x = perform(model, task, x, known, kept)
     rows = len(x)
@@ -322,13 +333,18 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[A
 
 
 def without_keeping(task: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The task of writing alone, where what is kept can be told from what passes by in the end."""
-    return (*task[:3], (False, ()), *task[4:]) if kept_late(task) else task
+    """The task of writing alone, where what is kept can be told from what passes by in the end.
+
+    Worlds that a table computes are met before its rows write.
+    """
+    if not kept_late(task):
+        return task
+    return (*task[:3], (task[3][0] if isinstance(task[3][0], tuple) else False, ()), *task[4:])
 
 
 def kept_late(task: tuple[Any, ...]) -> bool:
-    """Whether what a task keeps is kept once everything is written; not so of cells of a table, which say which."""
-    return task[0] in KEPT_LATE and not isinstance(task[3][0], tuple)
+    """Whether what a task keeps is kept once everything is written."""
+    return task[0] in KEPT_LATE
 
 
 def fired(writes: tuple[Any, ...], rows: int) -> tuple[int, int]:

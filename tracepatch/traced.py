@@ -16,7 +16,7 @@ from torch import nn
 
 from tracepatch import trace
 from tracepatch.architecture import Architecture
-from tracepatch.climb import entering, standing, world_cells
+from tracepatch.climb import entering, looked, standing, world_cells
 from tracepatch.errors import MeasurementError
 from tracepatch.firing import failure, named, once, require_fired
 from tracepatch.jobs import Job
@@ -111,17 +111,22 @@ class Tracer:
         seats = Seats({run: i for i, run in enumerate(self.order(group))}, group.length, table)
         writes = columns(jobs, self.architecture, seats)
         reads, saving = read_columns(jobs)
+        seen = looked(self.architecture, group.seen, jobs, table, seats.world_of, group.length)
+        reads |= {key: (*reads.get(key, ()), *found) for key, found in seen.items()}
         shadows, count = shadow_columns(jobs, self.architecture, seats, first=len(jobs), reads=reads)
         logit_edits = tuple(
-            at_reads(group.reads, w) for key, found in writes.items() if key[0] == "logits" for w in found
+            at_reads(group.reads, w)
+            for key, found in writes.items()
+            if key[0] == "logits" and group.reads
+            for w in found
         )
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads)
+        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads, self.plan.until)
         saved_logits = tuple(
             saved_at_reads(group.reads, r) for key, found in reads.items() if key[0] == "logits" for r in found
         )
         rows = [*jobs, *[jobs[0]] * count]
-        few = None if table is None or logit_edits else self._few(group)
+        few = None if table is None or logit_edits or not group.reads else self._few(group)
         inputs, top = self._inputs(group, rows, table)
         run = (
             inputs,
@@ -185,11 +190,11 @@ class Tracer:
 
     def _inputs(self, group: Group, rows: Sequence[Job], table: Table | None) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """What the forward takes, and how its logits become ``[row, read, vocab]``."""
-        reads = torch.tensor(group.reads)
+        reads = torch.tensor(group.reads or (0,))
         if table is None:
-            if self.architecture.keeps_logits:
-                return {**self.named(rows), "logits_to_keep": reads}, ("kept",)
-            return self.named(rows), ("of", reads)
+            top = ("kept",) if self.architecture.keeps_logits else ("of", reads)
+            keep = {"logits_to_keep": reads} if self.architecture.keeps_logits else {}
+            return {**self.named(rows), **keep}, top if group.reads else ("none",)
         if table.worlds:  # one by one, so that a table of any shape may leave at the top
             ids = torch.zeros(entering(table), dtype=torch.long)
             for (lane, slot), job in zip(table.seats[: table.worlds], table.jobs, strict=False):
@@ -205,11 +210,11 @@ class Tracer:
         inputs = {"input_ids": ids}
         if self._positioned:
             inputs["position_ids"] = at
-        return inputs, ("each", len(reads))
+        return inputs, ("each", len(reads)) if group.reads else ("none",)
 
     def _past(self, jobs: Sequence[Job], table: Table | None, seats: Seats, keep: bool) -> tuple[Any, ...] | None:
         """What a run keeps of keys and values, or takes of them."""
-        depth = len(self.architecture)
+        depth = min(self.plan.until, len(self.architecture))
         if keep:
             runs = {(job.pair, job.base): job for job in (jobs if table is None else table.jobs[: table.worlds])}
             alone = self.named(sorted(runs.values(), key=lambda job: seats.world_of[job.pair, job.base]))
@@ -251,9 +256,13 @@ class Tracer:
             rows: What is measured.
             few: The only vocabulary columns that are computed, sorted; all otherwise.
         """
-        place = {p: i for i, p in enumerate(group.reads)}
-        found = []
+        place, numbers = ({x: i for i, x in enumerate(of)} for of in (group.reads, [m.name for m in self.plan.metrics]))
+        found: list[tuple[Any, ...]] = []
         for metric in metrics:
+            if metric.site is not None:
+                given = {need: self._given(need, metric, group, rows) for need in metric.needs}
+                found.append((metric.function, ("metric", numbers[metric.name]), given, None))
+                continue
             at = torch.tensor([place[p] for p in metric.positions.resolve(group.length) or ()])
             given = {need: self._given(need, metric, group, rows) for need in metric.needs}
             picked = None

@@ -14,6 +14,7 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
+from tracepatch.metrics import Metric, require_sound
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
 from tracepatch.sources import Function, Sum, Value, WorldName
@@ -23,6 +24,29 @@ Dims: TypeAlias = tuple[tuple[str, int], ...]
 TAKEN = frozenset(
     (*RESERVED, *(dim for kind in COMPONENTS.values() for dim in (*kind.index, *kind.dims)), "name", "component")
 )
+
+
+def require_measure(
+    metric: Metric, vocab: int, lengths: Sequence[int], shape: Callable[[Site, int], Dims | None], device: Any
+) -> None:
+    """Tries a metric on made-up values, of each shape that it will be given.
+
+    Args:
+        metric: The metric.
+        vocab: How many logits there are.
+        lengths: Of the prompts.
+        shape: Dims and sizes of a site in prompts of a length, which may lack it.
+        device: Where a metric of an activation is computed.
+
+    Raises:
+        MetricError: It fails, has the wrong shape, or mixes rows.
+    """
+    if metric.site is None:
+        require_sound(metric, vocab, len(metric.positions.resolve(lengths[0]) or (0,)))
+        return
+    for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
+        if dims is not None:
+            require_sound(metric, vocab, 1, dims, device)
 
 
 def require_result(source: Function, site: Site, dims: Dims) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any, Protocol
 
 from tracepatch.architecture import Architecture
@@ -160,18 +161,29 @@ class Activations:
         return found
 
     def _resolve(self, index: Any) -> Site:
-        architecture, kind = self.recorder.architecture, self.kind
-        layers, pos, units, srcs = split_index(kind, index)
-        if not layers.scalar:
+        layers, *picked = split_index(self.kind, index)
+        if not layers.scalar or layers.items is None:
             raise SiteError(
-                f"{kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
+                f"{self.kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
             )
-        (layer,) = layers_of(kind, layers, len(architecture))
-        architecture.require(kind.name, layer)
-        if kind.module:
-            layer = architecture.modules.tap(kind.name).layer
-        if kind.unit:
-            units_of(kind, layer, units, architecture.units(kind.name, layer))
-        site = Site(kind.name, layer, pos, units, srcs)
-        self.recorder.encoded.require_positions(site)
-        return site
+        site = Site(self.kind.name, layers.items[0], *picked)
+        return located(site, self.recorder.architecture, self.recorder.encoded)
+
+
+def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Site:
+    """A site as it was written, in one model and for some prompts: with its layer counted from 0.
+
+    Raises:
+        SiteError: The model has no such layer or unit, or no prompt has such a position.
+        ComponentError: The component is not offered there.
+    """
+    kind = component(site.component)
+    (layer,) = layers_of(kind, Select((site.layer,), scalar=True), len(architecture))
+    architecture.require(kind.name, layer)
+    if kind.module:
+        layer = architecture.modules.tap(kind.name).layer
+    if kind.unit:
+        units_of(kind, layer, site.unit, architecture.units(kind.name, layer))
+    site = replace(site, layer=layer)
+    encoded.require_positions(site)
+    return site

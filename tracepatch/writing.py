@@ -95,7 +95,7 @@ def weights(
             changed[rows, slots, units] = True
             wanted, found = before.sum(-1, keepdim=True), after.sum(-1, keepdim=True)
             after = torch.where(changed, after * (wanted / found), after)
-    retain(name, keep, after, kept)
+    retain(name, keep, after, known, kept)
     return x if after is value else after.transpose(1, 2).contiguous()
 
 
@@ -134,7 +134,7 @@ def shadows(
     _, name, writes, stream, norm, count, rows, saves, seats, members, units = task
     live = kept["aside", stream][rows.to(x.device)]
     after = edited(live[:, :, None].expand(-1, -1, count, -1).contiguous(), writes, known)
-    retain(name, (False, saves), after, kept)
+    retain(name, (False, saves), after, known, kept)
     if seats is None:
         return x
     seats, members, units = on(x.device, (seats, members, units))
@@ -221,7 +221,7 @@ def through(
     """Edits a value, and keeps of it what is to be kept."""
     meet(name, keep, value, known, kept)
     after = edited(value, writes, known)
-    retain(name, keep, after, kept)
+    retain(name, keep, after, known, kept)
     return after
 
 
@@ -236,15 +236,35 @@ def meet(
     known[name] = kept[name] = found
 
 
-def retain(name: Any, keep: tuple[Any, ...], value: torch.Tensor, kept: dict[Any, torch.Tensor]) -> None:
-    """Keeps a value whole, and the cells of it ``[row, …]`` that rows save, in float32 and reduced where they are."""
+def retain(
+    name: Any, keep: tuple[Any, ...], value: Any, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
+) -> None:
+    """Keeps a value whole, and the cells of it ``[row, …]`` in float32: those that rows save, reduced where they are.
+
+    Those that metrics read stay where they are: all metrics are computed at the end.
+    """
     whole, saves = keep
     if whole is True:
         kept[name] = value.clone()
-    for number, cells, swap, dropped, reduce in saves:
-        found = value[on(value.device, cells)].float()  # a copy: the cells are indexed
+    for key, cells, base, swap, dropped, reduce in saves:
+        # A copy: the cells are indexed.
+        found = (value[on(value.device, cells)] if base is None else seated(value, cells, base, known)).float()
         found = (found.transpose(1, 2) if swap else found).squeeze(dropped)
-        kept["save", number] = found.cpu() if reduce is None else reduce(found).float().clone().cpu()
+        if key[0] == "metric":
+            kept[key] = found
+        else:
+            kept[key] = found.cpu() if reduce is None else reduce(found).float().clone().cpu()
+
+
+def seated(value: Any, cells: tuple[Any, ...], base: tuple[Any, ...], known: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """Cells of a table, row by row ``[row, pos, …]``; where a row has none of its own, its base's."""
+    at, others, source, origin, rows = base
+    worlds = value if source is None else known[source]
+    parts = [value[on(value.device, cells)]] if len(at) else []
+    parts += [worlds[on(worlds.device, origin)]] if len(others) else []
+    found = torch.cat([part.to(parts[0].device) for part in parts])
+    order = torch.cat([at, others]).argsort().to(found.device)
+    return found[order].reshape(rows, -1, *found.shape[1:])
 
 
 def on(device: Any, indices: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,132 @@
+"""Whether what is written can reach what is read, and how many layers a forward must compute for it.
+
+Three facts carry it. What a forward has computed is not changed by what it computes later. Between positions only
+attention carries, and only to later ones, as the probe proved. And an edit writes its own cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tracepatch.architecture import Architecture
+from tracepatch.errors import SiteError
+from tracepatch.jobs import Job, Read, Write
+from tracepatch.sites import SPLIT_READERS, Site, component
+
+# What attention of the same layer carries to other positions.
+CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_scale", "k", "v"})
+# What of a layer rests on its own position of the stream that enters.
+ENTERING = frozenset({"embed", "resid_pre", "attn_in", "q_in", "k_in", "v_in", "attn_in_scale"})
+BESIDE = ENTERING | set(SPLIT_READERS.values())  # what single heads read leaves alone, but for one
+LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
+
+
+def canonical(site: Site, depth: int) -> tuple[str, int]:
+    """Component and layer, one name for each place of the stream."""
+    if site.component == "resid_post":
+        return "resid_pre", site.layer + 1
+    if site.component == "logits_in":
+        return "resid_pre", depth
+    return site.component, depth if site.component == "logits_in_scale" else site.layer
+
+
+def indices(
+    site: Site, architecture: Architecture, length: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Positions, units and sources of a site in a prompt; ``None`` for all units or sources, or where there are none.
+
+    Raises:
+        SiteError: The prompt has no such position.
+    """
+    positions = site.pos.resolve(length)
+    if not positions:
+        raise SiteError(str(site))
+    units = None if site.unit.all else site.unit.resolve(architecture.units(site.component, site.layer))
+    srcs = None if site.src.all else site.src.resolve(length)
+    if not site.src.all and not srcs:
+        raise SiteError(str(site))
+    return positions, units, srcs
+
+
+def read_at(
+    number: int, site: Site, reduce: Callable[..., Any] | None, architecture: Architecture, length: int
+) -> Read:
+    """A site that is saved, or read by a metric, in prompts of a length.
+
+    Raises:
+        SiteError: They have no such position.
+    """
+    kind = component(site.component)
+    positions, units, srcs = indices(site, architecture, length)
+    count = architecture.units(site.component, site.layer)
+    if srcs is not None and units is None:  # indexed dims stand side by side
+        units = tuple(range(count))
+    size = len(positions) * (len(units) if units is not None else max(1, count))
+    if kind.attends:
+        size *= length if srcs is None else len(srcs)
+    elif kind.dims[-1] not in kind.index:
+        size *= architecture.width(site.component, site.layer)
+    depth = len(architecture)
+    name, layer = ("logits", depth) if site.component == "logits" else canonical(site, depth)
+    scalar = site.pos.scalar, site.unit.scalar, site.src.scalar
+    return Read(number, name, layer, positions, units, srcs, scalar, reduce, size)
+
+
+def of_logits(positions: tuple[int, ...], depth: int) -> Read:
+    """Logits, as something that is read."""
+    return Read(-1, "logits", depth, positions, None, None, (False, False, False), None, 0)
+
+
+def reaches(
+    architecture: Architecture, write: Write, position: int, read: Read, carried: bool = False, mixed: bool = False
+) -> bool:
+    """Whether what is written at one of a write's positions may change what is read.
+
+    Args:
+        architecture: Of the model.
+        write: The edit.
+        position: One of its positions.
+        read: What is read.
+        carried: Whether a later function of the row may carry the edit to other positions.
+        mixed: Whether a function of the row may carry it to other units.
+    """
+    if architecture.span(write.component, write.layer)[0] > architecture.span(read.component, read.layer)[1]:
+        return False  # it has passed by
+    if carried:
+        return True
+    if (write.component, write.layer) == (read.component, read.layer):
+        apart = None not in (write.units, read.units) and not {*(write.units or ())} & {*(read.units or ())}
+        return position in read.positions and (mixed or not apart)
+    if write.component in SPLIT_READERS and read.layer == write.layer and read.component in BESIDE:
+        made = SPLIT_READERS[write.component]
+        return position in read.positions and read.component == made  # of which it alone is taken
+    depth = len(architecture)
+    # The first attention that may carry it to other positions, and the last one before what is read.
+    first = write.layer + (write.component not in CARRIED)
+    last = read.layer - (read.component in ENTERING or read.layer >= depth)
+    unknown = component(write.component).module or component(read.component).module
+    return position <= max(read.positions) if unknown or first <= last else position in read.positions
+
+
+def layers_of(architecture: Architecture, name: str, layer: int) -> int:
+    """How many layers a forward computes until a value is there; one more than there are for what is above them all."""
+    depth = len(architecture)
+    if name in LAST:
+        return depth + 1
+    return layer if name == "resid_pre" else 0 if name == "embed" else layer + 1
+
+
+def layers_needed(architecture: Architecture, reads: Iterable[Read], jobs: Iterable[Job]) -> int:
+    """How many layers the forwards of a plan compute; one more than there are where also what is above them all.
+
+    Args:
+        architecture: Of the model.
+        reads: What metrics read.
+        jobs: The rows that are measured, and edited worlds.
+    """
+    jobs = list(jobs)
+    reached = {(read.component, read.layer) for read in (*reads, *(r for job in jobs for r in job.reads))}
+    reached |= {(w.component, w.layer) for job in jobs for w in job.writes}
+    reached |= {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+    return max(1, *(layers_of(architecture, name, layer) for name, layer in reached))
