@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -39,6 +41,9 @@ def pairs() -> tp.Pairs:
     return ioi_pairs()
 
 
+PATIENCE = 600  # seconds for a test on a server
+
+
 class Served(NamedTuple):
     """A real NDIF server: where it is, and how it runs what it is sent now (``"trusted"`` or ``"sandbox"``)."""
 
@@ -47,11 +52,18 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(params=["trusted", "sandbox"])
-def ndif(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Served:
+def ndif(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """A server that has the toys as ``toys/gpt2`` and so on; only tests marked ndif may ask for it."""
     host = os.environ.get("TRACEPATCH_NDIF")
     if host is None:
         pytest.skip("there is no server here: python tests/ndif/server.py test")
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", request.param)  # by which the server decides
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
-    return Served(host, request.param)
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(PATIENCE)
+    yield Served(host, request.param)
+    signal.alarm(0)
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"no answer in {PATIENCE} s: a server may wait for ever, and a client of it")

@@ -117,8 +117,8 @@ class Fault:
     Attributes:
         on: What a request's first line begins with: ``"POST /request"``, ``"GET /response"``, ``"GET /subscribe"``
             (the websocket of a blocking run), ``"GET /ndif-results"`` (a result).
-        what: ``"refuse"``: it never arrives. ``"drop"``: it arrives, and the answer does not; a websocket is cut after
-            its first bytes. ``"delay"``: it takes ``seconds`` more. ``"empty"``: a finished job has no result in it.
+        what: ``"refuse"``: it never arrives. ``"drop"``: it arrives, and the answer does not; a websocket is cut at
+            the first word about the job. ``"delay"``: it takes ``seconds`` more. ``"empty"``: a finished job has no result in it.
             ``"status"``: the answer is ``status``, with a detail.
         times: How often; ever again if ``None``.
         after: How many such requests pass before.
@@ -248,6 +248,7 @@ class Proxy:
         return _with_header(head, "Content-Length", str(len(body))), body
 
     def _splice(self, client: socket.socket, upstream: socket.socket, head: bytes, *, cut: bool) -> None:
+        """A websocket, to its end; or to the session's name, which is the first that a server says on it."""
         upstream.sendall(head)
 
         def up() -> None:
@@ -258,14 +259,19 @@ class Proxy:
                 upstream.shutdown(socket.SHUT_WR)
 
         threading.Thread(target=up, daemon=True).start()
-        with suppress(OSError):
-            passed = 0
-            while data := upstream.recv(1 << 16):
-                passed += 1
-                if cut and passed > 2:  # the handshake, and the session's name
-                    return
-                self.received += len(data)
-                client.sendall(data)
+        said = b""
+        while data := upstream.recv(1 << 16):
+            if cut:
+                said += data
+                handshake = said.find(b"\r\n\r\n") + 4
+                named = len(said) > handshake + 1 > 4 and handshake + 2 + said[handshake + 1]  # a short frame's length
+                if named and len(said) > named:
+                    break
+            self.received += len(data)
+            client.sendall(data)
+        for end in (client, upstream):  # to close them is not enough while the other thread listens
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, client: socket.socket, body: bytes, status: int = 200) -> None:
         client.sendall(

@@ -203,6 +203,9 @@ def ray_folder() -> Path:
     return Path("/tmp") / f"ndif-{hashlib.sha256(str(STATE).encode()).hexdigest()[:8]}"
 
 
+_started: dict[str, subprocess.Popen[bytes]] = {}
+
+
 def start(service: str) -> None:
     """Starts one service: ``hub``, ``redis``, ``store``, ``ray``, ``controller`` or ``api``; waits for the middle two."""
     require_alone()
@@ -240,6 +243,9 @@ def start(service: str) -> None:
         if process.wait():
             raise DidNotStart(f"{service} did not start: see {STATE / service}.log")
         return
+    if service in _started:
+        _started[service].poll()  # it was ended, and is buried
+    _started[service] = process  # who forgets a process that runs is warned
     _pid_file(service).write_text(str(process.pid))
 
 

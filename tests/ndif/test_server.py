@@ -49,7 +49,7 @@ def last_logits(model: Any, ids: torch.Tensor, repeat: int, wait: float) -> torc
     return torch.stack(found)
 
 
-def poll(job: RemoteBackend, patience: float = 60.0) -> dict[str, torch.Tensor]:
+def poll(job: RemoteBackend, patience: float = 300.0) -> dict[str, torch.Tensor]:
     """What a job gives when it is done."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
