@@ -18,7 +18,6 @@ here, so that it runs under any Python.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -91,7 +90,7 @@ def require_able() -> None:
     """
     if not sys.platform.startswith("linux"):
         raise CannotServe("network namespaces are a thing of Linux")
-    for tool in ("unshare", "nsenter", "ip"):
+    for tool in ("unshare", "nsenter", "ip", "ss"):
         if shutil.which(tool) is None:
             raise CannotServe(f"there is no {tool} (util-linux, iproute2)")
     if os.geteuid() != 0:
@@ -124,6 +123,8 @@ def install() -> None:
     Raises:
         CannotServe: A download failed.
     """
+    import fcntl  # not on every system, as this module is
+
     home().mkdir(parents=True, exist_ok=True)
     with (home() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -203,9 +204,6 @@ def ray_folder() -> Path:
     return Path("/tmp") / f"ndif-{hashlib.sha256(str(STATE).encode()).hexdigest()[:8]}"
 
 
-_started: dict[str, subprocess.Popen[bytes]] = {}
-
-
 def start(service: str) -> None:
     """Starts one service: ``hub``, ``redis``, ``store``, ``ray``, ``controller`` or ``api``; waits for the middle two."""
     require_alone()
@@ -229,24 +227,18 @@ def start(service: str) -> None:
     env = environment()
     if service == "controller":
         env["RAY_ADDRESS"] = f"127.0.0.1:{RAY}"
+    command = [str(part) for part in given[service]]
+    # Python looks for modules where it is started, and there are none: no server has tracepatch.
+    place: dict[str, Any] = {"env": env, "cwd": STATE, "stdin": subprocess.DEVNULL, "start_new_session": True}
     with (STATE / f"{service}.log").open("a") as log:
-        process = subprocess.Popen(
-            [str(part) for part in given[service]],
-            env=env,
-            cwd=STATE,  # Python looks there for modules, and there are none: no server has tracepatch
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    if service in ("ray", "controller"):
-        if process.wait():
-            raise DidNotStart(f"{service} did not start: see {STATE / service}.log")
-        return
-    if service in _started:
-        _started[service].poll()  # it was ended, and is buried
-    _started[service] = process  # who forgets a process that runs is warned
-    _pid_file(service).write_text(str(process.pid))
+        if service in ("ray", "controller"):  # these start something and end
+            if subprocess.run(command, stdout=log, stderr=log, check=False, **place).returncode:
+                raise DidNotStart(f"{service} did not start: see {STATE / service}.log")
+            return
+        # The shell ends at once, so that its child is nobody's here; the number of the shell names their group.
+        leave = ["sh", "-c", '"$@" >&2 & echo $$', "sh", *command]
+        group = subprocess.run(leave, stdout=subprocess.PIPE, stderr=log, check=True, **place).stdout
+    _pid_file(service).write_text(group.decode().strip())
 
 
 def start_all(patience: float = 300.0) -> None:
@@ -456,6 +448,7 @@ def _end_with_the_holder() -> None:
 def _test(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is left of it is removed, too
     try:
+        require_able()
         outside = set(listeners())
         maker = up(hold=True)
     except CannotServe as error:
