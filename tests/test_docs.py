@@ -37,6 +37,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def offline(code: str) -> str:
     """The same code on the bundled model where it names one on the hub."""
+    code = code.replace('tp.load("meta-llama/Llama-3.1-70B", remote=True)', 'tp.toys.load("llama")')
     return code.replace('tp.load("openai-community/gpt2")', 'tp.toys.load("gpt2")')
 
 
