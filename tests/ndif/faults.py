@@ -47,7 +47,10 @@ def kill_api() -> None:
 
 
 def restart_api() -> None:
-    """Starts it again, after ``kill_api``."""
+    """Starts it again, after ``kill_api``; returns when requests are taken, not where it only says so from before."""
+    with socket.create_connection(("127.0.0.1", server.REDIS)) as redis:
+        redis.sendall(b"DEL ray:connected\r\n")
+        redis.recv(64)
     server.start("api")
     server.wait_for_api()
 
