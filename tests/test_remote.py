@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import re
 import sys
@@ -27,7 +28,7 @@ from conftest import toy
 
 import tracepatch as tp
 from tracepatch import program, remote, requests
-from tracepatch.errors import MeasurementError, RecipeError, ServerError
+from tracepatch.errors import MeasurementError, ModelError, RecipeError, ServerError
 from tracepatch.models import eager_attention
 from tracepatch.toys import tasks
 
@@ -421,6 +422,19 @@ def test_functions_that_ship(server: Server) -> None:
     alike(recorded(away(), metrics).run(), recorded(here(), metrics).run())
 
 
+def test_a_function_whose_file_has_changed(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent is the text as it is now."""
+    (tmp_path / "edited.py").write_text("def first(logits):\n    return logits[:, 0]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edited = importlib.import_module("edited")
+    recorded(away(), edited.first)
+    (tmp_path / "edited.py").write_text("# moved\n\ndef first(logits):\n    return logits[:, 0]\n")
+    recorded(away(), edited.first)
+    (tmp_path / "edited.py").write_text("def first(logits):\n    return logits[:, 1] + 0\n")
+    with pytest.raises(RecipeError, match="uses first, whose file has changed since"):
+        recorded(away(), edited.first)
+
+
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -488,6 +502,30 @@ def test_faults_that_stay(server: Server, fault: Fault, why: str, tmp_path: Path
     alike(p.run(), recorded(here()).run())
 
 
+def test_a_traceback_is_of_the_job_whatever_numbers_are_in_it(server: Server) -> None:
+    said = "Traceback (most recent call last):\n  File x.py, line 403, in f\nKeyError: 4010"
+    server.faults = [error(said)] * 9
+    with pytest.raises(MeasurementError, match="failed: KeyError: 4010"):
+        recorded(away()).run()
+
+
+def test_a_job_that_waits_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(job: Job) -> None:
+        job.status = Status.RUNNING
+
+    monkeypatch.setattr(requests, "RUNNING", 0.05)
+    server.faults = [waits]
+    alike(recorded(away()).run(), recorded(here()).run())
+    assert server.jobs == 2
+
+
+def test_where_a_server_is() -> None:
+    for wrong in ("localhost:8001", "", 5):
+        with pytest.raises(ModelError, match="remote is True for NDIF, or the URL of a server"):
+            tp.load(tp.toys.folder("gpt2"), remote=wrong)  # type: ignore[arg-type]  # on purpose
+    assert tp.models.remote_of(tp.load(tp.toys.folder("gpt2"), remote="ndif")) is True
+
+
 def limited(most: int) -> Callable[..., Any]:
     """A server without memory for runs of more than so many batch elements."""
     plain = program.forward
@@ -551,7 +589,7 @@ def test_a_row_that_fails_is_named_and_the_others_are_kept(
 
 def test_requests_are_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recorded(here(), batch_size=3).run()
-    for name, value in (("REQUEST_ROWS", 10), ("STEPS", 3), ("BYTES", 2000)):
+    for name, value in (("REQUEST_ROWS", 10), ("REQUEST_STEPS", 3), ("REQUEST_BYTES", 2000)):
         with monkeypatch.context() as patched:
             server.jobs = 0
             patched.setattr(remote, name, value)
@@ -569,7 +607,7 @@ def test_a_request_ends_in_time(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote, "STEPS", 3)
+    monkeypatch.setattr(remote, "REQUEST_STEPS", 3)
 
     def interrupted(job: Job) -> None:
         raise KeyboardInterrupt

@@ -294,7 +294,7 @@ def _load(source: str, dtype: str | None, device_map: str | None, remote: str | 
     if remote is not None and source.startswith("toy:"):
         raise ModelError(f"{source} is in this package, and runs here: leave out --remote, or pass --model ORG/NAME.")
     if remote is not None:
-        return tp.load(source, remote=True if remote == "ndif" else remote, dtype=dtype, name=label)
+        return tp.load(source, remote=remote, dtype=dtype, name=label)
     if source.startswith("toy:"):
         return tp.toys.load(source.removeprefix("toy:"), dtype=dtype, device_map=device_map, name=label)
     return tp.load(source, dtype=dtype, device_map=device_map, name=label)

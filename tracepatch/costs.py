@@ -11,7 +11,7 @@ from tracepatch.sites import component
 from tracepatch.table import Table
 from tracepatch.tokens import EncodedPairs
 
-REQUEST_ROWS = 20_000  # rows that are sent to a server at once
+REQUEST_ROWS, REQUEST_STEPS, REQUEST_BYTES = 20_000, 1000, 1 << 24  # what is sent to a server at once, at most
 SENT, SENT_TOKEN = 17_000, 1.5  # bytes of a request: of code, and of a token of a row
 RETURNED = 1_200  # bytes of an answer beside its numbers
 TOKENS = 1024  # tokens a table beyond which nothing is gained on the processors tried
@@ -96,20 +96,23 @@ class Traffic:
     down: int
 
 
-def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int) -> Traffic:
+def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int, steps: int) -> Traffic:
     """What measuring some jobs sends and brings home: indices up, numbers down.
 
     Args:
         jobs: What is measured.
         lengths: Per pair, its tokens.
         columns: Numbers of a row.
+        steps: Runs, the worlds' and those of the checks among them.
     """
-    requests = max(1, -(-len(jobs) // REQUEST_ROWS))
     tokens = sum(lengths[job.pair] - job.start for job in jobs) + 2 * sum(lengths)
     tensors = {id(w.constant): w.constant.tensor.numel() for job in jobs for w in job.writes if w.constant is not None}
     saved = sum(read.size for job in jobs for read in job.reads)
     numbers = 4 * (columns * (len(jobs) + 2 * len(lengths)) + saved)
-    up = requests * SENT + SENT_TOKEN * tokens + 4 * sum(tensors.values())
+    inside = SENT_TOKEN * tokens + 4 * sum(tensors.values())
+    requests = max(1, *(-(-n // most) for n, most in ((len(jobs), REQUEST_ROWS), (steps, REQUEST_STEPS))))
+    requests = max(requests, -int(-inside // REQUEST_BYTES))
+    up = requests * SENT + inside
     return Traffic(requests, round(up), requests * RETURNED + numbers)
 
 

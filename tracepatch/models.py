@@ -86,6 +86,7 @@ def load(
     Raises:
         ModelError: No model there, no next-token logits, weights missing, or no tokenizer.
     """
+    remote = _server(remote)
     if isinstance(model, TransformersModel):
         loaded = model
     elif isinstance(model, torch.nn.Module):
@@ -111,6 +112,15 @@ def load(
         _NAMES[loaded] = name
     module_of(loaded).eval()
     return loaded
+
+
+def _server(remote: bool | str) -> bool | str:
+    """Where to run, as nnsight takes it."""
+    if isinstance(remote, bool) or remote == "ndif":
+        return bool(remote)
+    if not isinstance(remote, str) or not remote.startswith(("http://", "https://")):
+        raise ModelError(f"remote is True for NDIF, or the URL of a server ('http://host:8001'), not {remote!r}.")
+    return remote.rstrip("/")
 
 
 def _from_pretrained(source: str, tokenizer: Any, dtype: Any, device_map: Any, options: dict[str, Any]) -> Model:

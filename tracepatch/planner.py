@@ -182,6 +182,7 @@ def make_plan(
         for length, pairs in sorted(by_length.items())
         for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
     )
+    steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
@@ -197,7 +198,7 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
-        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics)) if remote else None,
+        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics), steps) if remote else None,
         edited=tuple(edited),
         sample=sample,
         estimate=_estimate(architecture, packer, groups, worlds, pace),

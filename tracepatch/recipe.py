@@ -190,7 +190,7 @@ class Patching(Recorder):
         self._tell(journal, stored)
         journal.finished(told, found)
         plan.measured.update(seconds=measured.seconds, forwards=measured.forwards, peak=measured.peak, checks=told)
-        if not stored:
+        if plan.jobs and not stored and not plan.remote:  # a queue says nothing of the model
             _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
         self._measured, self._journal = measured, None
         hand_out(plan.rows, measured.saved, self.architecture, self.encoded)

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from tracepatch.costs import REQUEST_ROWS
+from tracepatch.costs import REQUEST_BYTES, REQUEST_ROWS, REQUEST_STEPS
 from tracepatch.errors import ServerError
 from tracepatch.models import Model, eager_attention, module_of, name_of
 from tracepatch.requests import JobError, ask, place
 from tracepatch.steps import Step, Taken
 
-STEPS, BYTES = 1000, 1 << 24  # at most in one request
 SECONDS = 60.0  # after which a request begins no further step: what it has is brought home first
 MEMORY, TIME = ("out of memory", "can't allocate memory"), "execution timeout"
 
@@ -122,7 +121,7 @@ class There:
             MeasurementError: A step failed.
             ServerError: The server cannot be asked, or runs something else than was planned on.
         """
-        source, waiting, most = _tasks(groups), deque[_Task](), STEPS
+        source, waiting, most = _tasks(groups), deque[_Task](), REQUEST_STEPS
         while True:
             tasks = list(_chunk(waiting, source, most))
             if not tasks:
@@ -136,7 +135,7 @@ class There:
                     waiting.extendleft(reversed(tasks))
                     continue
                 done, failed = len(again), (tasks[0], None, error)
-            most = min(STEPS, 2 * most)
+            most = min(REQUEST_STEPS, 2 * most)
             waiting.extendleft(reversed(tasks[max(0, done - len(again)) :]))
             if failed is not None:
                 task, number, why = failed
@@ -195,7 +194,7 @@ def _chunk(waiting: deque[_Task], source: Iterator[_Task], most: int) -> Iterato
         if task is None:
             return
         rows, size = rows + task.step.rows, size + sum(map(_size, task.ops))
-        if count and (rows > REQUEST_ROWS or size > BYTES):
+        if count and (rows > REQUEST_ROWS or size > REQUEST_BYTES):
             waiting.appendleft(task)
             return
         yield task

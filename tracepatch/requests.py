@@ -7,8 +7,9 @@ a pause that grows; everything else is an error that says what to do.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import nnsight
@@ -23,7 +24,7 @@ nnsight.register("tracepatch")  # the server need not have it
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds before each further try
 ASK_FIRST, ASK_AT_MOST = 0.02, 2.0  # seconds between two questions for a result
 SILENCE = 60.0  # seconds without a word about a job, or without an answer, after which it counts as lost
-PATIENCE = 1800.0  # seconds that one job may run, of which each ends itself after about a minute
+RUNNING, WAITING = 1800.0, 3600.0  # seconds without a change after which a job counts as stuck; each ends in a minute
 WORTH = (
     "reconnecting",
     "evicted",
@@ -33,6 +34,8 @@ WORTH = (
     "gateway time",
     "runner socket",
 )
+NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Warning): ")
+KEY = re.compile(r"\bapi[ _-]?key\b|\bunauthorized\b", re.IGNORECASE)
 LINE = ("httpx", "httpcore", "websocket", "ssl", "socket")  # libraries whose errors are of the line, not of the job
 
 
@@ -112,6 +115,8 @@ def _asked(model: Model, given: tuple[Any, ...], say: Callable[[str], None]) -> 
     try:
         try:
             backend = _submitted(model, remote_of(model), *given)
+        except (ServerError, _TryAgainError):
+            raise
         except Exception as error:
             raise _sorted_out(model, error) from error
         return _waited(model, backend, say)
@@ -127,9 +132,11 @@ def _submitted(model: Model, remote: Any, tree: Any, numbers: Any, first: int, s
     try:
         model.to_model_key()
     except Exception as error:
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if _of_the_line(error) and _status(error) is None:
+            raise _TryAgainError(f"the model hub does not answer ({said})") from error
         raise ServerError(
-            f"{name_of(model)} could not be looked up on the model hub, where servers take models from: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{name_of(model)} could not be looked up on the model hub, where servers take models from: {said}"
         ) from error
     with model.session(remote=remote, blocking=False) as session:
         result = nnsight.save(program(model, tree, numbers, first, seconds))  # noqa: F841  # the server's
@@ -137,69 +144,85 @@ def _submitted(model: Model, remote: Any, tree: Any, numbers: Any, first: int, s
 
 
 def _waited(model: Model, backend: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    began = heard = time.monotonic()
-    pause, answered, running = ASK_FIRST, True, 0.0
+    """What a job left, once it is done; it is asked for again and again."""
+    began = heard = changed = time.monotonic()
+    pause, last = ASK_FIRST, None
     while True:
         time.sleep(pause)
         pause = min(1.3 * pause, ASK_AT_MOST)
         backend.status = None
-        now = time.monotonic()
+        found, why = None, "it knows nothing of the job any more"
         try:
             found = backend()
         except Exception as error:
-            if not _of_the_line(error):
+            refused = _status(error) in (401, 403) and "/response/" in _address(error)
+            if type(error).__name__ == "RemoteError" or refused:
                 raise _sorted_out(model, error) from error
-            found, answered, why = None, False, str(error)
-        else:
-            if backend.status is not None:
-                heard, answered = now, True
-            why = "it knows nothing of the job any more"
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"  # a line that breaks does no harm
         if found is not None:
             return dict(found)
-        if backend.status is not None and backend.status.value == "COMPLETED":
+        now, status = time.monotonic(), None if backend.status is None else backend.status.value
+        if status == "COMPLETED":
             return {}
+        heard = heard if status is None else now
         if now - heard > SILENCE:
             raise _TryAgainError(f"{place(model)} has not been heard of for {SILENCE:.0f} s ({why})")
-        running = running or (now if backend.status is not None and backend.status.value == "RUNNING" else 0.0)
-        if running and now - running > PATIENCE:
-            raise ServerError(
-                f"{place(model)} has been at one job for {PATIENCE:.0f} s, longer than what was sent can take: it may "
-                "hang. What is measured is kept; run it again, or ask who runs the server."
+        changed, last = (changed, last) if status in (None, last) else (now, status)
+        if now - changed > (RUNNING if last == "RUNNING" else WAITING):
+            raise _TryAgainError(
+                f"{place(model)} has left the job {(last or 'alone').lower()} for {now - changed:.0f} s"
             )
-        status = backend.status.value.lower() if backend.status is not None else "waiting for an answer"
-        say(f"{status if answered else 'the line is broken'}, {now - began:.0f} s")
+        say(f"{status.lower() if status else 'waiting for an answer'}, {now - began:.0f} s")
 
 
-def _of_the_line(error: BaseException | None) -> bool:
-    """Whether an error is of the connection, not of the job."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if type(error).__module__.split(".")[0] in LINE or isinstance(error, (ConnectionError, TimeoutError)):
-            return True
+        yield error
         error = error.__cause__
-    return False
+
+
+def _of_the_line(error: BaseException) -> bool:
+    """Whether an error is of the connection, not of the job."""
+    lines = (ConnectionError, TimeoutError)
+    return any(type(e).__module__.split(".")[0] in LINE or isinstance(e, lines) for e in _chain(error))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error is about."""
+    found = (getattr(getattr(e, "response", None), "status_code", None) for e in _chain(error))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _address(error: BaseException) -> str:
+    """What was asked for when an HTTP error came back."""
+    found = (getattr(getattr(e, "response", None), "url", None) for e in _chain(error))
+    return next((str(url) for url in found if url is not None), "")
 
 
 def _sorted_out(model: Model, error: Exception) -> Exception:
     """An error of a request as what it means: another try, a server that does not serve, or a job that failed."""
-    said, name = str(error).strip(), name_of(model)
+    said, name, where, status = str(error).strip(), name_of(model), place(model), _status(error)
     lines = said.splitlines() or [type(error).__name__]
-    if isinstance(error, ServerError):
-        return error
-    if _of_the_line(error) and not said.startswith("Failed to send request: "):
-        return _TryAgainError(lines[0])
-    where = place(model)
-    lowered = said.lower()
-    if any(word.lower() in lowered for word in ("api key", "api-key", "unauthorized", "401", "403")):
+    remote = type(error).__name__ == "RemoteError"
+    if remote and (lines[0].startswith("Traceback") or (len(lines) > 1 and NAMED.match(lines[-1]))):
+        return JobError(error)
+    key = status in (401, 403) or (status is None and remote and KEY.search(said))
+    if key:
         return ServerError(
             f"{where} refused the key: {lines[0]}\nSet yours once with nnsight.CONFIG.set_default_api_key('…'), or in "
             "the environment as NDIF_API_KEY."
         )
-    if any(word in lowered for word in WORTH):
+    if status is not None and (status >= 500 or status in (408, 429)):
         return _TryAgainError(lines[0])
-    if said.startswith("Failed to send request: "):
-        if _of_the_line(error) and not any(word in lowered for word in ("400", "404", "413", "422", "version")):
-            return _TryAgainError(lines[0])
+    if status is None and _of_the_line(error):
+        return _TryAgainError(lines[0])
+    lowered = said.lower()
+    if remote and status is None and any(word in lowered for word in WORTH):
+        return _TryAgainError(lines[0])
+    if status is not None or said.startswith("Failed to send request: "):
         return ServerError(f"{where} did not take the request: {lines[0]}\n{_advice(lowered)}")
+    if not remote:
+        return ServerError(f"The request to {where} could not be made: {type(error).__name__}: {lines[0]}")
     if "could not deploy" in lowered or "error starting model" in lowered:
         return ServerError(
             f"{where} does not run {name}: {lines[0]}\nprint(nnsight.status()) lists what it has; or load the weights "
@@ -214,7 +237,7 @@ def _sorted_out(model: Model, error: Exception) -> Exception:
 
 
 def _advice(lowered: str) -> str:
-    if "version" in lowered:
+    if re.search(r"\bversions?\b", lowered):
         return "Client and server need versions that fit: print(nnsight.compare()) shows both."
     return "print(nnsight.status()) says whether it is up, and what it runs."
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import linecache
 import re
 import sys
 import types
@@ -128,6 +129,8 @@ def _of_function(function: types.FunctionType, name: str, seen: set[int]) -> Ite
     except (OSError, TypeError):
         yield f"uses {name}, whose source cannot be found: as bytecode it crashes another Python"
         return
+    if _changed(function):
+        yield f"uses {name}, whose file has changed since: the new text would be sent. Import it anew"
     if "super()" in source or MANGLED.search(source):
         yield f"uses {name}, with super() or private names of a class, which do not survive being sent"
     used = (function.__globals__[key] for key in globals_of(function.__code__) if key in function.__globals__)
@@ -138,6 +141,37 @@ def _of_function(function: types.FunctionType, name: str, seen: set[int]) -> Ite
             yield f"uses {name}, which closes over a variable before it has a value"
     for part in (*used, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield from _reasons(part, seen)
+
+
+def _changed(function: types.FunctionType) -> bool:
+    """Whether the file of a function says something else now than what was loaded."""
+    file, loader = function.__code__.co_filename, type(function.__globals__.get("__loader__")).__name__
+    linecache.checkcache(file)
+    if loader == "AssertionRewritingHook":  # pytest compiles in a way of its own
+        return False
+    try:
+        now = compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)
+    except SyntaxError:
+        return True
+    alike = [code for code in _codes(now) if code.co_qualname == function.__code__.co_qualname]
+    return bool(alike) and not any(_same(code, function.__code__) for code in alike)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _same(a: types.CodeType, b: types.CodeType) -> bool:
+    """Whether two pieces of code do the same, wherever they stand."""
+    if (a.co_code, a.co_names, len(a.co_consts)) != (b.co_code, b.co_names, len(b.co_consts)):
+        return False
+    both = zip(a.co_consts, b.co_consts, strict=True)
+    return all(
+        _same(x, y) if isinstance(x, types.CodeType) and isinstance(y, types.CodeType) else x == y for x, y in both
+    )
 
 
 def _of_class(kind: type, name: str, seen: set[int]) -> Iterator[str]:

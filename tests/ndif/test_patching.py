@@ -279,7 +279,7 @@ def test_a_line_that_is_cut_while_a_job_runs(trusted: None, impatient: None, pro
 
 def interrupted_by(event: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Something happens after the second request; the number of requests."""
-    monkeypatch.setattr(remote, "STEPS", 4)
+    monkeypatch.setattr(remote, "REQUEST_STEPS", 4)
     asked: list[int] = []
     plain = requests._submitted
 
