@@ -23,7 +23,9 @@ from tracepatch.requests import JobError, ask, place
 from tracepatch.steps import Step, Taken
 
 SECONDS = 60.0  # after which a request begins no further step: what it has is brought home first
-MEMORY, TIME = ("out of memory", "can't allocate memory"), "execution timeout"
+MEMORY = ("out of memory", "can't allocate memory")
+# A job that is out of time is told so, or is interrupted in a trace, which then has no result.
+TIME = ("execution timeout", "local variable 'result'")
 
 
 @dataclass(eq=False)
@@ -93,7 +95,7 @@ class _Task:
         at = next(i for i, end in enumerate(ends) if number < end)
         part = several[at]
         short = error.kind == "OutOfMemoryError" or any(words in str(error) for words in MEMORY)
-        smaller = part.smaller() if short or TIME in str(error) else []
+        smaller = part.smaller() if short or any(words in str(error) for words in TIME) else []
         if not smaller:
             cause = torch.OutOfMemoryError(str(error)) if short else error
             raise part.failed(number - ends[at] + len(part.ops), cause) from error

@@ -332,7 +332,7 @@ def slow(live: torch.Tensor) -> torch.Tensor:
     import time as clock
 
     if live.shape[0] > 2:
-        clock.sleep(3)
+        clock.sleep(8)
     return live / 2
 
 
@@ -346,7 +346,7 @@ def test_a_job_that_takes_too_long(trusted: None, impatient: None, tmp_path: Pat
                     p.clean.attn_out[layer, :] = slow
 
     p = recorded(away("gpt2"), slowly, prompts(4, 1), form="flat", checks=False)
-    with faults.time_limit(2.0):
+    with faults.time_limit(5.0):
         found = p.run()
     alike(found, recorded(here("gpt2"), slowly, prompts(4, 1), form="flat", checks=False).run())
 
