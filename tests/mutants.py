@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 300  # seconds; the slowest fault is found in a fifth of them
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,22 @@ def killer(mutant: Mutant) -> str | None:
         path.write_text(code.replace(mutant.text, mutant.becomes), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", "-p", "no:cacheprovider"]
         env = {**os.environ, "PYTHONPATH": str(copy)}
-        done = subprocess.run(
-            [*command, *(f"tests/{t}" for t in mutant.tests)],
-            cwd=copy,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [*command, *(f"tests/{t}" for t in mutant.tests)],
+                cwd=copy,
+                env=env,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired:  # a fault that makes a test wait for ever is noticed too
+            return f"a test that did not end in {PATIENCE} s"
         if done.returncode == 0:
             return None
+        if done.returncode != 1:  # pytest's own trouble, such as no tests at all, notices nothing
+            raise SystemExit(f"{mutant.fault}: {done.stdout[-500:]}{done.stderr[-500:]}")
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
         return found[1] if found else done.stdout[-500:] + done.stderr[-500:]
 
