@@ -37,6 +37,8 @@ WORLDS = ("test_worlds.py",)
 FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
+GRADIENTS = ("test_attribution.py",)
+ROWWISE = ("test_rowwise.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -70,7 +72,7 @@ MUTANTS = (
     Mutant("the effect is counted from the other run", "results", "base = np.stack([measured.baselines[row.base] for row in rows])", "base = np.stack([measured.baselines['clean'] for row in rows])", ("test_results.py", "test_laws.py")),
     Mutant("a mean of ratios", "combining", 'normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims)', 'normalized=effects["normalized"].mean("pair").transpose(*mean["effect"].dims)', ("test_results.py",)),
     Mutant("what was not measured is 0", "results", "out = np.full((plan.pairs, *shape), empty, values.dtype)", "out = np.zeros((plan.pairs, *shape), values.dtype)", ("test_results.py", "test_recording.py")),
-    Mutant("a pair too close to divide by is divided by", "results", "normalized = dataset[\"effect\"] / gap.where(usable)", "normalized = dataset[\"effect\"] / gap", ("test_results.py",)),
+    Mutant("a pair too close to divide by is divided by", "results", "normalized = main / gap.where(usable)", "normalized = main / gap", ("test_results.py",)),
     Mutant("wrong and right answers are exchanged", "metrics", "return torch.stack([right - wrong, right, wrong], 1)", "return torch.stack([wrong - right, right, wrong], 1)", ("test_metrics.py",)),
     Mutant("the metric reads one position too early", "metrics", "LAST = Select((-1,), scalar=True)", "LAST = Select((-2,), scalar=True)", ("test_metrics.py", "test_oracle.py")),
     Mutant("padding counts as an answer", "metrics", "    return picked * (ids >= 0)[:, None]", "    return picked", ("test_metrics.py",)),
@@ -93,10 +95,10 @@ MUTANTS = (
     Mutant("what an encoder reads has no end", "tokens", "        ids += policy.suffix\n", "        pass\n", ENCODER),
     Mutant("a decoder starts without its start token", "tokens", "return ids if ids[:1] == (start,) else (start, *ids)", "return ids or (start,)", ENCODER),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
-    Mutant("a patch is a zero ablation", "recipe", "[site] if source is None else source", "[site] * 0 if source is None else source", ("test_faults.py",)),
-    Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),
+    Mutant("a patch is a zero ablation", "cells", "[site] if value is None else value", "[site] * 0 if value is None else value", ("test_faults.py",)),
+    Mutant("a zero ablation is a patch", "cells", "[site] if value is None else value", "[site]", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
-    Mutant("layers are read by one digit", "writing", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
+    Mutant("layers are read by one digit", "norms", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
     Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
     Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
     Mutant("only the first row of a batch is written", "writing", "        at = on(x.device, cells)\n        value", "        at = on(x.device, (cells[0] * 0, *cells[1:]))\n        value", ("test_faults.py",)),
@@ -159,6 +161,24 @@ MUTANTS = (
     Mutant("decorators are sent without a word", "shipping", 'elif hasattr(value, "__wrapped__"):', "elif False:", REMOTE),
     Mutant("what functions close over is not looked at", "shipping", "            yield from _reasons(cell.cell_contents, seen)", "            pass", REMOTE),
     Mutant("attention is not switched where the model runs", "remote", "eager_attention(module_of(self._model)) if self._eager else nullcontext()", "nullcontext()", REMOTE),
+    Mutant("gradients are taken in the other run", "attribution", "self.base, self.source = self.wanted.base,", "self.base, self.source = OTHER[self.wanted.base],", GRADIENTS),
+    Mutant("an estimate is of the base itself", "contractions", "    found = by * change\n", "    found = by * wide(known[value])\n", GRADIENTS),
+    Mutant("the stream between attention and MLP forgets its skip branch", "backward", "        return kept[\"aside\", stream] + x * scale, slope / scale", "        return kept[\"aside\", stream] + x * scale, slope * 0.5 / scale", GRADIENTS),
+    Mutant("norms are constant on the way back to the stream", "norms", "    if scale is not None:", "    if True:\n        scale = scale if scale is not None else stream.std(-1, keepdim=True)", GRADIENTS),
+    Mutant("a head's reader sees the gradient of all heads", "backward", "        only[:, head] = slope[:, head]", "        only[:] = slope", GRADIENTS),
+    Mutant("gradients of a norm's divisor are upside down", "backward", "return scale, -(slope *", "return scale, (slope *", GRADIENTS),
+    Mutant("keys are fixed by the query's pattern", "attribution", 'self.sides.where(group, "k_fix")', 'self.sides.where(group, "q_fix" if "q_fix" in {w.name for w in self.edited} else self.base)', GRADIENTS),
+    Mutant("the weights beside a key stay as they are", "contractions", "    found = after * g + (1 - after) * others - (p * g).sum(-1, keepdim=True)", "    found = (after - p) * g", GRADIENTS),
+    Mutant("a dropped layer is not dropped", "backward", "    return torch.zeros_like(slope) if key in zeroed else slope", "    return slope", GRADIENTS),
+    Mutant("GradDrop averages over all layers", "attribution", "/ (len(self.architecture) - 1)", "/ len(self.architecture)", GRADIENTS),
+    Mutant("the line begins at the other run", "estimators", '{"midpoint": 0.5, "left": 0.0, "right": 1.0}', '{"midpoint": 0.5, "left": 1.0, "right": 0.0}', GRADIENTS),
+    Mutant("the half rule is left out", "taps", "        return passing(x, x / 2)", "        return x", GRADIENTS),
+    Mutant("the identity rule is the derivative", "taps", "        return passing(x, entering * ratio)", "        return x", GRADIENTS),
+    Mutant("what is held is not", "taps", '    if kind == "hold":\n        return x.detach()', '    if kind == "hold":\n        return x', GRADIENTS),
+    Mutant("a renormalized weight leaves the others", "contractions", "others * (ratio - 1) + ((p + change) * ratio - p) * g", "((p + change) * ratio - p) * g", GRADIENTS),
+    Mutant("estimates of units stand one further", "estimates", "at = [label % size if -size <= label < size else -1 for label in cells.axes[dim]]", "at = [(label + 1) % size if -size <= label < size else -1 for label in cells.axes[dim]]", GRADIENTS),
+    Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
+    Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
 )  # fmt: skip
 
 

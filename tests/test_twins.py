@@ -269,10 +269,10 @@ QUICK = ("gpt2", "llama-3.1-70b", "mixtral-8x7b", "gpt-oss-120b")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LITERALS])
 def test_models_that_fit_on_no_laptop(name: str) -> None:
     module = without_weights(literal(name), torch.bfloat16)
-    began = time.perf_counter()
+    began = time.process_time()
     twin = Twin(module)
     architecture = tp.Architecture(tp.load(module, tokenizer()))
-    assert time.perf_counter() - began < 20, "seconds, even where many share a core"
+    assert time.process_time() - began < 20, "seconds of work"
     attention, last = architecture.attention(0), len(architecture) - 1
     assert attention is not None
     assert (

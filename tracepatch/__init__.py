@@ -14,14 +14,15 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
-``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
-``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
-``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
-``panels``, ``plots``, ``toys``, ``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
+``taps``, ``trace``, ``backward``, ``contractions``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``,
+``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``,
+``factors``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``,
+``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``,
+``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
+``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
+``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
+``cells``, ``estimates``, ``recipe``, ``attribution``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -29,7 +30,9 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
+from tracepatch.attribution import attribute
 from tracepatch.combining import concat, over_pairs
+from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -41,13 +44,18 @@ from tracepatch.tokens import one_token
 __all__ = [
     "COMPONENTS",
     "Architecture",
+    "AtP",
+    "AtPStar",
+    "IntegratedGradients",
     "Metric",
     "Pairs",
     "Patching",
     "Plan",
     "Recipe",
+    "RelP",
     "Status",
     "adopt",
+    "attribute",
     "concat",
     "cross_entropy",
     "errors",

@@ -28,6 +28,7 @@ class Status(IntEnum):
     MEASURED = 1
     PROVED_ZERO = 2
     PENDING = 3
+    ESTIMATED = 4
 
 
 class Proof(IntEnum):

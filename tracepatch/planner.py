@@ -94,8 +94,8 @@ def make_plan(
         raise RecipeError(
             "The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`."
         )
-    _require_given(metrics, encoded)
-    profiles = [_profile(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
+    require_given(metrics, encoded)
+    profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
     if any(_draws(edit) for edit in edits):
         profiles = [
@@ -141,7 +141,7 @@ def make_plan(
                 continue
             seen[key] = number
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
-    standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
+    standing = [[world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
     until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
     if until <= len(architecture) and ends:
@@ -284,7 +284,12 @@ def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads:
     return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0), reads)
 
 
-def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
+def world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
+    """The run of an edited world on a pair.
+
+    Raises:
+        RecipeError: The pair lacks a position that the world edits.
+    """
     try:
         return _job(-1, pair, world.name, lowering.world(world.name))
     except SiteError as error:
@@ -294,7 +299,12 @@ def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
         ) from error
 
 
-def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
+def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
+    """Refuses metrics that need what the pairs do not have.
+
+    Raises:
+        MetricError: So it is.
+    """
     for metric in metrics:
         offenders = []
         for need in metric.needs:
@@ -312,7 +322,12 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
             )
 
 
-def _profile(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
+def profile_of(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
+    """What lowering needs to know of a pair.
+
+    Raises:
+        MetricError: A metric reads positions that the pair does not have.
+    """
     length = encoded.lengths[pair]
     reads: set[int] = set()
     seen = []
