@@ -38,6 +38,8 @@ FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
 GRADIENTS = ("test_attribution.py",)
+ATTENDING = ("test_attending.py",)
+SAVED = ("test_gradients.py",)
 ROWWISE = ("test_rowwise.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
@@ -177,6 +179,13 @@ MUTANTS = (
     Mutant("what is held is not", "taps", '    if kind == "hold":\n        return x.detach()', '    if kind == "hold":\n        return x', GRADIENTS),
     Mutant("a renormalized weight leaves the others", "contractions", "others * (ratio - 1) + ((p + change) * ratio - p) * g", "((p + change) * ratio - p) * g", GRADIENTS),
     Mutant("estimates of units stand one further", "estimates", "at = [label % size if -size <= label < size else -1 for label in cells.axes[dim]]", "at = [(label + 1) % size if -size <= label < size else -1 for label in cells.axes[dim]]", GRADIENTS),
+    Mutant("attention attribution has the sign of zeroing", "attending", "{name: -found[name]", "{name: found[name]", ATTENDING),
+    Mutant("values flow to all destinations alike", "contractions", "    return home(summed(wide(known[pattern]) * moved, dims))", "    return home(summed(moved, dims))", ATTENDING),
+    Mutant("direct contributions follow the last norm's scale", "direct", 'held = frozenset({("logits_in_scale", 0)})', "held = frozenset()", ATTENDING),
+    Mutant("an output bias counts for a writer of its own twice", "direct", "            column = column - parts", "            column = column - 0 * parts", ATTENDING),
+    Mutant("gradients are saved of the other run", "capture", '("gradient", base, number, *key) for base in bases', '("gradient", bases[0], number, *key) for base in bases', SAVED),
+    Mutant("directions are not of length 1", "saved_gradients", "unit = found / found.norm(dim=-1, keepdim=True)", "unit = found", SAVED),
+    Mutant("a writer above the layer counts", "saved_gradients", "for below in range(layer)", "for below in range(min(layer + 1, len(self.architecture)))", SAVED),
     Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
     Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
 )  # fmt: skip

@@ -22,7 +22,8 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
 ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
 ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
-``cells``, ``estimates``, ``recipe``, ``attribution``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``,
+``capture``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -30,14 +31,18 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
+from tracepatch.attending import attention_attribution, value_flow
 from tracepatch.attribution import attribute
+from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import concat, over_pairs
+from tracepatch.direct import direct_attribution
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 
@@ -46,6 +51,7 @@ __all__ = [
     "Architecture",
     "AtP",
     "AtPStar",
+    "Gradients",
     "IntegratedGradients",
     "Metric",
     "Pairs",
@@ -55,10 +61,13 @@ __all__ = [
     "RelP",
     "Status",
     "adopt",
+    "attention_attribution",
     "attribute",
     "concat",
     "cross_entropy",
+    "direct_attribution",
     "errors",
+    "gradients",
     "kl",
     "load",
     "log_prob",
@@ -67,6 +76,7 @@ __all__ = [
     "metric",
     "models",
     "one_token",
+    "open_gradients",
     "open_result",
     "over_pairs",
     "patch",
@@ -77,4 +87,5 @@ __all__ = [
     "recipe",
     "save_result",
     "toys",
+    "value_flow",
 ]

@@ -105,6 +105,8 @@ def product(
     by, change = wide(known[slope]), difference(known, value, source)
     if change.ndim < by.ndim:  # what single heads read is one stream
         change = change.unsqueeze(2)
+    if by.ndim < change.ndim:  # what several heads write has one gradient
+        by = by.unsqueeze(2)
     found = by * change
     return home(summed(found.sum(-1) if vector else found, dims))
 
