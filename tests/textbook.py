@@ -839,17 +839,18 @@ class Textbook:
         values, change = self.values(ids), self.change(ids, other_ids)
 
         def mean_along(key: Key) -> dict[Key, Tensor]:
-            return self.mean_gradients(ids, metric, self.line(key, values, change), n, rule)
+            return self.mean_gradients(ids, metric, self.line(key, values, change), n, rule, read)
 
+        read = {(component, layer) for component, layer, _ in self.readers()}
         lines = sorted({(component, layer) for component, layer, _ in self.writers()})
         if method == "eap":
-            slopes = dict.fromkeys(lines, self.gradients(ids, metric))
+            slopes = dict.fromkeys(lines, self.gradients(ids, metric, keys=read))
         elif method == "ig_inputs":
             slopes = dict.fromkeys(lines, mean_along(("embed", 0)))
         elif method in ("ig_activations", "ig_own"):
             slopes = {key: mean_along(key) for key in lines}
             if method == "ig_activations":
-                mean = {key: sum(slope[key] for slope in slopes.values()) / len(lines) for key in values}
+                mean = {key: sum(slope[key] for slope in slopes.values()) / len(lines) for key in read}
                 slopes = dict.fromkeys(lines, mean)
         else:
             raise ValueError(f"method {method!r}")
