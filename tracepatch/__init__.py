@@ -20,8 +20,8 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
 ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
-``panels``, ``plots``, ``toys``, ``__main__``.
+``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
+``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -35,6 +35,7 @@ from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.resampling import intervals
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 
@@ -51,6 +52,7 @@ __all__ = [
     "concat",
     "cross_entropy",
     "errors",
+    "intervals",
     "kl",
     "load",
     "log_prob",
