@@ -41,6 +41,7 @@ GRADIENTS = ("test_attribution.py",)
 ATTENDING = ("test_attending.py",)
 SAVED = ("test_gradients.py",)
 ROWWISE = ("test_rowwise.py",)
+INTERVALS = ("test_intervals.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -72,7 +73,7 @@ MUTANTS = (
     Mutant("a twin's grouped heads are taken on trust", "twins", "any(pair in wanted for pair in self._dims_in(found))", "True", ("test_twins.py",)),
     Mutant("a twin's keys are as wide as its own", "twins", "sized(k, kv_heads, per_key)", "sized(k, kv_heads, k.shape[-1])", ("test_twins.py",)),
     Mutant("the effect is counted from the other run", "results", "base = np.stack([measured.baselines[row.base] for row in rows])", "base = np.stack([measured.baselines['clean'] for row in rows])", ("test_results.py", "test_laws.py")),
-    Mutant("a mean of ratios", "combining", 'normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims)', 'normalized=effects["normalized"].mean("pair").transpose(*mean["effect"].dims)', ("test_results.py",)),
+    Mutant("a mean of ratios", "combining", 'normalized=(mean[main] / gap).transpose(*mean[main].dims)', 'normalized=effects["normalized"].mean("pair").transpose(*mean[main].dims)', ("test_results.py",)),
     Mutant("what was not measured is 0", "results", "out = np.full((plan.pairs, *shape), empty, values.dtype)", "out = np.zeros((plan.pairs, *shape), values.dtype)", ("test_results.py", "test_recording.py")),
     Mutant("a pair too close to divide by is divided by", "results", "normalized = main / gap.where(usable)", "normalized = main / gap", ("test_results.py",)),
     Mutant("wrong and right answers are exchanged", "metrics", "return torch.stack([right - wrong, right, wrong], 1)", "return torch.stack([wrong - right, right, wrong], 1)", ("test_metrics.py",)),
@@ -188,6 +189,16 @@ MUTANTS = (
     Mutant("a writer above the layer counts", "saved_gradients", "for below in range(layer)", "for below in range(min(layer + 1, len(self.architecture)))", SAVED),
     Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
     Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
+    Mutant("intervals draw pairs, not clusters", "resampling", "            cluster = [new if label == old else label for label in cluster]", "            pass", INTERVALS),
+    Mutant("intervals of a ratio divide by the mean difference", "resampling", "_ends(drawn, weights @ self.gaps[:, cells], tail)", "_ends(drawn, weights @ counts * (self.gaps[:, cells].sum(0) / counts.sum(0)), tail)", INTERVALS),
+    Mutant("intervals are too narrow with few pairs", "resampling", "-math.sqrt(count / (count - 1)) * _student((1 + level) / 2, count - 1)", "-NormalDist().inv_cdf((1 + level) / 2)", INTERVALS),
+    Mutant("intervals: equal sums are not equal", "resampling", "TIE = 1e-9", "TIE = -1e-9", INTERVALS),
+    Mutant("intervals: a p-value of one side", "resampling", "abs(signs @ sums), abs(sums.sum(0))", "signs @ sums, abs(sums.sum(0))", INTERVALS),
+    Mutant("intervals: random patterns without the observed one", "resampling", "(as_far + 1) / (len(signs) + 1)", "as_far / len(signs)", INTERVALS),
+    Mutant("intervals: Holm's values fall", "resampling", "np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])", "(len(p) - np.arange(len(p))) * p[order]", INTERVALS),
+    Mutant("intervals: proved zeros are tests", "resampling", '(mean["status"] == Status.MEASURED) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
+    Mutant("intervals: pairs without a number count", "resampling", "there = values.notnull().any(values.dims[1:]).values", "there = values.notnull().any(values.dims[1:]).values | True", INTERVALS),
+    Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
 )  # fmt: skip
 
 

@@ -21,9 +21,9 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``,
 ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
 ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
-``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
-``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``,
-``capture``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``results``, ``combining``, ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``,
+``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``,
+``saved_gradients``, ``capture``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -42,6 +42,7 @@ from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
@@ -68,6 +69,7 @@ __all__ = [
     "direct_attribution",
     "errors",
     "gradients",
+    "intervals",
     "kl",
     "load",
     "log_prob",

@@ -27,9 +27,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tracepatch as tp
 from tracepatch import remote, requests
 from tracepatch.architecture import architecture_of
+from tracepatch.cells import default_by
 from tracepatch.errors import MeasurementError, MeasurementWarning, ServerError
 from tracepatch.models import module_of
-from tracepatch.recipe import _default_by
 from tracepatch.toys import tasks
 
 pytestmark = [
@@ -116,7 +116,7 @@ def every_component(p: tp.Patching) -> None:
         if not p.architecture.offers(name, 0):
             continue
         index = tp.COMPONENTS[name].index
-        by = _default_by(index)
+        by = default_by(tp.COMPONENTS[name])
         sites = [site if isinstance(site, tuple) else (site,) for site in p.grid(name, by=by)]
         for number, site in enumerate(sites[:: max(1, len(sites) // FEW)]):
             at = dict(zip(by, site, strict=True))
