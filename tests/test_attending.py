@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ioi_pairs, toy
-from test_attribution import (  # fmt: skip
+from test_attribution import (
     BASES,
     EVERYWHERE,
     FOUR,
     PAIRS,
+    SOME,
     alike,
     book,
     encoded,
