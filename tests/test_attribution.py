@@ -250,6 +250,25 @@ def test_ablation(source: float) -> None:
         alike(dataset, component, expected, 1e-5)
 
 
+def test_a_tensor_is_written_where_a_patch_writes_it() -> None:
+    """One of ``[pos, d_head]`` fits the sites of a sweep over heads, whatever dims it would broadcast along."""
+    model = model_of("llama")
+    steer = torch.arange(7 * 16.0, dtype=torch.float64).reshape(7, 16) / 50
+    given: Any = {"by": ("layer", "head"), "direction": "noising"}
+    found = tp.attribute(model, PAIRS[:2], "z", source=steer, **given)
+    values, slopes = (getattr(book("llama"), of) for of in ("values", "gradients"))
+    for pair in range(2):
+        prompt = torch.tensor(encoded().clean[pair])
+        change = steer[:, None] - values(prompt)["z", 1]
+        expected = (change * slopes(prompt, gap(pair))["z", 1]).sum((0, 2))
+        np.testing.assert_allclose(found["estimate"].sel(pair=pair, layer=1), expected.numpy(), atol=1e-5)
+    halved = tp.attribute(model, PAIRS, "z", source=lambda live: live / 2, **given)["estimate"]
+    zero = tp.attribute(model, PAIRS, "z", source=0, **given)["estimate"]
+    np.testing.assert_allclose(halved, zero / 2, atol=1e-6)
+    with pytest.raises(RecipeError, match="does not fit"):
+        tp.attribute(model, PAIRS, "z", source=torch.ones(5), **given)
+
+
 # ------------------------------------------------------------------------------------------------- shapes and labels
 
 

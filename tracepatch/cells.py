@@ -111,14 +111,16 @@ class Cells:
             for index in recorder.grid(name, self.by, **self.only):
                 yield component(name), {**named, **dict(zip(self.by, index, strict=True))}
 
-    def record(self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None) -> None:
+    def record(
+        self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
+    ) -> None:
         """Records a row for each cell, or for those with certain labels, in the order of the dims."""
         world, other = getattr(recorder, self.base), OTHER[self.base]
         for kind, labels in self.labels(recorder):
             if among is not None and tuple(labels.values()) not in among:
                 continue
             site = tuple(labels.get(dim, self.only.get(dim, slice(None))) for dim in kind.index)
-            with recorder.row(**labels):
+            with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
                 value = self.source
                 target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value

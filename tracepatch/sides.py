@@ -26,7 +26,7 @@ from tracepatch.jobs import EAGER, Job
 from tracepatch.layout import Key, heads_of
 from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric
-from tracepatch.models import Model, module_of, name_of, remote_of
+from tracepatch.models import Model, module_of, name_of, remote_of, room_of
 from tracepatch.plan import Group, Plan, order_of, parts
 from tracepatch.planner import MEMORY, profile_of, require_given, world_job
 from tracepatch.reach import layers_of
@@ -73,7 +73,7 @@ class Sides:
         named = {world.name: world for world in edited}
         pristine = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
         self._lowering = [Lowering(architecture, p, False, pristine, named) for p in self._profiles]
-        self._memory = memory or MEMORY
+        self._memory = memory or room_of(model) or MEMORY
         widths = np.cumsum([0, *(1 + len(m.parts) for m in metrics)])
         self.columns = tuple(int(n) for n in widths[:-1])
         reads_logits = any(m.site is None for m in metrics)
