@@ -20,7 +20,9 @@ disagreements, and audit what you rely on (``tp.audit``).
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
+from matplotlib.figure import Figure
 from tracepatch.recipes import ioi
 
 import tracepatch as tp
@@ -112,7 +114,7 @@ def agreement(estimates: xr.Dataset, effects: xr.Dataset) -> dict[str, float]:
     largest = np.abs(exact).max()
     large = np.abs(exact) >= largest / 100
     missed = np.abs(exact)[np.abs(found) < np.abs(exact) / 10]
-    ranks = [np.argsort(np.argsort(x)) for x in (found, exact)]
+    ranks = [pd.Series(x).rank() for x in (found, exact)]
     return {
         "pearson": float(np.corrcoef(found, exact)[0, 1]),
         "spearman": float(np.corrcoef(*ranks)[0, 1]),
@@ -130,6 +132,41 @@ def compare(model, pairs, metric=tp.logit_diff, **options) -> dict[str, tuple[xr
         except tp.errors.ComponentError:
             continue
     return found
+
+
+def conclude(model, pairs, metrics, results: dict[str, xr.Dataset], path) -> list[str]:
+    """Estimates what was patched, and draws estimates over effects: what ``tracepatch run`` adds to its summary.
+
+    Args:
+        model: Of the results.
+        pairs: The prompts.
+        metrics: What was read; the first one is compared.
+        results: Recipe's name → effects.
+        path: Where pictures go: a folder and the beginning of their names.
+
+    Returns:
+        Lines for the summary: the agreement of each recipe, and what attribution misses.
+    """
+    lines = [f"  {'estimates against effects':<26}pearson  spearman  sign  missed"]
+    found = {}
+    for name, effects in results.items():
+        exact = effects if "metric" not in effects.dims else effects.isel(metric=0)
+        estimates = RECIPES[name].estimate(model, pairs, list(metrics)[:1])
+        found[name] = estimates, exact
+        told = agreement(estimates, exact)
+        lines.append(
+            f"  {name.replace('_', ' '):<26}{told['pearson']:7.2f}  {told['spearman']:8.2f}  {told['sign']:4.0%}  "
+            f"{told['missed']:6.0%}"
+        )
+    across = 3
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(4.8 * across, 4.9 * down), layout="constrained")
+    parts = np.asarray(figure.subfigures(down, across, squeeze=False)).ravel()
+    for part, (name, (estimates, exact)) in zip(parts, found.items(), strict=False):
+        tp.plots.scatter(estimates, exact, title=name.replace("_", " "), figure=part)
+    picture = f"{path}.estimates_over_effects.png"
+    figure.savefig(picture, dpi=110)
+    return [*lines, f"  picture {picture}"]
 
 
 RECIPES = {name: value for name, value in vars().items() if isinstance(value, tp.Recipe)}
