@@ -21,7 +21,8 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
 ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
-``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``progress``, ``recipe``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
+``curves``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
