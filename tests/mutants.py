@@ -42,6 +42,7 @@ ATTENDING = ("test_attending.py",)
 SAVED = ("test_gradients.py",)
 ROWWISE = ("test_rowwise.py",)
 INTERVALS = ("test_intervals.py",)
+PICTURES = ("test_pictures.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -199,6 +200,17 @@ MUTANTS = (
     Mutant("intervals: proved zeros are tests", "resampling", '(mean["status"] == Status.MEASURED) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
     Mutant("intervals: pairs without a number count", "resampling", "there = values.notnull().any(values.dims[1:]).values", "there = values.notnull().any(values.dims[1:]).values | True", INTERVALS),
     Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
+    Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(x.data, y.data, x.measured, y.measured, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
+    Mutant("pictures: proved zeros make a correlation", "scatters", "frame = pd.DataFrame(points.both[points.measured])", "frame = pd.DataFrame(points.both)", PICTURES),
+    Mutant("pictures: points have the names of others", "scatters", "np.unravel_index(self.kept[i], shape)", "np.unravel_index(self.kept[i - 1], shape)", PICTURES),
+    Mutant("pictures: what is lost counts as gained", "scatters", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
+    Mutant("pictures: arcs from the attending token", "attention_pictures", "ends, share = np.stack([srcs[src], dests[dest]], 1)", "ends, share = np.stack([srcs[dest], dests[src]], 1)", PICTURES),
+    Mutant("pictures: heads have the matrices of others", "attention_pictures", 'for i, dim in enumerate(("layer", "head"))}', 'for i, dim in enumerate(("head", "layer"))}', PICTURES),
+    Mutant("pictures: windows stand at their end", "curves", "middle, colour = start + (size - 1) / 2", "middle, colour = start + size - 1", PICTURES),
+    Mutant("pictures: all models are as deep as the deepest", "curves", 'part["depth"].isel(model=number, missing_dims="ignore").values', 'part["layer"].values / part["layer"].values.max()', PICTURES),
+    Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
+    Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
+    Mutant("pictures: rings where the interval excludes 0", "panels", "(self.ends[0] <= 0) & (self.ends[1] >= 0)", "((self.ends[0] > 0) | (self.ends[1] < 0))", PICTURES),
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
 ``results``, ``combining``, ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``,
 ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``,
-``saved_gradients``, ``capture``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
+``curves``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -108,6 +108,11 @@ def intervals(
     return mean
 
 
+def cluster_count(effects: xr.Dataset) -> int:
+    """How many pairs of a result say something of their own: those that share a prompt count as one."""
+    return len(np.unique(_sharing(effects)))
+
+
 def _resampled(
     effects: xr.Dataset, main: str, level: float, draws: int, seed: int, clusters: str | Sequence[Any] | None
 ) -> dict[str, xr.DataArray]:
