@@ -122,7 +122,11 @@ def run(
         for part, one in _by_metric(joined):
             path = folder / f"{name}{part}.png"
             title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
-            plots.picture(one, title=title).savefig(path, dpi=150)
+            try:
+                plots.picture(one, title=title).savefig(path, dpi=150)
+            except ResultError as error:  # more dims than a page has
+                say(f"no picture of {name}: {error}", markup=False)
+                continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
