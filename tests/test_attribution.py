@@ -123,36 +123,46 @@ def test_attribution_patching_of_every_component(name: str, direction: str) -> N
             alike(dataset, component, expected, rounding(name))
 
 
-@pytest.mark.parametrize("hold", ["norms", "pattern", ("attn_out", 1), ("mlp_in", 2)], ids=str)
-@pytest.mark.parametrize("name", SOME)
-def test_what_is_held(name: str, hold: Any) -> None:
+HOLDS = ("norms", "pattern", ("attn_out", 1), ("mlp_in", 2))
+RULES = (("norm", "identity", "half"), ("norm",), ("identity",), ("half",), ("pattern",))
+
+
+def some(choices: tuple[Any, ...]) -> pytest.MarkDecorator:
+    """Each choice on two architectures; with the slow tests on four, and the first choice on all."""
+    found = []
+    for name in (*FOUR, *MORE):
+        for choice in choices if name in FOUR else choices[:1]:
+            slow = [] if name in ("gpt2", "gemma2") else [pytest.mark.slow]
+            found.append(pytest.param(name, choice, marks=slow, id=f"{name}-{choice}"))
+    return pytest.mark.parametrize(("name", "choice"), found)
+
+
+@some(HOLDS)
+def test_what_is_held(name: str, choice: Any) -> None:
     try:
         datasets = {
-            c: tp.attribute(model_of(name), PAIRS, c, by=finest(c), estimator=tp.AtP(hold=(hold,)))
+            c: tp.attribute(model_of(name), PAIRS, c, by=finest(c), estimator=tp.AtP(hold=(choice,)))
             for c in ("resid_pre", "z", "mlp_act", "q_in")
             if c in offered(name)
         }
     except ComponentError as error:
         pytest.skip(str(error)[:80])
-    expected = [wanted(name, "attribution", pair, "corrupted", frozen=[hold]) for pair in range(len(PAIRS))]
+    expected = [wanted(name, "attribution", pair, "corrupted", frozen=[choice]) for pair in range(len(PAIRS))]
     for component, dataset in datasets.items():
         alike(dataset, component, expected, rounding(name))
 
 
-@pytest.mark.parametrize(
-    "rules", [("norm",), ("identity",), ("half",), ("pattern",), ("norm", "identity", "half")], ids="+".join
-)
-@pytest.mark.parametrize("name", SOME)
-def test_relp(name: str, rules: tuple[str, ...]) -> None:
+@some(RULES)
+def test_relp(name: str, choice: tuple[str, ...]) -> None:
     try:
         datasets = {
-            c: tp.attribute(model_of(name), PAIRS, c, by=finest(c), estimator=tp.RelP(rules))
+            c: tp.attribute(model_of(name), PAIRS, c, by=finest(c), estimator=tp.RelP(choice))
             for c in ("resid_pre", "z", "mlp_out")
             if c in offered(name)
         }
     except ComponentError as error:
         pytest.skip(str(error)[:80])
-    expected = [wanted(name, "relp", pair, "corrupted", rules=rules) for pair in range(len(PAIRS))]
+    expected = [wanted(name, "relp", pair, "corrupted", rules=choice) for pair in range(len(PAIRS))]
     for component, dataset in datasets.items():
         alike(dataset, component, expected, rounding(name))
 
