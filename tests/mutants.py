@@ -37,6 +37,7 @@ WORLDS = ("test_worlds.py",)
 FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
+DIVIDED = ("test_journal.py::test_what_was_divided_is_divided_again",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -47,8 +48,8 @@ MUTANTS = (
     Mutant("keys and queries are exchanged", "attention", 'found |= {name: (operation, "input", first + i) for i, name in enumerate("qkv")}', 'found |= {name: (operation, "input", first + i) for i, name in enumerate("kqv")}'),
     Mutant("a tensor is lost beside a value that has none", "layout", "                write.constant is None,\n", "", ("test_hunted.py",)),
     Mutant("later edits of single heads do not override", "writing", "            live[again] = live[again] + changed[cells]", "            pass", ("test_hunted.py",)),
-    Mutant("what is read is pruned too", "reach", "return position <= max(read.positions) if", "return position < max(read.positions) if"),
-    Mutant("an edit that an earlier one has reached counts as inert", "lowering", "write.positions[i] >= live or not", "not"),
+    Mutant("what is read is pruned too", "reach", "return range(max(read.positions) + 1) if", "return range(max(read.positions)) if"),
+    Mutant("an edit that an earlier one has reached counts as inert", "lowering", "write.positions[i] >= live or write", "write"),
     Mutant("rows with equal edits on other pairs are one row", "planner", "        seen: dict[Any, int] = {}\n        jobs[pair] = []", "        jobs[pair] = []\n        seen = locals().get('seen') or {}"),
     Mutant("a patch does nothing", "writing", "            x[at] = value", "            x[at] = x[at]"),
     Mutant("adding sets", "writing", "            x.index_put_(at, value.expand(x[at].shape), accumulate=True)", "            x[at] = value"),
@@ -97,7 +98,7 @@ MUTANTS = (
     Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
     Mutant("layers are read by one digit", "writing", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
-    Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
+    Mutant("what is held is left out", "lowering", "if write.positions[i] >= live or write.positions[i] not in inert]", "if write.positions[i] not in inert]", ("test_faults.py",)),
     Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
     Mutant("only the first row of a batch is written", "writing", "        at = on(x.device, cells)\n        value", "        at = on(x.device, (cells[0] * 0, *cells[1:]))\n        value", ("test_faults.py",)),
     Mutant("attention's module counts, with the residual that it adds", "probe", 'out = replace(self.chosen.place("output", rows), scale=self.scale)', 'out = replace(self.module.place("output", rows), scale=self.scale)', ("test_faults.py",)),
@@ -137,14 +138,16 @@ MUTANTS = (
     Mutant("cached keys are those before an edit of them", "entrance", "    return write.component in CACHED or (", "    return (", FORMS),
     Mutant("standing edits before a staggered row are forgotten", "packing", "min(reads, default=length) if self.form == \"staggered\" else length)", "length)", FORMS),
     Mutant("what an MLP wrote before stays under a row born above it", "entrance", "taken = () if one.add else (", "taken = () if True else (", FORMS),
-    Mutant("after the first half of a batch the second is left out", "packing", "parts_of = batch.jobs[:middle], batch.jobs[middle:]", "parts_of = batch.jobs[:middle], batch.jobs[:middle]", FORMS),
+    Mutant("after the first half of a batch the second is left out", "packing", "jobs = tuple(itertools.islice(rest, size))", "jobs = batch.jobs[:size]", FORMS),
     Mutant("columns are given in the order of their ids", "traced", "picked = picked if few is None else torch.searchsorted(few, picked)", "picked = picked if few is None else torch.searchsorted(few, picked).sort().values", FORMS),
     Mutant("keys of a table stand where those of the cache do", "layout", "slot + self.table.prefix * (name in CACHED)", "slot", FORMS),
     Mutant("what has just passed by counts as over", "reach", "[0] > architecture.span", "[0] >= architecture.span", LOOKS),
-    Mutant("a function carries to no other head", "reach", "(mixed or not apart)", "not apart", LOOKS),
+    Mutant("a function carries to no other head", "reach", "if mixed or not apart else", "if not apart else", LOOKS),
     Mutant("the forward ends a layer too early", "reach", 'else 0 if name == "embed" else layer + 1', 'else 0 if name == "embed" else layer', LOOKS),
     Mutant("a metric reads other rows before a row's start", "climb", "if born and position >= job.start:", "if born:", LOOKS),
     Mutant("a metric reads keys where they would stand without a cache", "climb", "table.prefix + slot if own else slot", "slot", LOOKS),
+    Mutant("worlds that memory divided are run whole again", "executors", ", self.journal.at_once(group))", ")", DIVIDED),
+    Mutant("a batch that memory divided is run whole again for its worlds", "executors", ", self.journal.runs(riding))", ")", DIVIDED),
     Mutant("what is read does not count for what is kept in a folder", "journal", '{"row", "pair", "pairs", "lanes", "paths"}', '{"row", "pair", "pairs", "lanes", "paths", "site", "seen"}', LOOKS),
     Mutant("a form that was not tried is taken", "forms", "    if wanted in found.refused:", "    if False:", FORMS),
     Mutant("worlds of the group before are still known", "program", '    if kind == "forget":\n        return known.clear()', '    if kind == "forget":\n        return None', REMOTE),
