@@ -96,7 +96,7 @@ def attribute(
     if isinstance(how, IntegratedGradients) and how.along == "site":
         with p:
             cells.record(p)
-        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize))
+        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize, value_bias))
     return _Study(p, cells, how, renormalize, value_bias, memory).dataset(direction)
 
 
@@ -364,7 +364,8 @@ class _Study:
             "component": ", ".join(self.wanted.names),
             "estimator": self.how.name,
             "cost": self.sides.cost,
-            "request": requested(self.wanted, direction, self.renormalize),
+            "signed": int(self.how.signed),
+            "request": requested(self.wanted, direction, self.renormalize, self.value_bias),
             "metrics": json.dumps({m.name: m.told for m in p.metrics}),
             "seconds": round(seconds, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -23,6 +23,7 @@ def contracted(known: dict[Any, Any], items: tuple[Any, ...]) -> list[Any]:
     kinds: dict[str, Any] = {
         "product": product,
         "sizes": sizes,
+        "peaks": peaks,
         "query_fix": query_fix,
         "key_fix": key_fix,
         "weights": weight_change,
@@ -112,10 +113,28 @@ def product(
 def sizes(
     known: dict[Any, Any], value: Any, stream: Any, source: tuple[Any, ...], vector: bool, dims: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms of the difference, as ``product`` sums them, and of the stream at each position ``[row, pos]``."""
-    found = difference(known, value, source).square()
-    there = torch.zeros(0) if stream is None else home(wide(known[stream]).square().sum(-1))
-    return home(summed(found.sum(-1) if vector else found, dims)), there
+    """Squared norms of a difference, as ``product`` sums them, and of what stands there, 0 where nothing changes.
+
+    Args:
+        known: With all of these.
+        value: Of the component.
+        stream: The stream that it is part of; ``None`` for itself, whose last dim is summed.
+        source: Of the difference; see ``difference``.
+        vector: Whether the last dim of the difference is summed.
+        dims: To sum over, of the difference alone.
+    """
+    change = difference(known, value, source).square()
+    there = wide(known[value] if stream is None else known[stream])
+    there = there.masked_fill(there < LOWEST, 0.0).square().sum(-1)
+    moved = change.sum(-1) > 0
+    if there.ndim < moved.ndim:  # heads of one stream
+        moved = moved.any(2)
+    return home(summed(change.sum(-1) if vector else change, dims)), home(torch.where(moved, there, 0.0))
+
+
+def peaks(known: dict[Any, Any], pattern: Any) -> torch.Tensor:
+    """The largest attention weight of each destination, ``[row, head, dest]``."""
+    return home(wide(known[pattern]).amax(-1))
 
 
 def query_fix(
