@@ -22,7 +22,8 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
 ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
 ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
-``cells``, ``estimates``, ``recipe``, ``attribution``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
+``findings``, ``auditing``, ``verifying``, ``drilling``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -31,8 +32,11 @@ from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.attribution import attribute
+from tracepatch.auditing import audit
 from tracepatch.combining import concat, over_pairs
+from tracepatch.drilling import drill
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
+from tracepatch.findings import Audit
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -40,12 +44,14 @@ from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
+from tracepatch.verifying import verified_top
 
 __all__ = [
     "COMPONENTS",
     "Architecture",
     "AtP",
     "AtPStar",
+    "Audit",
     "IntegratedGradients",
     "Metric",
     "Pairs",
@@ -56,8 +62,10 @@ __all__ = [
     "Status",
     "adopt",
     "attribute",
+    "audit",
     "concat",
     "cross_entropy",
+    "drill",
     "errors",
     "kl",
     "load",
@@ -77,4 +85,5 @@ __all__ = [
     "recipe",
     "save_result",
     "toys",
+    "verified_top",
 ]

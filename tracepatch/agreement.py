@@ -106,8 +106,9 @@ class View:
 
 
 def cell_dims(dataset: xr.Dataset) -> tuple[str, ...]:
-    """The dims of an estimate's cells."""
-    return tuple(str(dim) for dim in dataset["estimate"].dims if dim != "pair")
+    """The dims of a dataset's cells: all but those of pairs."""
+    main = "estimate" if "estimate" in dataset else "effect"
+    return tuple(str(dim) for dim in dataset[main].dims if dim != "pair")
 
 
 def means(dataset: xr.Dataset, variable: str, signed: bool = True) -> Floats:
@@ -133,7 +134,8 @@ def unit_of(dataset: xr.Dataset) -> str:
     """The unit of ``means``."""
     if "normalized" in dataset:
         return f"of clean − {dataset['normalized'].attrs.get('over', 'corrupted')}"
-    return str(dataset["estimate"].attrs.get("units", ""))
+    main = "estimate" if "estimate" in dataset else "effect"
+    return str(dataset[main].attrs.get("units", ""))
 
 
 def named(dataset: xr.Dataset, dims: Sequence[str], number: int) -> str:
@@ -161,7 +163,7 @@ def named(dataset: xr.Dataset, dims: Sequence[str], number: int) -> str:
 def ranks(values: Floats, weights: Floats | None = None) -> Floats:
     """The rank of each value, ties in the middle; with weights, as if each stood there so often."""
     if weights is None:
-        return pd.Series(values).rank().to_numpy()
+        return np.asarray(pd.Series(values).rank(), dtype=np.float64)
     _, which = np.unique(values, return_inverse=True)
     of_value = np.bincount(which, weights)
     return np.asarray((np.cumsum(of_value) - of_value / 2)[which])

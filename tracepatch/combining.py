@@ -23,8 +23,9 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     require_dataset(effects)
     if "pair" not in effects["effect"].dims:
         return effects
+    ratios = {"normalized": "effect", "normalized_estimate": "estimate"}
     numeric = [
-        v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
+        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
     ]
     present = effects["effect"].notnull()
     chosen = effects[numeric]
@@ -32,17 +33,20 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean("pair", keep_attrs=True)
-    if "normalized" in effects:
-        gap = (effects["clean"] - effects[effects["normalized"].attrs.get("over", "corrupted")]).where(present)
-        gap = gap.mean("pair")
-        mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
-        mean["normalized"].attrs = dict(effects["normalized"].attrs)
+    for name, main in ratios.items():
+        if name in effects:
+            gap = effects["clean"] - effects[effects[name].attrs.get("over", "corrupted")]
+            gap = gap.where(effects[main].notnull()).mean("pair")
+            mean = mean.assign({name: (mean[main] / gap).transpose(*mean[main].dims)})
+            mean[name].attrs = dict(effects[name].attrs)
     status = effects["status"]
     measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
     # A mean is a proved zero if nothing in it was measured.
     combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
     pending = (status == Status.PENDING).any("pair") & ~measured & ~proved  # else it is a mean of what there is
     combined = combined + pending * int(Status.PENDING)
+    estimated = (status == Status.ESTIMATED).any("pair") & ~measured & ~proved & ~pending
+    combined = combined + estimated * int(Status.ESTIMATED)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):

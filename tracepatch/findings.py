@@ -106,7 +106,7 @@ class Audit:
         Raises:
             ResultError: The dataset was not audited, or the threshold or confidence is none.
         """
-        if not isinstance(audited, xr.Dataset) or "audited" not in audited:
+        if not isinstance(audited, xr.Dataset) or "stands_for" not in audited:
             raise ResultError("This dataset is not audited: pass what tp.audit(model, pairs, estimate) returned.")
         given = audited.attrs
         level = require_confidence(given["confidence"] if confidence is None else confidence)
@@ -120,8 +120,8 @@ class Audit:
         beyond = patched & (sizes >= limit)
         strata = tuple(Stratum(*pair) for pair in json.loads(given["strata"]))
         bound = most(strata, int((beyond & sampled).sum()), level) - int((beyond & sampled).sum())
-        both = view.estimate[patched], view.effect[patched]
-        alone = view.estimate[sampled], view.effect[sampled]
+        both = [view.estimate[patched], view.effect[patched]]
+        alone = [view.estimate[sampled], view.effect[sampled]]
         big, saturated = view.count("patch_size", patched, BIG), view.count("saturation", patched, SATURATED)
         return cls(
             cells=int((~np.isnan(view.estimate) & (view.audited != PROVED)).sum()),
@@ -134,10 +134,10 @@ class Audit:
             rank=rank,
             confidence=level,
             bound=bound,
-            pearson=correlation(*both, weights),
-            spearman=correlation(*(ranks(of, weights) for of in both), weights),
-            sample_pearson=correlation(*alone),
-            sample_spearman=correlation(*(ranks(of) for of in alone)),
+            pearson=correlation(both[0], both[1], weights),
+            spearman=correlation(ranks(both[0], weights), ranks(both[1], weights), weights),
+            sample_pearson=correlation(alone[0], alone[1]),
+            sample_spearman=correlation(ranks(alone[0]), ranks(alone[1])),
             flips=flips(view, beyond),
             small_flips=flips(view, patched & ~beyond),
             recall=recall(view, beyond),
@@ -162,7 +162,9 @@ class Audit:
 
     def __str__(self) -> str:
         estimator, components, metric, pairs, cost = self.about
-        lines = [f"Audit of {estimator}: {components} on {metric}, {plural(self.cells, 'cell')}, {plural(pairs, 'pair')}"]
+        lines = [
+            f"Audit of {estimator}: {components} on {metric}, {plural(self.cells, 'cell')}, {plural(pairs, 'pair')}"
+        ]
         rest = f", and {self.sampled:,} of the other {self.cells - self.top:,} drawn by rank" if self.sampled else ""
         every = "every cell" if not self.unverified else f"the {plural(self.top, 'largest estimate')}{rest}"
         proved = f"; {self.proved:,} more have no effect by proof" if self.proved else ""
@@ -225,7 +227,10 @@ class Audit:
     def _doubtful(self) -> list[str]:
         lines = []
         for (many, known), what in (
-            (self.big, f"change more than {BIG:g} of what stands there (patch_size), where a first-order step is a guess"),
+            (
+                self.big,
+                f"change more than {BIG:g} of what stands there (patch_size), where a first-order step is a guess",
+            ),
             (self.saturated, f"go through a softmax whose largest weight is beyond {SATURATED:g} (saturation)"),
         ):
             if known:

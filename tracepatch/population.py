@@ -15,9 +15,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tracepatch.agreement import PROVED, cell_dims, means, ordered, unit_of
+from tracepatch.agreement import cell_dims, means, ordered
 from tracepatch.cells import Cells
-from tracepatch.doubts import Variables, doubts_of
+from tracepatch.doubts import Variables, doubts_of, doubts_of_rows
 from tracepatch.errors import RecipeError, ResultError, listing
 from tracepatch.estimates import asked_again
 from tracepatch.metrics import Metrics
@@ -71,7 +71,7 @@ class Population:
     @property
     def proved(self) -> NDArray[np.bool_]:
         """Which cells are without effect by proof, in every pair that has them."""
-        return (np.isin(self.proofs, PROOFS) | (self.proofs == Proof.ABSENT)).all(1)
+        return np.asarray((np.isin(self.proofs, PROOFS) | (self.proofs == Proof.ABSENT)).all(1))
 
     @property
     def patches(self) -> int:
@@ -97,8 +97,8 @@ class Population:
         result = p.run(progress)
         assert isinstance(result, xr.Dataset)
         self._require_same_base(result)
-        at = placed(p.rows)[2]
-        effect, status = (result[name].transpose("pair", ...).values[:, *at] for name in ("effect", "status"))
+        at: Any = (slice(None), *placed(p.rows)[2])
+        effect, status = (result[name].transpose("pair", ...).values[at] for name in ("effect", "status"))
         return Exact(np.array(numbers, np.intp), effect, status, p.plan.jobs)
 
     def _require_same_base(self, result: xr.Dataset) -> None:
@@ -127,12 +127,12 @@ class Population:
         effect = np.full(there.shape, np.nan)
         status = dataset["status"].values.copy()
         zero = self.proofs.T[:, self.proved]
-        at = tuple(index[self.proved] for index in self.at)
-        effect[:, *at] = np.where(zero == Proof.ABSENT, np.nan, 0.0)
-        status[:, *at] = np.where(zero == Proof.ABSENT, Status.ABSENT, Status.PROVED_ZERO)
+        at: Any = (slice(None), *(index[self.proved] for index in self.at))
+        effect[at] = np.where(zero == Proof.ABSENT, np.nan, 0.0)
+        status[at] = np.where(zero == Proof.ABSENT, Status.ABSENT, Status.PROVED_ZERO)
         for one in exact:
-            at = tuple(index[one.cells] for index in self.at)
-            effect[:, *at], status[:, *at] = one.effect, one.status
+            at = (slice(None), *(index[one.cells] for index in self.at))
+            effect[at], status[at] = one.effect, one.status
         units = dataset["estimate"].attrs
         data = {"effect": (dims, effect, dict(units)), "status": (dims, status, dict(dataset["status"].attrs))}
         dataset = dataset.assign(data)
@@ -191,8 +191,8 @@ def require_estimate(estimate: Any) -> xr.Dataset:
     if "metric" in estimate["estimate"].dims:
         first = estimate["metric"].values[0].item()
         raise ResultError(
-            f"The estimate has several metrics, and an audit is of one: select it, as in estimate.sel(metric={first!r}), "
-            "and pass the same metric=."
+            "The estimate has several metrics, and an audit is of one: select it, as in "
+            f"estimate.sel(metric={first!r}), and pass the same metric=."
         )
     if "pair" not in estimate["estimate"].dims:
         raise ResultError("The estimate has no dim `pair`: audit it as tp.attribute returned it, with all its pairs.")
@@ -286,17 +286,27 @@ def _recorded(p: Patching, estimate: xr.Dataset) -> Population:
     def record(chosen: Sequence[int]) -> tuple[Patching, Sequence[int]]:
         return part_of(p, [numbers[n] for n in chosen]), chosen
 
-    return Population(estimate, at, p.plan.proofs[numbers], record, lambda _: {})
+    def doubts(chosen: Sequence[int]) -> Variables:
+        found: Variables = {}
+        for name, values in doubts_of_rows(part_of(p, [numbers[n] for n in chosen], prune=False)).items():
+            array = np.full((estimate.sizes["pair"], *shape), np.nan)
+            where: Any = (slice(None), *(index[list(chosen)] for index in at))
+            array[where] = values
+            found[name] = ("pair", *dims), array
+        return found
+
+    return Population(estimate, at, p.plan.proofs[numbers], record, doubts)
 
 
 def _equal(coordinate: xr.DataArray, axis: Any) -> bool:
     values = axis[1] if isinstance(axis, tuple) else axis
-    return coordinate.values.tolist() == np.asarray(values).tolist()
+    return bool(coordinate.values.tolist() == np.asarray(values).tolist())
 
 
-def part_of(p: Patching, numbers: Sequence[int]) -> Patching:
-    """Some of the rows of a recording, as one of its own."""
+def part_of(p: Patching, numbers: Sequence[int], **limits: Any) -> Patching:
+    """Some of the rows of a recording, as one of its own, with other limits than that if so wished."""
     found = copy(p)
+    found._limits = {**p._limits, **limits}
     found.rows = [replace(p.rows[n], number=i) for i, n in enumerate(numbers)]
     found._measured = found._journal = None
     found._plan = found.make_plan()
