@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant("a twin's grouped heads are taken on trust", "twins", "any(pair in wanted for pair in self._dims_in(found))", "True", ("test_twins.py",)),
     Mutant("a twin's keys are as wide as its own", "twins", "sized(k, kv_heads, per_key)", "sized(k, kv_heads, k.shape[-1])", ("test_twins.py",)),
     Mutant("the effect is counted from the other run", "results", "base = np.stack([measured.baselines[row.base] for row in rows])", "base = np.stack([measured.baselines['clean'] for row in rows])", ("test_results.py", "test_laws.py")),
-    Mutant("a mean of ratios", "combining", 'normalized=(mean[main] / gap).transpose(*mean[main].dims)', 'normalized=effects["normalized"].mean("pair").transpose(*mean[main].dims)', ("test_results.py",)),
+    Mutant("a mean of ratios", "combining", 'mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})', 'mean = mean.assign({name: effects[name].mean("pair").transpose(*mean[of].dims)})', ("test_results.py",)),
     Mutant("what was not measured is 0", "results", "out = np.full((plan.pairs, *shape), empty, values.dtype)", "out = np.zeros((plan.pairs, *shape), values.dtype)", ("test_results.py", "test_recording.py")),
     Mutant("a pair too close to divide by is divided by", "results", "normalized = main / gap.where(usable)", "normalized = main / gap", ("test_results.py",)),
     Mutant("wrong and right answers are exchanged", "metrics", "return torch.stack([right - wrong, right, wrong], 1)", "return torch.stack([wrong - right, right, wrong], 1)", ("test_metrics.py",)),

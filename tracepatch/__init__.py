@@ -25,6 +25,9 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``,
 ``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
 ``curves``, ``plots``, ``toys``, ``__main__``.
+``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
+``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
+``findings``, ``auditing``, ``verifying``, ``drilling``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -34,10 +37,13 @@ from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.attending import attention_attribution, value_flow
 from tracepatch.attribution import attribute
+from tracepatch.auditing import audit
 from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import concat, over_pairs
 from tracepatch.direct import direct_attribution
+from tracepatch.drilling import drill
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
+from tracepatch.findings import Audit
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -47,12 +53,14 @@ from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
+from tracepatch.verifying import verified_top
 
 __all__ = [
     "COMPONENTS",
     "Architecture",
     "AtP",
     "AtPStar",
+    "Audit",
     "Gradients",
     "IntegratedGradients",
     "Metric",
@@ -65,9 +73,11 @@ __all__ = [
     "adopt",
     "attention_attribution",
     "attribute",
+    "audit",
     "concat",
     "cross_entropy",
     "direct_attribution",
+    "drill",
     "errors",
     "gradients",
     "intervals",
@@ -91,4 +101,5 @@ __all__ = [
     "save_result",
     "toys",
     "value_flow",
+    "verified_top",
 ]

@@ -12,7 +12,7 @@ import xarray as xr
 
 from tracepatch.cells import Cells, Direction
 from tracepatch.errors import RecipeError
-from tracepatch.estimates import labelled, picked, requested
+from tracepatch.estimates import labelled, picked
 from tracepatch.estimators import AtP, held_of
 from tracepatch.layout import Key
 from tracepatch.metrics import Metrics, logit_diff
@@ -188,7 +188,6 @@ class _Weights:
             "component": "v" if self.values else "pattern",
             "estimator": name,
             "cost": self.sides.cost,
-            "request": requested(self.cells, self.direction),
             "metrics": json.dumps({m.name: m.told for m in self.p.metrics}),
             "seconds": round(time.perf_counter() - self.began, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

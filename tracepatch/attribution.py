@@ -100,7 +100,7 @@ def attribute(
             raise RecipeError("value_bias=False is of AtP between the two prompts, or to a number.")
         with p:
             cells.record(p, renormalize=renormalize)
-        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize))
+        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize, value_bias))
     return _Study(p, cells, how, renormalize, value_bias, memory).dataset(direction)
 
 
@@ -368,7 +368,8 @@ class _Study:
             "component": ", ".join(self.wanted.names),
             "estimator": self.how.name,
             "cost": self.sides.cost,
-            "request": requested(self.wanted, direction, self.renormalize),
+            "signed": int(self.how.signed),
+            "request": requested(self.wanted, direction, self.renormalize, self.value_bias),
             "metrics": json.dumps({m.name: m.told for m in p.metrics}),
             "seconds": round(seconds, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
