@@ -18,6 +18,7 @@ import tracepatch as tp
 from tracepatch import errors
 from tracepatch.calls import Place
 from tracepatch.twins import Twin
+from tracepatch.weights import weightless
 
 DECODERS = [t for t in ALL if t not in ENCODER_DECODER]
 
@@ -112,7 +113,7 @@ def test_a_twin_proves_what_the_weights_prove(model_type: str) -> None:
     assert twin.twin.count("→") >= 3, "nothing was shrunk, so this compared a model with itself"
     assert facts(twin) == facts(real)
     assert "proved on a twin with random weights in float32, shrunken: " in str(twin)
-    assert tp.models.weightless(tp.models.module_of(model)), "the real model was left alone"
+    assert weightless(tp.models.module_of(model)), "the real model was left alone"
 
 
 # ---------------------------------------------------------------------------------------------------- at full size

@@ -30,12 +30,13 @@ from tracepatch.experiments import (
 )
 from tracepatch.experts import ROUTED, Experts, Search
 from tracepatch.factors import Nonlinearity, Projection, nonlinearity, projections
-from tracepatch.models import Model, eager_attention, module_of, weightless
+from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
 from tracepatch.trace import named
 from tracepatch.twins import Twin
+from tracepatch.weights import weightless
 
 EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
 END = 10**9  # after all that passes by in the stack

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracepatch.models import Model, brought, module_of, remote_of, source_of, versions, weightless
+from tracepatch.models import Model, module_of, remote_of, source_of, versions
 from tracepatch.sources import Constant
+from tracepatch.weights import brought, weightless
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size})
 OURS = frozenset({"tracepatch", "nnsight", "transformers", "torch", "numpy", "math", "builtins", "einops", "operator"})

@@ -40,6 +40,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
+from tracepatch.weights import bringer_of, brought, weightless
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
@@ -234,7 +235,7 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         if not name:
             raise ModelError(f"A {type(module).__name__} module comes without a tokenizer: pass tokenizer=.")
         tokenizer = name
-    if _bringer(module.get_input_embeddings()) is not None:
+    if bringer_of(module.get_input_embeddings()) is not None:
         raise ModelError(
             "device_map leaves the token embedding on a disk or a CPU, to be brought whenever it is needed: give it a "
             "place of its own. Any other module may stand elsewhere."
@@ -271,28 +272,6 @@ def room_of(model: Model) -> int | None:
         return None
     own = sum(p.numel() * p.element_size() for p in module_of(model).parameters() if p.device == device)
     return max(1 << 28, int(torch.cuda.get_device_properties(device).total_memory - own) // 2)
-
-
-def weightless(module: torch.nn.Module) -> bool:
-    """Whether some parameters of a module are shapes only, on the meta device, and nothing brings their values."""
-    here = (part for part in module.modules() if _bringer(part) is None)
-    return any(p.is_meta for part in here for p in part.parameters(recurse=False))
-
-
-def brought(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that accelerate brings from elsewhere whenever they are needed, by name, with their values."""
-    found = {}
-    for path, part in module.named_modules():
-        bringer = _bringer(part)
-        for name, _ in part.named_parameters(recurse=False) if bringer is not None else ():
-            found[f"{path}.{name}"] = bringer.weights_map[name]
-    return found
-
-
-def _bringer(part: torch.nn.Module) -> Any:
-    """What brings a module's own parameters whenever it is called, where ``device_map`` left them elsewhere."""
-    hook = getattr(part, "_hf_hook", None)
-    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
 
 
 def remote_of(model: Model) -> bool | str:

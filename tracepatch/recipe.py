@@ -33,7 +33,6 @@ from tracepatch.models import (
     require_weights,
     room_of,
     start_token,
-    weightless,
 )
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
@@ -48,6 +47,7 @@ from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
+from tracepatch.weights import weightless
 from tracepatch.worlds import located
 
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
