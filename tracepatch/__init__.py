@@ -15,15 +15,17 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
-``taps``, ``trace``, ``backward``, ``contractions``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``,
-``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``,
-``factors``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``,
-``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``,
-``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
-``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
-``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
-``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
-``findings``, ``auditing``, ``verifying``, ``drilling``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``taps``, ``trace``, ``backward``, ``differences``, ``attention_weights``, ``contractions``, ``program``, ``models``,
+``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``,
+``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``,
+``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
+``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``,
+``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``,
+``estimators``, ``sides``, ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``,
+``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
+``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``,
+``attention_pictures``, ``curves``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -31,9 +33,12 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
+from tracepatch.attending import attention_attribution, value_flow
 from tracepatch.attribution import attribute
 from tracepatch.auditing import audit
+from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import concat, over_pairs
+from tracepatch.direct import direct_attribution
 from tracepatch.drilling import drill
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
 from tracepatch.findings import Audit
@@ -42,6 +47,8 @@ from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.resampling import intervals
+from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
@@ -52,6 +59,7 @@ __all__ = [
     "AtP",
     "AtPStar",
     "Audit",
+    "Gradients",
     "IntegratedGradients",
     "Metric",
     "Pairs",
@@ -61,12 +69,16 @@ __all__ = [
     "RelP",
     "Status",
     "adopt",
+    "attention_attribution",
     "attribute",
     "audit",
     "concat",
     "cross_entropy",
+    "direct_attribution",
     "drill",
     "errors",
+    "gradients",
+    "intervals",
     "kl",
     "load",
     "log_prob",
@@ -75,6 +87,7 @@ __all__ = [
     "metric",
     "models",
     "one_token",
+    "open_gradients",
     "open_result",
     "over_pairs",
     "patch",
@@ -85,5 +98,6 @@ __all__ = [
     "recipe",
     "save_result",
     "toys",
+    "value_flow",
     "verified_top",
 ]

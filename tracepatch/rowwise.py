@@ -349,10 +349,16 @@ def _relabelled(result: Result, study: _Rows) -> Result:
         shown = status.copy(data=np.where(status == Status.MEASURED, Status.ESTIMATED, status).astype(np.int8))
         return dataset.assign(status=shown)
 
-    attrs = {"estimator": study.how.name, "cost": study.sides.cost, "signed": int(study.how.signed)}
+    attrs = {
+        "estimator": study.how.name,
+        "signed": int(study.how.signed),
+        "cost": study.sides.cost,
+        "plan": "none: nothing was patched",
+        "checks": "none: estimates are checked by tp.audit",
+    }
     if isinstance(result, xr.DataTree):
         tree = result.map_over_datasets(one)
         for node in tree.subtree:
             node.attrs = {**node.attrs, **attrs}
         return tree
-    return one(result).assign_attrs({**result.attrs, **attrs, "checks": "none: estimates are checked by tp.audit"})
+    return one(result).assign_attrs({**result.attrs, **attrs})
