@@ -41,10 +41,10 @@ GRADIENTS = ("test_attribution.py",)
 ATTENDING = ("test_attending.py",)
 SAVED = ("test_gradients.py",)
 ROWWISE = ("test_rowwise.py",)
-AUDIT = ("test_audit.py",)
 INTERVALS = ("test_intervals.py",)
 PICTURES = ("test_pictures.py",)
 DIVIDED = ("test_journal.py::test_what_was_divided_is_divided_again",)
+AUDIT = ("test_audit.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -194,23 +194,6 @@ MUTANTS = (
     Mutant("a writer above the layer counts", "saved_gradients", "for below in range(layer)", "for below in range(min(layer + 1, len(self.architecture)))", SAVED),
     Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
     Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
-    Mutant("the bound is one at another confidence", "sampling", "if likely(strata, middle, found) > 1 - confidence:", "if likely(strata, middle, found) > confidence:", AUDIT),
-    Mutant("strata are drawn from as the densest of them is", "sampling", "chance = min(s.drawn / s.cells", "chance = max(s.drawn / s.cells", AUDIT),
-    Mutant("a sample is drawn with return", "sampling", "random.choice(band, size, replace=False)", "random.choice(band, size)", AUDIT),
-    Mutant("drawn cells that are large do not count against the bound", "findings", "large = int((sampled & patched & (sizes >= least)).sum())", "large = 0", AUDIT),
-    Mutant("ranks of cells that stand for others end where they begin", "agreement", "(np.cumsum(of_value) - of_value / 2)[which]", "np.cumsum(of_value)[which]", AUDIT),
-    Mutant("correlations forget for how many cells one stands", "agreement", "w = np.ones(len(x)) if weights is None else weights", "w = np.ones(len(x))", AUDIT),
-    Mutant("signs that agree count as flips", "agreement", "(view.estimate * view.effect < 0)", "(view.estimate * view.effect > 0)", AUDIT),
-    Mutant("recall goes by the order of the effects", "agreement", "place[order] = np.arange(1, len(order) + 1)", "place[ordered(view.effect)] = np.arange(1, len(ordered(view.effect)) + 1)", AUDIT),
-    Mutant("an estimate is missed where it is above its effect", "agreement", "(estimate < MISSED * effect)", "(estimate > effect)", AUDIT),
-    Mutant("exact effects stand at other cells", "population", "return rows, [among[label] for label in order]", "return rows, list(numbers)", AUDIT),
-    Mutant("heads are proved by the position beside theirs", "population", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp) - 1", AUDIT),
-    Mutant("the search compares with the largest effect", "verifying", "[: self.k].min(initial=np.inf)", "[: self.k].max(initial=-np.inf)", AUDIT),
-    Mutant("the search ends at its first look", "verifying", "if count == len(rest) or self.bound <= self.allowed:", "if True:", AUDIT),
-    Mutant("patches are measured against the other run", "doubts", '("settle", self.base, sides.where(group, self.base), tuple(sorted(self.kept)))', '("settle", self.base, sides.where(group, OTHER[self.base]), tuple(sorted(self.kept)))', AUDIT),
-    Mutant("a key is seen by the destinations before it", "doubts", "np.flip(np.cumsum(np.flip(a, -1), -1), -1)", "np.cumsum(a, -1)", AUDIT),
-    Mutant("a drill looks inside everything", "drilling", "one for one in labels if one[:width] in inside", "one for one in labels if True", AUDIT),
-    Mutant("a drill splits what is small", "drilling", "(sizes >= limit)", "(sizes < limit)", AUDIT),
     Mutant("intervals draw pairs, not clusters", "resampling", "            cluster = [new if label == old else label for label in cluster]", "            pass", INTERVALS),
     Mutant("intervals of a ratio divide by the mean difference", "resampling", "_ends(drawn, weights @ self.gaps[:, cells], tail)", "_ends(drawn, weights @ counts * (self.gaps[:, cells].sum(0) / counts.sum(0)), tail)", INTERVALS),
     Mutant("intervals are too narrow with few pairs", "resampling", "-math.sqrt(count / (count - 1)) * _student((1 + level) / 2, count - 1)", "-NormalDist().inv_cdf((1 + level) / 2)", INTERVALS),
@@ -232,6 +215,23 @@ MUTANTS = (
     Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
     Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
     Mutant("pictures: rings where the interval excludes 0", "panels", "(self.ends[0] <= 0) & (self.ends[1] >= 0)", "((self.ends[0] > 0) | (self.ends[1] < 0))", PICTURES),
+    Mutant("the bound is one at another confidence", "sampling", "if likely(strata, middle, found) > 1 - confidence:", "if likely(strata, middle, found) > confidence:", AUDIT),
+    Mutant("strata are drawn from as the densest of them is", "sampling", "chance = min(s.drawn / s.cells", "chance = max(s.drawn / s.cells", AUDIT),
+    Mutant("a sample is drawn with return", "sampling", "random.choice(band, size, replace=False)", "random.choice(band, size)", AUDIT),
+    Mutant("drawn cells that are large do not count against the bound", "findings", "large = int((sampled & patched & (sizes >= least)).sum())", "large = 0", AUDIT),
+    Mutant("ranks of cells that stand for others end where they begin", "agreement", "(np.cumsum(of_value) - of_value / 2)[which]", "np.cumsum(of_value)[which]", AUDIT),
+    Mutant("correlations forget for how many cells one stands", "agreement", "w = np.ones(len(x)) if weights is None else weights", "w = np.ones(len(x))", AUDIT),
+    Mutant("signs that agree count as flips", "agreement", "(view.estimate * view.effect < 0)", "(view.estimate * view.effect > 0)", AUDIT),
+    Mutant("recall goes by the order of the effects", "agreement", "place[order] = np.arange(1, len(order) + 1)", "place[ordered(view.effect)] = np.arange(1, len(ordered(view.effect)) + 1)", AUDIT),
+    Mutant("an estimate is missed where it is above its effect", "agreement", "(estimate < MISSED * effect)", "(estimate > effect)", AUDIT),
+    Mutant("exact effects stand at other cells", "population", "return rows, [among[label] for label in order]", "return rows, list(numbers)", AUDIT),
+    Mutant("heads are proved by the position beside theirs", "population", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp) - 1", AUDIT),
+    Mutant("the search compares with the largest effect", "verifying", "[: self.k].min(initial=np.inf)", "[: self.k].max(initial=-np.inf)", AUDIT),
+    Mutant("the search ends at its first look", "verifying", "if count == len(rest) or self.bound <= self.allowed:", "if True:", AUDIT),
+    Mutant("patches are measured against the other run", "doubts", '("settle", self.base, sides.where(group, self.base), tuple(sorted(self.kept)))', '("settle", self.base, sides.where(group, OTHER[self.base]), tuple(sorted(self.kept)))', AUDIT),
+    Mutant("a key is seen by the destinations before it", "doubts", "np.flip(np.cumsum(np.flip(a, -1), -1), -1)", "np.cumsum(a, -1)", AUDIT),
+    Mutant("a drill looks inside everything", "drilling", "one for one in labels if one[:width] in inside", "one for one in labels if True", AUDIT),
+    Mutant("a drill splits what is small", "drilling", "(sizes >= limit)", "(sizes < limit)", AUDIT),
 )  # fmt: skip
 
 

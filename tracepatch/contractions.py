@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tracepatch.attention_weights import flow, key_fix, peaks, query_fix, weight_change
+from tracepatch.attention_weights import LOWEST, flow, key_fix, peaks, query_fix, weight_change
 from tracepatch.differences import difference, drop, home, of_worlds, settle, summed, take
 from tracepatch.norms import wide
 from tracepatch.writing import edited
