@@ -38,7 +38,12 @@ FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
 GRADIENTS = ("test_attribution.py",)
+ATTENDING = ("test_attending.py",)
+SAVED = ("test_gradients.py",)
 ROWWISE = ("test_rowwise.py",)
+INTERVALS = ("test_intervals.py",)
+PICTURES = ("test_pictures.py",)
+DIVIDED = ("test_journal.py::test_what_was_divided_is_divided_again",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -49,8 +54,8 @@ MUTANTS = (
     Mutant("keys and queries are exchanged", "attention", 'found |= {name: (operation, "input", first + i) for i, name in enumerate("qkv")}', 'found |= {name: (operation, "input", first + i) for i, name in enumerate("kqv")}'),
     Mutant("a tensor is lost beside a value that has none", "layout", "                write.constant is None,\n", "", ("test_hunted.py",)),
     Mutant("later edits of single heads do not override", "writing", "            live[again] = live[again] + changed[cells]", "            pass", ("test_hunted.py",)),
-    Mutant("what is read is pruned too", "reach", "return position <= max(read.positions) if", "return position < max(read.positions) if"),
-    Mutant("an edit that an earlier one has reached counts as inert", "lowering", "write.positions[i] >= live or not", "not"),
+    Mutant("what is read is pruned too", "reach", "return range(max(read.positions) + 1) if", "return range(max(read.positions)) if"),
+    Mutant("an edit that an earlier one has reached counts as inert", "lowering", "write.positions[i] >= live or write", "write"),
     Mutant("rows with equal edits on other pairs are one row", "planner", "        seen: dict[Any, int] = {}\n        jobs[pair] = []", "        jobs[pair] = []\n        seen = locals().get('seen') or {}"),
     Mutant("a patch does nothing", "writing", "            x[at] = value", "            x[at] = x[at]"),
     Mutant("adding sets", "writing", "            x.index_put_(at, value.expand(x[at].shape), accumulate=True)", "            x[at] = value"),
@@ -70,7 +75,7 @@ MUTANTS = (
     Mutant("a twin's grouped heads are taken on trust", "twins", "any(pair in wanted for pair in self._dims_in(found))", "True", ("test_twins.py",)),
     Mutant("a twin's keys are as wide as its own", "twins", "sized(k, kv_heads, per_key)", "sized(k, kv_heads, k.shape[-1])", ("test_twins.py",)),
     Mutant("the effect is counted from the other run", "results", "base = np.stack([measured.baselines[row.base] for row in rows])", "base = np.stack([measured.baselines['clean'] for row in rows])", ("test_results.py", "test_laws.py")),
-    Mutant("a mean of ratios", "combining", 'normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims)', 'normalized=effects["normalized"].mean("pair").transpose(*mean["effect"].dims)', ("test_results.py",)),
+    Mutant("a mean of ratios", "combining", 'mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})', 'mean = mean.assign({name: effects[name].mean("pair").transpose(*mean[of].dims)})', ("test_results.py",)),
     Mutant("what was not measured is 0", "results", "out = np.full((plan.pairs, *shape), empty, values.dtype)", "out = np.zeros((plan.pairs, *shape), values.dtype)", ("test_results.py", "test_recording.py")),
     Mutant("a pair too close to divide by is divided by", "results", "normalized = main / gap.where(usable)", "normalized = main / gap", ("test_results.py",)),
     Mutant("wrong and right answers are exchanged", "metrics", "return torch.stack([right - wrong, right, wrong], 1)", "return torch.stack([wrong - right, right, wrong], 1)", ("test_metrics.py",)),
@@ -99,7 +104,7 @@ MUTANTS = (
     Mutant("a zero ablation is a patch", "cells", "[site] if value is None else value", "[site]", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
     Mutant("layers are read by one digit", "norms", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
-    Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
+    Mutant("what is held is left out", "lowering", "if write.positions[i] >= live or write.positions[i] not in inert]", "if write.positions[i] not in inert]", ("test_faults.py",)),
     Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
     Mutant("only the first row of a batch is written", "writing", "        at = on(x.device, cells)\n        value", "        at = on(x.device, (cells[0] * 0, *cells[1:]))\n        value", ("test_faults.py",)),
     Mutant("attention's module counts, with the residual that it adds", "probe", 'out = replace(self.chosen.place("output", rows), scale=self.scale)', 'out = replace(self.module.place("output", rows), scale=self.scale)', ("test_faults.py",)),
@@ -139,14 +144,16 @@ MUTANTS = (
     Mutant("cached keys are those before an edit of them", "entrance", "    return write.component in CACHED or (", "    return (", FORMS),
     Mutant("standing edits before a staggered row are forgotten", "packing", "min(reads, default=length) if self.form == \"staggered\" else length)", "length)", FORMS),
     Mutant("what an MLP wrote before stays under a row born above it", "entrance", "taken = () if one.add else (", "taken = () if True else (", FORMS),
-    Mutant("after the first half of a batch the second is left out", "packing", "parts_of = batch.jobs[:middle], batch.jobs[middle:]", "parts_of = batch.jobs[:middle], batch.jobs[:middle]", FORMS),
+    Mutant("after the first half of a batch the second is left out", "packing", "jobs = tuple(itertools.islice(rest, size))", "jobs = batch.jobs[:size]", FORMS),
     Mutant("columns are given in the order of their ids", "traced", "picked = picked if few is None else torch.searchsorted(few, picked)", "picked = picked if few is None else torch.searchsorted(few, picked).sort().values", FORMS),
     Mutant("keys of a table stand where those of the cache do", "layout", "slot + self.table.prefix * (name in CACHED)", "slot", FORMS),
     Mutant("what has just passed by counts as over", "reach", "[0] > architecture.span", "[0] >= architecture.span", LOOKS),
-    Mutant("a function carries to no other head", "reach", "(mixed or not apart)", "not apart", LOOKS),
+    Mutant("a function carries to no other head", "reach", "if mixed or not apart else", "if not apart else", LOOKS),
     Mutant("the forward ends a layer too early", "reach", 'else 0 if name == "embed" else layer + 1', 'else 0 if name == "embed" else layer', LOOKS),
     Mutant("a metric reads other rows before a row's start", "climb", "if born and position >= job.start:", "if born:", LOOKS),
     Mutant("a metric reads keys where they would stand without a cache", "climb", "table.prefix + slot if own else slot", "slot", LOOKS),
+    Mutant("worlds that memory divided are run whole again", "executors", ", self.journal.at_once(group))", ")", DIVIDED),
+    Mutant("a batch that memory divided is run whole again for its worlds", "executors", ", self.journal.runs(riding))", ")", DIVIDED),
     Mutant("what is read does not count for what is kept in a folder", "journal", '{"row", "pair", "pairs", "lanes", "paths"}', '{"row", "pair", "pairs", "lanes", "paths", "site", "seen"}', LOOKS),
     Mutant("a form that was not tried is taken", "forms", "    if wanted in found.refused:", "    if False:", FORMS),
     Mutant("worlds of the group before are still known", "program", '    if kind == "forget":\n        return known.clear()', '    if kind == "forget":\n        return None', REMOTE),
@@ -177,8 +184,36 @@ MUTANTS = (
     Mutant("what is held is not", "taps", '    if kind == "hold":\n        return x.detach()', '    if kind == "hold":\n        return x', GRADIENTS),
     Mutant("a renormalized weight leaves the others", "contractions", "others * (ratio - 1) + ((p + change) * ratio - p) * g", "((p + change) * ratio - p) * g", GRADIENTS),
     Mutant("estimates of units stand one further", "estimates", "at = [label % size if -size <= label < size else -1 for label in cells.axes[dim]]", "at = [(label + 1) % size if -size <= label < size else -1 for label in cells.axes[dim]]", GRADIENTS),
+    Mutant("attention attribution has the sign of zeroing", "attending", "{name: -found[name]", "{name: found[name]", ATTENDING),
+    Mutant("values flow to all destinations alike", "contractions", "    return home(summed(wide(known[pattern]) * moved, dims))", "    return home(summed(moved, dims))", ATTENDING),
+    Mutant("direct contributions follow the last norm's scale", "direct", 'held = frozenset({("logits_in_scale", 0)})', "held = frozenset()", ATTENDING),
+    Mutant("an output bias counts for a writer of its own twice", "direct", "            column = column - parts", "            column = column - 0 * parts", ATTENDING),
+    Mutant("gradients are saved of the other run", "capture", '("gradient", base, number, *key) for base in bases', '("gradient", bases[0], number, *key) for base in bases', SAVED),
+    Mutant("directions are not of length 1", "saved_gradients", "unit = found / found.norm(dim=-1, keepdim=True)", "unit = found", SAVED),
+    Mutant("a writer above the layer counts", "saved_gradients", "for below in range(layer)", "for below in range(min(layer + 1, len(self.architecture)))", SAVED),
     Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
     Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
+    Mutant("intervals draw pairs, not clusters", "resampling", "            cluster = [new if label == old else label for label in cluster]", "            pass", INTERVALS),
+    Mutant("intervals of a ratio divide by the mean difference", "resampling", "_ends(drawn, weights @ self.gaps[:, cells], tail)", "_ends(drawn, weights @ counts * (self.gaps[:, cells].sum(0) / counts.sum(0)), tail)", INTERVALS),
+    Mutant("intervals are too narrow with few pairs", "resampling", "-math.sqrt(count / (count - 1)) * _student((1 + level) / 2, count - 1)", "-NormalDist().inv_cdf((1 + level) / 2)", INTERVALS),
+    Mutant("intervals: equal sums are not equal", "resampling", "TIE = 1e-9", "TIE = -1e-9", INTERVALS),
+    Mutant("intervals: a p-value of one side", "resampling", "abs(signs @ sums), abs(sums.sum(0))", "signs @ sums, abs(sums.sum(0))", INTERVALS),
+    Mutant("intervals: random patterns without the observed one", "resampling", "(as_far + 1) / (len(signs) + 1)", "as_far / len(signs)", INTERVALS),
+    Mutant("intervals: Holm's values fall", "resampling", "np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])", "(len(p) - np.arange(len(p))) * p[order]", INTERVALS),
+    Mutant("intervals: proved zeros are tests", "resampling", 'mean["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
+    Mutant("intervals: pairs without a number count", "resampling", "there = values.notnull().any(values.dims[1:]).values", "there = values.notnull().any(values.dims[1:]).values | True", INTERVALS),
+    Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
+    Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(x.data, y.data, x.measured, y.measured, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
+    Mutant("pictures: proved zeros make a correlation", "scatters", "frame = pd.DataFrame(points.both[points.measured])", "frame = pd.DataFrame(points.both)", PICTURES),
+    Mutant("pictures: points have the names of others", "scatters", "np.unravel_index(self.kept[i], shape)", "np.unravel_index(self.kept[i - 1], shape)", PICTURES),
+    Mutant("pictures: what is lost counts as gained", "scatters", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
+    Mutant("pictures: arcs from the attending token", "attention_pictures", "ends, share = np.stack([srcs[src], dests[dest]], 1)", "ends, share = np.stack([srcs[dest], dests[src]], 1)", PICTURES),
+    Mutant("pictures: heads have the matrices of others", "attention_pictures", 'for i, dim in enumerate(("layer", "head"))}', 'for i, dim in enumerate(("head", "layer"))}', PICTURES),
+    Mutant("pictures: windows stand at their end", "curves", "middle, colour = start + (size - 1) / 2", "middle, colour = start + size - 1", PICTURES),
+    Mutant("pictures: all models are as deep as the deepest", "curves", 'part["depth"].isel(model=number, missing_dims="ignore").values', 'part["layer"].values / part["layer"].values.max()', PICTURES),
+    Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
+    Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
+    Mutant("pictures: rings where the interval excludes 0", "panels", "(self.ends[0] <= 0) & (self.ends[1] >= 0)", "((self.ends[0] > 0) | (self.ends[1] < 0))", PICTURES),
 )  # fmt: skip
 
 

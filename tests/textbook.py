@@ -54,7 +54,12 @@ class _Run(reference._Forward):
     """One forward with edits, with things held constant in its backward pass, and with a leaf at every component."""
 
     def __init__(
-        self, of: Textbook, edits: Iterable[Edit] = (), frozen: Collection[Any] = (), rules: Collection[str] = ()
+        self,
+        of: Textbook,
+        edits: Iterable[Edit] = (),
+        frozen: Collection[Any] = (),
+        rules: Collection[str] = (),
+        keys: Collection[Key] | None = None,
     ) -> None:
         super().__init__(of.reference, list(edits))
         unknown = [name for name in frozen if isinstance(name, str) and name not in ("norms", "pattern")]
@@ -64,15 +69,20 @@ class _Run(reference._Forward):
         self.of = of
         self.frozen = set(frozen)
         self.rules = set(rules)
+        self.keys = keys
         self.leaves: dict[Key, Tensor] = {}
-        self.value_bias: dict[int, Tensor] = {}  # what the value projection makes of a zero, [kv_head, d_head]
+        self.value_bias: dict[int, Tensor] | None = None  # what the value projection makes of 0, if that is asked for
+
+    def leads(self, key: Key) -> bool:
+        """Whether there is to be a leaf at this component."""
+        return torch.is_grad_enabled() and (self.keys is None or key in self.keys)
 
     def tap(self, component: str, layer: int, live: Tensor) -> Tensor:
         """Edits a component, holds it constant if it is frozen, and adds its leaf."""
         live = super().tap(component, layer, live)
         if (component, layer) in self.frozen or (component == "pattern" and "pattern" in self.frozen | self.rules):
             live = live.detach()
-        if not torch.is_grad_enabled():
+        if not self.leads((component, layer)):
             return live
         leaf = torch.zeros_like(live, requires_grad=True)
         self.leaves[component, layer] = leaf
@@ -97,7 +107,7 @@ class _Run(reference._Forward):
             live = live.detach()
         if component is None:  # a norm of q or k
             return live
-        if torch.is_grad_enabled():
+        if self.leads((component, layer)):
             if (component, layer) not in self.leaves:
                 self.leaves[component, layer] = torch.zeros(self.length, dtype=live.dtype, requires_grad=True)
             live = live + self.leaves[component, layer].reshape(live.shape)
@@ -109,7 +119,7 @@ class _Run(reference._Forward):
         plain = super().before_attention(layer)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            if self.reference.places.interface:
+            if self.value_bias is not None:
                 nothing = torch.zeros_like(reference._first(args, kwargs))
                 _, _, v = self.capture(module, *reference._with_first(args, kwargs, nothing))
                 self.value_bias[layer] = v[0].detach()
@@ -273,6 +283,7 @@ class Textbook:
         frozen: Collection[Any] = (),
         rules: Collection[str] = (),
         edits: Iterable[Edit] = (),
+        keys: Collection[Key] | None = None,
     ) -> dict[Key, Tensor]:
         """Takes the gradient of the metric at every component of one forward.
 
@@ -284,12 +295,13 @@ class Textbook:
                 slope of the metric in that constant.
             rules: Of `relp`.
             edits: Applied in the forward.
+            keys: At these components and layers only, which is faster.
 
         Returns:
             Gradients with the dims of `values`; zeros where the metric does not depend on a component.
         """
         with torch.enable_grad():
-            run = _Run(self, edits, frozen, rules)
+            run = _Run(self, edits, frozen, rules, keys)
             value = metric(run.run(ids)["logits", 0])
             found = torch.autograd.grad(value, list(run.leaves.values()), allow_unused=True)
         return {
@@ -375,6 +387,7 @@ class Textbook:
         base: str = "corrupted",
         source: str | dict[Key, Tensor] = "other",
         whole: bool = False,
+        positions: Collection[int] | None = None,
     ) -> dict[Key, Tensor]:
         """The effects themselves: one forward for each site.
 
@@ -386,9 +399,11 @@ class Textbook:
             base: "corrupted" or "clean".
             source: As in `attribution`.
             whole: Write a whole component at once, at all positions and units.
+            positions: Sites at these positions (destinations) only; others are NaN.
 
         Returns:
-            metric(patched) − metric(base), shaped like the estimates; 0-dim if `whole`.
+            metric(patched) − metric(base), shaped like the estimates; 0-dim if `whole`. NaN where a source comes
+            after its destination.
         """
         ids, other_ids = ordered(clean, corrupted, base)
         values, change = self.values(ids), self.change(ids, other_ids, source)
@@ -399,8 +414,8 @@ class Textbook:
             if whole:
                 effects[key] = self.metric(ids, metric, [Edit(*key, target)]) - before
                 continue
-            effects[key] = torch.zeros_like(summed(key, target))
-            for site, chosen in sites(key, effects[key]):
+            effects[key] = torch.full_like(summed(key, target), torch.nan)
+            for site, chosen in sites(key, effects[key], positions):
                 edit = Edit(*key, target[chosen], **site)
                 effects[key][chosen] = self.metric(ids, metric, [edit]) - before
         return effects
@@ -507,12 +522,21 @@ class Textbook:
     # ------------------------------------------------------------------------------------------ integrated gradients
 
     def mean_gradients(
-        self, ids: Tensor, metric: Metric, line: Callable[[float], list[Edit]], n: int, rule: str
+        self,
+        ids: Tensor,
+        metric: Metric,
+        line: Callable[[float], list[Edit]],
+        n: int,
+        rule: str,
+        keys: Collection[Key] | None = None,
     ) -> dict[Key, Tensor]:
-        """The gradients of n forwards, whose edits are points of a line, averaged by the weights of a rule."""
+        """The gradients of n forwards, whose edits are points of a line, averaged by the weights of a rule.
+
+        What moves along the line is set to constants: what lies before it has no gradient through it.
+        """
         total: dict[Key, Tensor] = {}
         for t, weight in points(n, rule):
-            for key, gradient in self.gradients(ids, metric, edits=line(t)).items():
+            for key, gradient in self.gradients(ids, metric, edits=line(t), keys=keys).items():
                 total[key] = total.get(key, 0) + weight * gradient
         return total
 
@@ -526,6 +550,7 @@ class Textbook:
         base: str = "corrupted",
         n: int = 20,
         rule: str = "midpoint",
+        positions: Collection[int] | None = None,
     ) -> dict[Key, Tensor]:
         """Integrated gradients from the base to the other run: gradient averaged over a line · (other − base).
 
@@ -541,26 +566,29 @@ class Textbook:
             base: "corrupted" or "clean".
             n: Number of steps.
             rule: Where on the line gradients are taken, from the base (0) to the other run (1): see `points`.
+            positions: With "site", at these positions (destinations) only; others are NaN.
 
         Returns:
-            Estimates.
+            Estimates; along "site" NaN where a source comes after its destination.
         """
         ids, other_ids = ordered(clean, corrupted, base)
         values, change = self.values(ids), self.change(ids, other_ids)
         if along == "inputs":
-            mean = self.mean_gradients(ids, metric, self.line(("embed", 0), values, change), n, rule)
-            return {key: summed(key, mean[key] * change[key]) for key in (change if keys is None else keys)}
+            keys = list(change if keys is None else keys)
+            mean = self.mean_gradients(ids, metric, self.line(("embed", 0), values, change), n, rule, keys)
+            return {key: summed(key, mean[key] * change[key]) for key in keys}
         if keys is None or along not in ("component", "site"):
             raise ValueError(f"along {along!r}, for the keys {keys}")
         estimates = {}
         for key in keys:
             if along == "component":
-                mean = self.mean_gradients(ids, metric, self.line(key, values, change), n, rule)
+                mean = self.mean_gradients(ids, metric, self.line(key, values, change), n, rule, [key])
                 estimates[key] = summed(key, mean[key] * change[key])
                 continue
-            estimates[key] = torch.zeros_like(summed(key, change[key]))
-            for site, chosen in sites(key, estimates[key]):
-                mean = self.mean_gradients(ids, metric, self.line(key, values, change, site, chosen), n, rule)
+            estimates[key] = torch.full_like(summed(key, change[key]), torch.nan)
+            for site, chosen in sites(key, estimates[key], positions):
+                line = self.line(key, values, change, site, chosen)
+                mean = self.mean_gradients(ids, metric, line, n, rule, [key])
                 estimates[key][chosen] = (mean[key][chosen] * change[key][chosen]).sum()
         return estimates
 
@@ -623,7 +651,7 @@ class Textbook:
                 estimates[key] = gradients[key] * change[key]
             elif kind == "renormalised":
                 estimates[key] = torch.zeros_like(change[key])
-                for head, dest, src in allowed(change[key]):
+                for head, dest, src in visible(change[key]):
                     row = values[key][head, dest]
                     new = row.clone()
                     new[src] += change[key][head, dest, src]
@@ -668,6 +696,7 @@ class Textbook:
     def value_bias(self, layer: int) -> Tensor:
         """What the value projection gives for a zero input, [kv_head, d_head]."""
         run = _Run(self)
+        run.value_bias = {}
         run.run(torch.tensor([0]))
         return run.value_bias[layer]
 
@@ -794,7 +823,8 @@ class Textbook:
             method: "eap": gradients at the base. "ig_inputs" (EAP-IG, Hanna et al., 2403.17806): averaged over the
                 line of the input embeddings from the base to the other run. "ig_activations": lines of the outputs of
                 the embedding, of each layer's heads together and of each MLP, one after the other, in the base; every
-                edge gets the mean over all the passes of all these lines, most of which do not move its writer.
+                edge gets the mean over all the passes of all these lines, most of which do not move its writer. In a
+                pass what moves is a constant, so readers before it have no gradient through it.
                 "ig_own": the same lines, but an edge gets the mean over the passes of its own writer's line only, so
                 that the edges from a writer sum to its own integrated gradients.
             n: Steps of a line.
@@ -809,17 +839,18 @@ class Textbook:
         values, change = self.values(ids), self.change(ids, other_ids)
 
         def mean_along(key: Key) -> dict[Key, Tensor]:
-            return self.mean_gradients(ids, metric, self.line(key, values, change), n, rule)
+            return self.mean_gradients(ids, metric, self.line(key, values, change), n, rule, read)
 
+        read = {(component, layer) for component, layer, _ in self.readers()}
         lines = sorted({(component, layer) for component, layer, _ in self.writers()})
         if method == "eap":
-            slopes = dict.fromkeys(lines, self.gradients(ids, metric))
+            slopes = dict.fromkeys(lines, self.gradients(ids, metric, keys=read))
         elif method == "ig_inputs":
             slopes = dict.fromkeys(lines, mean_along(("embed", 0)))
         elif method in ("ig_activations", "ig_own"):
             slopes = {key: mean_along(key) for key in lines}
             if method == "ig_activations":
-                mean = {key: sum(slope[key] for slope in slopes.values()) / len(lines) for key in values}
+                mean = {key: sum(slope[key] for slope in slopes.values()) / len(lines) for key in read}
                 slopes = dict.fromkeys(lines, mean)
         else:
             raise ValueError(f"method {method!r}")
@@ -887,23 +918,24 @@ def points(n: int, rule: str) -> list[tuple[float, float]]:
     return [((k + offset) / n, 1 / n) for k in range(n)]
 
 
-def allowed(pattern: Tensor) -> list[tuple[int, int, int]]:
-    """Heads, destinations and the sources that they may see, from [head, dest, src]."""
+def visible(pattern: Tensor) -> list[tuple[int, int, int]]:
+    """Heads, destinations and the sources up to them, from [head, dest, src]."""
     heads, length, _ = pattern.shape
     return [(h, dest, src) for h in range(heads) for dest in range(length) for src in range(dest + 1)]
 
 
-def sites(key: Key, estimates: Tensor) -> list[tuple[dict[str, Any], Any]]:
-    """Every single site of a component: how an `Edit` names it, and the index of its value in the component."""
+def sites(key: Key, estimates: Tensor, positions: Collection[int] | None = None) -> list[tuple[dict[str, Any], Any]]:
+    """The single sites of a component: how an `Edit` names each, and the index of its value in the component."""
     if "dest" in DIMS.get(key[0], ()):
         return [
             ({"unit": h, "positions": [dest], "sources": [src]}, (h, slice(dest, dest + 1), slice(src, src + 1)))
-            for h, dest, src in allowed(estimates)
+            for h, dest, src in visible(estimates)
+            if positions is None or dest in positions
         ]
-    if estimates.ndim == 2:
-        length, units = estimates.shape
-        return [({"positions": [p], "unit": u}, (slice(p, p + 1), u)) for p in range(length) for u in range(units)]
-    return [({"positions": [p]}, slice(p, p + 1)) for p in range(len(estimates))]
+    chosen = [(pos, slice(pos, pos + 1)) for pos in (range(len(estimates)) if positions is None else positions)]
+    if estimates.ndim == 1:
+        return [({"positions": [pos]}, here) for pos, here in chosen]
+    return [({"positions": [pos], "unit": u}, (here, u)) for pos, here in chosen for u in range(estimates.shape[1])]
 
 
 def ordered(clean: Tensor, corrupted: Tensor, base: str) -> tuple[Tensor, Tensor]:

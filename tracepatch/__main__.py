@@ -109,13 +109,24 @@ def run(
                 best = top[1].strip() if len(top) > 1 else "nothing of note"
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
             say(told, markup=False)
+        if hasattr(module, "conclude"):
+            own = {
+                name: results[-1] for name, results in found.items() if results[-1].attrs["model"] == name_of(loaded)
+            }
+            told = module.conclude(loaded, pairs, metrics, own, folder / _safe(label))
+            lines += told
+            say("\n".join(told), markup=False)
         lines.append("")
     for name, results in found.items():
         joined = results[0] if len(results) == 1 else tp.concat(results)
         for part, one in _by_metric(joined):
             path = folder / f"{name}{part}.png"
             title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
-            plots.picture(one, title=title).savefig(path, dpi=150)
+            try:
+                plots.picture(one, title=title).savefig(path, dpi=150)
+            except ResultError as error:  # more dims than a page has
+                say(f"no picture of {name}: {error}", markup=False)
+                continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,8 @@ def attribute(
         by: The dims to run over, as in ``tp.patch``; estimates of what is left out add up.
         direction: ``"denoising"``: gradients of the corrupted run, as clean values would be written into it;
             ``"noising"``: gradients of the clean run.
-        source: Something else that would be written: a number, or a tensor that fits the component. 0 estimates zero
-            ablation.
+        source: Something else that would be written, as in ``tp.patch``: a number, a tensor, a function. 0 estimates
+            zero ablation.
         only: Dims and the indices to keep, as in ``tp.patch``.
         estimator: How: ``tp.AtP()``, ``tp.AtPStar()``, ``tp.IntegratedGradients(steps=…)`` or ``tp.RelP()``.
         renormalize: Of patterns: after one weight is written, its destination's are scaled to the sum that they had.
@@ -93,10 +94,13 @@ def attribute(
         raise RecipeError("logits are what the metric reads; write a metric that reads what a patch would give.")
     if (renormalize or not value_bias) and set(cells.names) != {"pattern"}:
         raise RecipeError("renormalize= and value_bias= speak of attention weights: estimate 'pattern' alone.")
-    if isinstance(how, IntegratedGradients) and how.along == "site":
+    number = source is None or (isinstance(source, Real) and not isinstance(source, bool))
+    if not number or (isinstance(how, IntegratedGradients) and how.along == "site"):
+        if not value_bias:
+            raise RecipeError("value_bias=False is of AtP between the two prompts, or to a number.")
         with p:
-            cells.record(p)
-        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize))
+            cells.record(p, renormalize=renormalize)
+        return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize, value_bias))
     return _Study(p, cells, how, renormalize, value_bias, memory).dataset(direction)
 
 
@@ -331,7 +335,7 @@ class _Study:
 
     def _source(self, group: Group, own: Key) -> tuple[Any, ...]:
         if self.source is not None:
-            return "number", self.source
+            return "number", float(self.source)
         assert self.other is not None
         return "world", stream_of(own), self.sides.where(group, self.other), self.sides.agreeing(group)
 
@@ -364,7 +368,8 @@ class _Study:
             "component": ", ".join(self.wanted.names),
             "estimator": self.how.name,
             "cost": self.sides.cost,
-            "request": requested(self.wanted, direction, self.renormalize),
+            "signed": int(self.how.signed),
+            "request": requested(self.wanted, direction, self.renormalize, self.value_bias),
             "metrics": json.dumps({m.name: m.told for m in p.metrics}),
             "seconds": round(seconds, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

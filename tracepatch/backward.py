@@ -18,6 +18,8 @@ from tracepatch.taps import shaped
 from tracepatch.trace import climbed, entered, home, scored
 from tracepatch.writing import head_write
 
+MOVED = "a tensor was changed in place after it had passed by"
+
 
 def backward(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tuple[Any, ...]) -> tuple[Any, ...]:
     """One traced forward, and a backward for each metric.
@@ -34,13 +36,12 @@ def backward(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tup
             what is known; or ``None``.
 
     Returns:
-        The metrics' values ``[row, column]``, and whether the model changed a tapped tensor in place, so that all was
-        done once more with copies.
+        The metrics' values ``[row, column]``.
+
+    Raises:
+        RuntimeError: With ``MOVED``: the model changes a tapped tensor in place, so that taps must be copies.
     """
-    found, scores, moved = traced(model, run, known, asked)
-    if moved:
-        inputs, stops, *rest = run
-        found, scores, _ = traced(model, (inputs, copied(stops), *rest), known, asked)
+    found, scores = traced(model, run, known, asked)
     for key, value in found.items():
         if asked[5] is None:
             known[key] = value
@@ -48,7 +49,7 @@ def backward(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tup
         steps, weight = asked[5]
         total = value.unflatten(0, (-1, steps)).sum(1) * weight
         known[key] = known[key] + total if key in known else total
-    return scores, moved
+    return (scores,)
 
 
 def traced(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tuple[Any, ...]) -> Any:
@@ -61,11 +62,6 @@ def traced(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tuple
     return result
 
 
-def copied(stops: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same stops, with taps that are copies: what the model changes in place is not what is differentiated by."""
-    return tuple((at, tuple((*t[:2], True) if t[0] == "tap" else t for t in tasks)) for at, tasks in stops)
-
-
 def differentiated(
     model: Any,
     stops: tuple[Any, ...],
@@ -75,7 +71,7 @@ def differentiated(
     measures: tuple[Any, ...],
     keep_logits: tuple[Any, ...],
     asked: tuple[Any, ...],
-) -> tuple[dict[Any, torch.Tensor], torch.Tensor, bool]:
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """The body of the trace."""
     world, wanted, columns, drops, values, _ = asked
     kept: dict[Any, Any] = {}
@@ -83,29 +79,29 @@ def differentiated(
     scores = scored(logits, measures, kept, known)
     taps = {key[1]: value for key, value in kept.items() if key[0] == "tap"}
     if any(taps[key]._version != kept["version", key] for key in taps):
-        return {}, scores.detach(), True
+        raise RuntimeError(MOVED)
     found: dict[Any, torch.Tensor] = {}
     zeroed: list[Any] = []
     arrived: dict[Any, torch.Tensor] = {}
     for key in {key for drop in drops for key in drop}:
         taps[key].register_hook(lambda slope, key=key: dropped(key, slope, zeroed, arrived))
-    passes = [(number, drop) for number in range(len(columns)) for drop in (None, *range(len(drops)))]
     onward = any(how[0] == "heads" for _, how in wanted)  # whose gradients are taken once more, from those of the taps
-    for number, drop in passes:
-        zeroed[:] = () if drop is None else drops[drop]
-        keep = onward or (number, drop) != passes[-1]
-        slopes = gradients(scores[:, columns[number]].sum(), taps, keep)
-        gone, zeroed[:] = tuple(zeroed), ()
-        # What is dropped has no gradient of its own, but a sum that it is part of has.
-        sums = {**slopes, **{key: arrived[key] for key in gone}}
-        slopes |= {key: torch.zeros_like(arrived[key]) for key in gone}
-        for (component, layer), how in wanted:
-            value, slope = found_at(model, how, taps, sums if how[0] == "middle" else slopes, kept)
-            name = ("gradient", world, number) if drop is None else ("dropped", world, number, drop)
-            found[(*name, component, layer)] = slope.detach()
-            if values and (number, drop) == passes[0]:
-                found["value", world, component, layer] = value.detach()
-    return found, scores.detach(), False
+    last = len(columns) - 1, len(drops) - 1 if drops else None
+    for number, column in enumerate(columns):
+        for drop in (None, *range(len(drops))):
+            zeroed[:] = () if drop is None else drops[drop]
+            slopes = gradients(scores[:, column].sum(), taps, keep=onward or (number, drop) != last)
+            gone, zeroed[:] = tuple(zeroed), ()
+            # What is dropped has no gradient of its own, but a sum that it is part of has.
+            sums = {**slopes, **{key: arrived[key] for key in gone}}
+            slopes |= {key: torch.zeros_like(arrived[key]) for key in gone}
+            for (component, layer), how in wanted:
+                value, slope = found_at(model, how, taps, sums if how[0] == "middle" else slopes, kept)
+                name = ("gradient", world, number) if drop is None else ("dropped", world, number, drop)
+                found[(*name, component, layer)] = slope.detach()
+                if values and not number and drop is None:
+                    found["value", world, component, layer] = value.detach()
+    return found, scores.detach()
 
 
 def dropped(key: Any, slope: torch.Tensor, zeroed: list[Any], arrived: dict[Any, torch.Tensor]) -> torch.Tensor:
@@ -117,7 +113,7 @@ def dropped(key: Any, slope: torch.Tensor, zeroed: list[Any], arrived: dict[Any,
 def gradients(total: torch.Tensor, taps: dict[Any, torch.Tensor], keep: bool) -> dict[Any, torch.Tensor]:
     """Of a sum by each tapped tensor; zeros by those that do not reach it.
 
-    Where nothing is differentiated afterwards, what the forward kept is let go of on the way (not ``keep``).
+    Unless it is ``keep``, what the forward kept is let go of on the way: nothing is differentiated afterwards.
     """
     if not total.requires_grad:
         return {key: torch.zeros_like(tap) for key, tap in taps.items()}

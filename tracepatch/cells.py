@@ -111,17 +111,21 @@ class Cells:
             for index in recorder.grid(name, self.by, **self.only):
                 yield component(name), {**named, **dict(zip(self.by, index, strict=True))}
 
-    def record(self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None) -> None:
-        """Records a row for each cell, or for those with certain labels, in the order of the dims."""
-        world, other = getattr(recorder, self.base), OTHER[self.base]
+    def record(
+        self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """Records a row for each cell, or for those with certain labels, in the order of the dims; their labels."""
+        world, other, found = getattr(recorder, self.base), OTHER[self.base], []
         for kind, labels in self.labels(recorder):
             if among is not None and tuple(labels.values()) not in among:
                 continue
+            found.append(tuple(labels.values()))
             site = tuple(labels.get(dim, self.only.get(dim, slice(None))) for dim in kind.index)
-            with recorder.row(**labels):
+            with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
                 value = self.source
                 target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value
+        return found
 
 
 def base_of(direction: Any) -> WorldName:

@@ -12,6 +12,8 @@ import xarray as xr
 from tracepatch.errors import ResultError, listing
 from tracepatch.plan import Status
 
+MAIN = ("effect", "estimate")  # what a result is about: measured, or approximated
+
 
 def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     """The same result averaged over pairs, ``normalized`` as a ratio of means.
@@ -20,31 +22,26 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     others; here each pair counts in the metric's unit. Pairs too close to divide by still count.
     Tokens that differ between pairs are those of the first one, with ``…``. A result without pairs comes back as it is.
     """
-    require_dataset(effects)
-    if "pair" not in effects["effect"].dims:
+    main = main_variable(effects)
+    if "pair" not in effects[main].dims:
         return effects
+    ratios = {"normalized": main, "normalized_estimate": "estimate"}
     numeric = [
-        v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
+        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
     ]
-    present = effects["effect"].notnull()
+    present = effects[main].notnull()
     chosen = effects[numeric]
     if not present.all():  # where a pair has no such cell, its baselines do not count either
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean("pair", keep_attrs=True)
-    if "normalized" in effects:
-        gap = (effects["clean"] - effects[effects["normalized"].attrs.get("over", "corrupted")]).where(present)
-        gap = gap.mean("pair")
-        mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
-        mean["normalized"].attrs = dict(effects["normalized"].attrs)
-    status = effects["status"]
-    measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
-    # A mean is a proved zero if nothing in it was measured.
-    combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
-    pending = (status == Status.PENDING).any("pair") & ~measured & ~proved  # else it is a mean of what there is
-    combined = combined + pending * int(Status.PENDING)
-    mean = mean.assign(status=combined.astype(np.int8))
-    mean["status"].attrs = dict(status.attrs)
+    for name, of in ratios.items():
+        if name in effects:
+            gap = whole_difference(effects, name).where(effects[of].notnull()).mean("pair")
+            mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
+            mean[name].attrs = dict(effects[name].attrs)
+    if "status" in effects:
+        mean = mean.assign(status=_status(effects["status"]))
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):
         if name in effects.coords and "pair" in effects[name].dims:
             first = effects[name].isel(pair=0, drop=True)
@@ -52,6 +49,22 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
             marked = np.where(shared.values, first.values, np.char.add(first.values.astype(str), "…"))
             mean = mean.assign_coords({name: (first.dims, marked)})
     return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
+
+
+def whole_difference(effects: xr.Dataset, name: str = "normalized") -> xr.DataArray:
+    """What a fraction divides by, for each pair: clean − corrupted, or − the world that stands in for it."""
+    other = str(effects[name].attrs.get("over", "corrupted"))
+    found: xr.DataArray = effects["clean"] - effects[other]
+    return found
+
+
+def _status(status: xr.DataArray) -> xr.DataArray:
+    """The status of a mean over pairs: of what is in it, measured before estimated before proved."""
+    found = xr.zeros_like(status.isel(pair=0, drop=True))
+    # What is pending leaves a mean of what there is; a mean is a proved zero if all that is in it was proved.
+    for kind in (Status.PENDING, Status.PROVED_ZERO, Status.ESTIMATED, Status.MEASURED):
+        found = found.where(~(status == kind).any("pair"), int(kind))
+    return found.astype(np.int8).assign_attrs(status.attrs)
 
 
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
@@ -64,11 +77,9 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
         ResultError: Nothing to join, results with different dims, or two of one model.
     """
     results = list(results)
-    for result in results:
-        require_dataset(result)
     if not results:
         raise ResultError("There are no results to concatenate.")
-    dims = [tuple(sorted(map(str, r["effect"].dims))) for r in results]
+    dims = [tuple(sorted(map(str, r[main_variable(r)].dims))) for r in results]
     names = [str(r.attrs["model"]) for r in results]
     if len(set(dims)) > 1:
         raise ResultError(
@@ -77,7 +88,7 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
         )
     if len(set(names)) < len(names):
         raise ResultError(f"Two results are of one model: {', '.join(names)}. Rename one: result.attrs['model'] = '…'.")
-    for what in ("metric", "base", "component"):
+    for what in ("variable", "metric", "base", "component"):
         values = [_compared(r, what) for r in results]
         if len(set(values)) > 1:
             lines = [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
@@ -111,6 +122,8 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def _compared(result: xr.Dataset, what: str) -> str:
+    if what == "variable":
+        return main_variable(result)
     return (
         ", ".join(map(str, np.atleast_1d(result["metric"].values))) if what == "metric" else str(result.attrs.get(what))
     )
@@ -129,6 +142,16 @@ def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
     return out
 
 
+def main_variable(result: Any) -> str:
+    """The name of what a result is about: ``effect``, or ``estimate`` where it is an approximation.
+
+    Raises:
+        ResultError: As for ``require_dataset``.
+    """
+    require_dataset(result)
+    return next(name for name in MAIN if name in result)
+
+
 def require_dataset(result: Any) -> None:
     """Refuses anything that is not one of our datasets.
 
@@ -140,7 +163,8 @@ def require_dataset(result: Any) -> None:
             "This result is a tree of several datasets: pick one, as in "
             f"result[{next(iter(result.children), '…')!r}].to_dataset()."
         )
-    if not isinstance(result, xr.Dataset) or "effect" not in result or "tracepatch_format" not in result.attrs:
+    ours = isinstance(result, xr.Dataset) and "tracepatch_format" in result.attrs
+    if not ours or not any(name in result for name in MAIN):
         raise ResultError(
             f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance."
         )

@@ -23,11 +23,13 @@ def contracted(known: dict[Any, Any], items: tuple[Any, ...]) -> list[Any]:
     kinds: dict[str, Any] = {
         "product": product,
         "sizes": sizes,
+        "peaks": peaks,
         "query_fix": query_fix,
         "key_fix": key_fix,
         "weights": weight_change,
         "flow": flow,
         "rows": rows,
+        "row_sizes": row_sizes,
         "edges": edges,
         "kept": kept,
         "settle": settle,
@@ -105,17 +107,47 @@ def product(
     by, change = wide(known[slope]), difference(known, value, source)
     if change.ndim < by.ndim:  # what single heads read is one stream
         change = change.unsqueeze(2)
+    if by.ndim < change.ndim:  # what several heads write has one gradient
+        by = by.unsqueeze(2)
     found = by * change
     return home(summed(found.sum(-1) if vector else found, dims))
 
 
 def sizes(
-    known: dict[Any, Any], value: Any, stream: Any, source: tuple[Any, ...], vector: bool, dims: tuple[int, ...]
+    known: dict[Any, Any],
+    value: Any,
+    stream: Any,
+    floor: float,
+    source: tuple[Any, ...],
+    vector: bool,
+    dims: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms of the difference, as ``product`` sums them, and of the stream at each position ``[row, pos]``."""
-    found = difference(known, value, source).square()
-    there = torch.zeros(0) if stream is None else home(wide(known[stream]).square().sum(-1))
-    return home(summed(found.sum(-1) if vector else found, dims)), there
+    """Squared norms of a difference, as ``product`` sums them, and of what stands where something changes.
+
+    Args:
+        known: With all of these.
+        value: Of the component.
+        stream: The stream that it is part of; ``None`` for itself, whose last dim is summed.
+        floor: Squared differences below so much of what stands there are rounding.
+        source: Of the difference; see ``difference``.
+        vector: Whether the last dim of the difference is summed.
+        dims: To sum over, of the difference alone.
+    """
+    change = difference(known, value, source).square()
+    there = standing(wide(known[value] if stream is None else known[stream]), change.sum(-1), floor)
+    return home(summed(change.sum(-1) if vector else change, dims)), home(there)
+
+
+def standing(there: torch.Tensor, moved: torch.Tensor, floor: float) -> torch.Tensor:
+    """Squared norms over the last dim, 0 where no more than rounding is added to it."""
+    size = there.masked_fill(there < LOWEST, 0.0).square().sum(-1)
+    moved = moved.amax(2) if size.ndim < moved.ndim else moved  # heads of one stream
+    return torch.where(moved > floor * size, size, 0.0)
+
+
+def peaks(known: dict[Any, Any], pattern: Any) -> torch.Tensor:
+    """The largest attention weight of each destination, ``[row, head, dest]``."""
+    return home(wide(known[pattern]).amax(-1))
 
 
 def query_fix(
@@ -278,13 +310,44 @@ def rows(
         weights: Whether it is scores or patterns: masked ones stay, and edited ones may be renormalized.
         most: Rows of a part.
     """
-    base, by = known[value], wide(known[slope])
+    by = wide(known[slope])
+    heads = by.shape[2] if known[value].ndim < by.ndim else 0
     found = []
+    for chosen, _, change in changes(known, value, pairs, writes, weights, most, heads):
+        found.append((change * by[slots[chosen].to(by.device)]).flatten(1).sum(1))
+    return home(torch.cat(found))
+
+
+def row_sizes(known: dict[Any, Any], value: Any, stream: Any, floor: float, edits: tuple[Any, ...]) -> torch.Tensor:
+    """The same as ``sizes`` of recorded rows, over all that they edit of a component: ``[row, 2]``."""
+    found = []
+    for chosen, before, change in changes(known, value, *edits):
+        there = before
+        if stream is not None:
+            there = wide(known[stream])
+            there = there[edits[0][chosen].to(there.device)]
+        change = change.square()
+        moved = standing(there, change.sum(-1), floor)
+        found.append(torch.stack([change.flatten(1).sum(1), moved.flatten(1).sum(1)], 1))
+    return home(torch.cat(found))
+
+
+def changes(
+    known: dict[Any, Any],
+    value: Any,
+    pairs: torch.Tensor,
+    writes: tuple[Any, ...],
+    weights: bool,
+    most: int,
+    heads: int,
+) -> Any:
+    """Part by part of recorded rows: which they are, what stands there, and what their edits add; see ``rows``."""
+    base = known[value]
     for number, part in enumerate(writes):
         chosen = slice(number * most, (number + 1) * most)
         live = base[pairs[chosen].to(base.device)]
-        if live.ndim < by.ndim:  # what single heads read is one stream
-            live = live.unsqueeze(2).expand(-1, -1, by.shape[2], -1).contiguous()
+        if heads:  # what single heads read is one stream
+            live = live.unsqueeze(2).expand(-1, -1, heads, -1).contiguous()
         before = live.transpose(1, 2) if weights else live
         after = before
         for write in part:
@@ -297,9 +360,7 @@ def rows(
                     now = torch.where(changed, now * (after.sum(-1, keepdim=True) / now.sum(-1, keepdim=True)), now)
             after = now
         change = wide(after) - wide(before)
-        change = change.transpose(1, 2) if weights else change
-        found.append((change * by[slots[chosen].to(by.device)]).flatten(1).sum(1))
-    return home(torch.cat(found))
+        yield chosen, wide(live), change.transpose(1, 2) if weights else change
 
 
 def drop(known: dict[Any, Any], world: Any) -> None:

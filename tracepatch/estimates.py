@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.cells import Cells
+from tracepatch.errors import RecipeError
 from tracepatch.layout import Key
 from tracepatch.metrics import Metric
 from tracepatch.plan import Status
+from tracepatch.recording import Recorder
 from tracepatch.results import normalize, pair_coords, site_coords
 from tracepatch.sites import component
 from tracepatch.sources import WorldName
@@ -66,6 +68,19 @@ def _seen(cells: Cells, arrays: NDArray[np.float64], axes: list[int], length: in
     return np.where(future.reshape(shape), np.nan, arrays)
 
 
+def laid_out(cells: Cells, found: Found, metrics: int, pairs: int) -> NDArray[np.float64]:
+    """The numbers of all cells, ``[metric, pair, (component,) *dims]``."""
+    several = len(cells.names) > 1
+    sizes = [len(cells.names)] * several + [len(cells.axes[dim]) for dim in cells.by]
+    array = np.full((metrics, pairs, *sizes), np.nan)
+    for (name, layer), by_pair in found.items():
+        at: list[Any] = [cells.names.index(name)] * several
+        at += [cells.axes["layer"].index(layer) if dim == "layer" else slice(None) for dim in cells.by]
+        for pair, numbers in by_pair.items():
+            array[(slice(None), pair, *at)] = numbers
+    return array
+
+
 def labelled(
     cells: Cells,
     found: Found,
@@ -88,13 +103,7 @@ def labelled(
     """
     several = len(cells.names) > 1
     dims = (*(("component",) if several else ()), *cells.by)
-    sizes = [len(cells.names)] * several + [len(cells.axes[dim]) for dim in cells.by]
-    estimates = np.full((len(metrics), len(encoded), *sizes), np.nan)
-    for (name, layer), by_pair in found.items():
-        at: list[Any] = [cells.names.index(name)] * several
-        at += [cells.axes["layer"].index(layer) if dim == "layer" else slice(None) for dim in cells.by]
-        for pair, array in by_pair.items():
-            estimates[(slice(None), pair, *at)] = array
+    estimates = laid_out(cells, found, len(metrics), len(encoded))
     lead: tuple[str, ...] = ("metric", "pair") if len(metrics) > 1 else ("pair",)
     status = np.where(np.isnan(estimates[0]), Status.ABSENT, Status.ESTIMATED).astype(np.int8)
 
@@ -121,8 +130,8 @@ def labelled(
     return dataset[[name for name in order if name in dataset]].assign_attrs(attrs)
 
 
-def requested(cells: Cells, direction: str, renormalize: bool = False) -> str:
-    """What was asked for, as text from which it can be asked for once more; ``only`` as it was written."""
+def requested(cells: Cells, direction: str, renormalize: bool = False, value_bias: bool = True) -> str:
+    """What was asked for, as text from which ``asked_again`` asks for it once more; ``only`` as it was written."""
     written = cells.source is None or isinstance(cells.source, (int, float))
     return json.dumps(
         {
@@ -132,8 +141,33 @@ def requested(cells: Cells, direction: str, renormalize: bool = False) -> str:
             "source": cells.source if written else "a tensor",
             "only": {dim: _written(index) for dim, index in cells.only.items()},
             "renormalize": renormalize,
+            "value_bias": value_bias,
         }
     )
+
+
+def asked_again(recorder: Recorder, request: str, source: Any = None) -> tuple[Cells, bool]:
+    """The cells that a request speaks of, and whether patterns are renormalized.
+
+    Args:
+        recorder: Of the same model and pairs.
+        request: As ``requested`` wrote it.
+        source: The tensor that would be written, if the request was for one: the text does not hold it.
+
+    Raises:
+        RecipeError: There is no exact patch for it, or the tensor is missing.
+    """
+    asked = json.loads(request)
+    if not asked["value_bias"]:
+        raise RecipeError(
+            "value_bias=False leaves a part of the gradient out, so that no patch has the effect that is estimated. "
+            "Estimate with value_bias=True."
+        )
+    if asked["source"] == "a tensor" and source is None:
+        raise RecipeError("The estimate is of writing a tensor, which it does not hold: pass the same source= again.")
+    only = {dim: slice(*index["slice"]) if isinstance(index, dict) else index for dim, index in asked["only"].items()}
+    written = source if asked["source"] == "a tensor" else asked["source"]
+    return Cells.of(recorder, asked["components"], asked["by"], asked["direction"], written, only), asked["renormalize"]
 
 
 def _written(index: Any) -> Any:

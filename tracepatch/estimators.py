@@ -36,6 +36,11 @@ class AtP:
     hold: Hold = field(default=(), kw_only=True)
 
     @property
+    def signed(self) -> bool:
+        """Whether its estimates have the sign of the effect; else they are magnitudes."""
+        return True
+
+    @property
     def name(self) -> str:
         """What it is called in results."""
         return "AtP" + (f", {' and '.join(map(str, self.hold))} held" if self.hold else "")
@@ -56,6 +61,11 @@ class AtPStar(AtP):
     """
 
     drop: bool = False
+
+    @property
+    def signed(self) -> bool:
+        """Whether its estimates have the sign of the effect; else they are magnitudes."""
+        return not self.drop
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tracepatch.combining import over_pairs, require_dataset
+from tracepatch.combining import main_variable, over_pairs
 from tracepatch.errors import ResultError
 from tracepatch.plan import Status
 
@@ -27,6 +27,11 @@ ACROSS = (
     "component",
     "model",
 )  # which is taken first; "" is any other
+INTERVALS = {
+    "normalized": ("normalized_low", "normalized_high"),
+    "effect": ("low", "high"),
+    "estimate": ("low", "high"),
+}
 DOWN = ("layer", "name", "", "neuron", "kv_head", "head", "pos", "component", "model")
 
 
@@ -40,7 +45,18 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows: values and the masks of its textures, [down, across] or [down], and a label for each."""
+    """What one panel shows, [down, across] or [down], and a label for each entry of its dims.
+
+    Attributes:
+        title: The entry of the dim that has panels.
+        values: The numbers; NaN where there is none.
+        masks: Where the textures are; beside theirs, ``"blank"``: where nothing can be.
+        labels: Per dim.
+        pairs: The same before it was averaged.
+        gap: The smallest clean − corrupted difference, or 0 where it is not known.
+        ends: The ends of the values' intervals, [low or high, down, across] or [low or high, down]; ``None`` if the
+            result has none.
+    """
 
     title: str
     values: NDArray[np.float64]
@@ -48,6 +64,15 @@ class Panel:
     labels: list[list[Label]]
     pairs: xr.DataArray
     gap: float
+    ends: NDArray[np.float64] | None = None
+
+    @property
+    def unsure(self) -> NDArray[np.bool_]:
+        """Measured values whose interval includes 0."""
+        if self.ends is None:
+            return np.zeros(self.values.shape, bool)
+        measured = ~np.any(list(self.masks.values()), 0)
+        return np.asarray(measured & (self.ends[0] <= 0) & (self.ends[1] >= 0))
 
 
 @dataclass(frozen=True)
@@ -68,19 +93,16 @@ def arrange(
     effects: xr.Dataset, variable: str | None, axes: dict[str, str | None], columns: str | None, pair: int | None
 ) -> View:
     """What to show, with its dims settled; ``axes`` are those of a panel, y before x, with what the caller chose."""
-    require_dataset(effects)
+    main = main_variable(effects)
     single = mean = effects
-    known = effects["pair"].values.tolist() if "pair" in effects["effect"].dims else []
+    known = effects["pair"].values.tolist() if "pair" in effects[main].dims else []
     if pair is not None and pair not in known:
         raise ResultError(f"There is no pair {pair!r}; there are {', '.join(map(str, known)) or 'none: one mean'}.")
     if pair is not None:
         single = mean = effects.sel(pair=pair)
     elif known and "pair" not in (*axes.values(), columns):
         mean = over_pairs(effects)
-    name = variable or ("normalized" if "normalized" in mean else "effect")
-    if name not in mean or name == "status":
-        offered = ", ".join(str(v) for v in mean.data_vars if v != "status")
-        raise ResultError(f"There is no variable {name!r} to plot; there are {offered}.")
+    name = named(mean, variable)
     chosen, columns, lone = _settle(mean[name], axes, columns)
     single, mean = single.isel(lone, missing_dims="ignore"), mean.isel(lone, missing_dims="ignore")
     data, coords, panels = mean[name], mean[name].coords, []
@@ -97,24 +119,54 @@ def arrange(
         both = {"clean", "corrupted"} <= set(part.data_vars)
         gap = float(np.nan_to_num(abs(part["clean"] - part["corrupted"]).min())) if both else 0.0
         pending = absent & (own == Status.PENDING)
-        absent &= ~pending
-        masks = {"proved": (own == Status.PROVED_ZERO) & ~absent & ~pending, "pending": pending, "absent": absent}
-        panels.append(Panel(text, values.values, masks, [_labels(one, dim) for dim in chosen], one[name], gap))
-    model = "" if columns == "model" else str(coords["model"].item() if "model" in coords else mean.attrs["model"])
-    what = str(mean.attrs.get("component", "")) if "component" not in coords else ""
-    facts = [model, what, str(mean.attrs.get("pairs", ""))]
-    for dim in ("component", "name", "layer", "pos", "head", "neuron", "pair"):  # what was selected beforehand
-        if dim in coords and not coords[dim].dims:
-            facts.append(f"{dim} {coords[dim].item()}".removeprefix("component ").removeprefix("name "))
-    averaged = len(known) if known and pair is None else int(mean.attrs.get("averaged_pairs", 0))
-    if averaged > 1 and "pair" not in data.dims:
-        facts.append(f"mean over {averaged} pairs")
+        blank = absent & ~pending & _impossible(part, chosen)
+        absent &= ~pending & ~blank
+        proved = (own == Status.PROVED_ZERO) & ~absent & ~pending
+        masks = {"proved": proved, "pending": pending, "absent": absent, "blank": blank}
+        ends = [part[end].transpose(*chosen).values for end in INTERVALS.get(name, ()) if end in part]
+        labels = [_labels(one, dim) for dim in chosen]
+        panels.append(
+            Panel(text, values.values, masks, labels, one[name], gap, np.array(ends) if len(ends) == 2 else None)
+        )
     undefined = bool((data.isnull() & ~status.isin([Status.ABSENT, Status.PENDING])).any())
     names = {"proved": "no effect (proved)", "pending": "not measured yet"}
     names["absent"] = "absent or undefined" if undefined else "absent"
     legend = {key: text for key, text in names.items() if any(p.masks[key].any() for p in panels)}
     words = [dim in (*PLACES, "row") or data[dim].dtype.kind in "OUT" for dim in chosen]
-    return View(name, chosen, columns, words, mean, panels, " · ".join(filter(None, facts)), legend)
+    return View(name, chosen, columns, words, mean, panels, title_of(mean), legend)
+
+
+def title_of(result: xr.Dataset) -> str:
+    """What a result is of: model, component, pairs, what was selected beforehand, how many pairs it averages."""
+    coords, main = result.coords, result[main_variable(result)]
+    model = coords["model"] if "model" in coords else result.attrs.get("model", "")
+    what = str(result.attrs.get("component", "")) if "component" not in coords else ""
+    facts = ["" if "model" in main.dims else str(np.asarray(model)), what, str(result.attrs.get("pairs", ""))]
+    for dim in ("component", "name", "layer", "pos", "head", "neuron", "pair"):
+        if dim in coords and not coords[dim].dims:
+            facts.append(f"{dim} {coords[dim].item()}".removeprefix("component ").removeprefix("name "))
+    averaged = int(result.attrs.get("averaged_pairs", 0))
+    if averaged > 1 and "pair" not in main.dims:
+        facts.append(f"mean over {averaged} pairs")
+    return " · ".join(filter(None, facts))
+
+
+def named(result: xr.Dataset, variable: str | None) -> str:
+    """The variable to show: the one asked for, or ``normalized`` where there is one, else what the result is about."""
+    name = variable or ("normalized" if "normalized" in result else main_variable(result))
+    if name not in result or name == "status":
+        offered = ", ".join(str(v) for v in result.data_vars if v != "status")
+        raise ResultError(f"There is no variable {name!r} to plot; there are {offered}.")
+    return name
+
+
+def _impossible(part: xr.Dataset, dims: list[str]) -> NDArray[np.bool_]:
+    """Where no cell can be, [down, across] or [down]: attention to a later token, or what a picture leaves blank."""
+    found = part["blank"] if "blank" in part.coords else xr.DataArray(False)
+    if {"dest", "src"} <= set(dims):
+        found = found | (part["src"] > part["dest"])
+    shape = xr.DataArray(np.zeros([part.sizes[dim] for dim in dims], bool), dims=dims)
+    return np.asarray((found | shape).transpose(*dims).values)
 
 
 def _settle(
@@ -146,17 +198,24 @@ def _settle(
 
 
 def scale_words(view: View, title: str) -> list[str]:
-    """What the numbers are, in lines: variable and metric, unit, direction."""
-    data, attrs = view.mean[view.name], view.mean.attrs
+    """What the numbers of a panel are, in lines: variable and metric, unit, direction."""
+    return told(view.mean, view.name, title if view.columns == "metric" and view.name != "normalized" else "")
+
+
+def told(result: xr.Dataset, name: str, metric: str = "") -> list[str]:
+    """What the numbers of a variable are, in lines: variable and metric, unit, direction."""
+    data, attrs = result[name], result.attrs
     names, units = list(json.loads(attrs.get("metrics", "{}"))), data.attrs.get("units", "").split(", ")
-    metric = title if view.columns == "metric" and view.name != "normalized" else ""
-    if "metric" in view.mean.coords and not view.mean["metric"].dims:
-        metric = str(view.mean["metric"].item())
+    if "metric" in result.coords and not result["metric"].dims:
+        metric = str(result["metric"].item())
     unit = dict(zip(names, units, strict=False)).get(metric, "") if len(names) == len(units) else ""
     unit = units[0] if len(units) == 1 else unit  # a unit that metrics share, or that of a fraction
-    kind, _, part = view.name.partition("_")
-    texts = {"normalized": "normalized effect on", "effect": f"effect on the {part} part of" if part else "effect on"}
-    text = f"{texts.get(kind, view.name + ':')} {metric}" if metric else texts.get(kind, view.name).removesuffix(" on")
+    kind, _, part = name.partition("_")
+    estimated = "estimate of the " if "estimate" in result else ""
+    of = f"the {part} part of" if part else ""
+    texts = {"normalized": f"{estimated}normalized effect on", "effect": f"effect on {of}".rstrip()}
+    texts["estimate"] = f"estimate of the effect on {of}".rstrip()
+    text = f"{texts.get(kind, name + ':')} {metric}" if metric else texts.get(kind, name).removesuffix(" on")
     base, written = attrs.get("base", ""), attrs.get("written", "")
     ways = {("corrupted", "clean"): "denoising: clean", ("clean", "corrupted"): "noising: corrupted"}
     number = written.replace(".", "").replace("-", "").isdigit()
@@ -171,14 +230,18 @@ def _labels(data: xr.Dataset, dim: str) -> list[Label]:
         names = (f"{prefix}token", f"{prefix}corrupted_token")
         arrays = [data[side] for side in names if side in data.coords]
         sides = [array.transpose(..., dim).values.reshape(-1, data.sizes[dim]).T for array in arrays]
-        found = []
-        for position, clean, corrupted in zip(data[dim].values, sides[0], sides[-1], strict=True):
-            differs, varies = bool((clean != corrupted).any()), len({*clean}) > 1 or len({*corrupted}) > 1
-            if differs and not (clean != corrupted).all():  # no token stands for what all pairs have there
+        found, averaged = [], data.attrs.get("averaged_pairs", 1) > 1
+        for position, *both in zip(data[dim].values, sides[0].tolist(), sides[-1].tolist(), strict=True):
+            clean, corrupted = both
+            differs, varies = clean != corrupted, any(len(set(side)) > 1 for side in both)
+            if averaged and any(side[0].endswith("…") for side in both):  # over_pairs has marked them
+                varies, clean, corrupted = True, *([side[0].removesuffix("…")] for side in both)
+            # No token stands for what all pairs have there.
+            if differs and any(a == b for a, b in zip(clean, corrupted, strict=True)):
                 found.append(Label(f"{position}…", varies=True))
                 continue
-            other = "→" + _token(corrupted[0]) * bool(clean[0] != corrupted[0]) if differs else ""
-            found.append(Label(_token(clean[0]) + other + "…" * varies, differs, varies))
+            other = "→" + readable(corrupted[0]) * bool(clean[0] != corrupted[0]) if differs else ""
+            found.append(Label(readable(clean[0]) + other + "…" * varies, differs, varies))
         return found
     if dim == "row":
         parts = [data[c] for c in data.coords if c != dim and data[c].dims == (dim,)]
@@ -187,6 +250,7 @@ def _labels(data: xr.Dataset, dim: str) -> list[Label]:
     return [Label(f"{v:g}" if isinstance(v, float) else str(v)) for v in data[dim].values.tolist()]
 
 
-def _token(text: str) -> str:
+def readable(text: str) -> str:
+    """A token as a label: without white space around it, which is shown where there is nothing else."""
     bare = text.strip() or text.translate({32: "␣", 9: "⇥", 10: "⏎", 13: "⏎"})
     return bare if len(bare) <= 16 else f"{bare[:12]}⋯{bare[-3:]}"

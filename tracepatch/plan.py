@@ -68,6 +68,11 @@ def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list
     return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
 
 
+def unpatched(pair: int, world: WorldName) -> Job:
+    """A run of a world as it is."""
+    return Job(-1, pair, world, (), 0, 0)
+
+
 def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
     """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
     found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
@@ -132,6 +137,10 @@ class Group:
     def rides(self) -> bool:
         """Whether its first batch computes the worlds."""
         return bool(self.batches) and self.batches[0].computes_worlds
+
+    def stages(self, worlds: Sequence[WorldName]) -> tuple[Sequence[Job], ...]:
+        """Runs of its worlds: unpatched ones, pair by pair, then edited ones, which take values of those before."""
+        return [unpatched(pair, world) for pair in self.pairs for world in worlds], *self.edited
 
     @property
     def cached(self) -> bool:

@@ -5,9 +5,11 @@ Decides everything and touches no tensor of the model.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +35,7 @@ from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.reach import layers_needed, read_at
 from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Function, Value, WorldName
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -41,6 +43,19 @@ MEMORY = 1 << 30
 TRIES = 20  # rows among which one is looked for that forwards reach
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: again and again it would look through all rows, and find none of them dead."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def make_plan(
     architecture: Architecture,
     encoded: EncodedPairs,
@@ -168,7 +183,7 @@ def make_plan(
         batch_size,
         standing,
         roots,
-        rides=rides and not any(need in ("clean", "corrupted") for m in metrics for need in m.needs),
+        rides=rides and not any(m.compares for m in metrics),
         sample=sample,
         columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
         depth=depth,
@@ -257,8 +272,9 @@ def _sample(
     chance = random.Random(f"{len(rows)} rows, {len(profiles)} pairs")
     measured = [job for pair in jobs for job in jobs[pair] if not job.raw]
     proved = np.isin(proofs, PROVED)
-    chosen = [chance.choice([j for j in measured if proved[:, j.pair].any()] or measured)] if measured else []
-    pairs = [job.pair for job in chosen] or np.flatnonzero(proved.any(0)).tolist()
+    some: list[bool] = np.asarray(proved.any(0)).tolist()
+    chosen = [chance.choice([j for j in measured if some[j.pair]] or measured)] if measured else []
+    pairs = [job.pair for job in chosen] or np.flatnonzero(some).tolist()
     zeros = np.flatnonzero(proved[:, pairs[0]]).tolist() if pairs else []
     if chosen:  # an encoder may read another length in the other world
         zeros = [number for number in zeros if rows[number].base == rows[chosen[0].row].base]
@@ -276,12 +292,12 @@ def _sample(
 
 
 def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, Function) and bool(edit.source.terms().noise)
+    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
-    start = min((p for w in writes for p in w.positions), default=0)
-    return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0), reads)
+    start = min([min(w.positions) for w in writes], default=0)
+    return Job(row, pair, base, writes, start, min([w.layer for w in writes], default=0), reads)
 
 
 def world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:

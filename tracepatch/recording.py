@@ -68,6 +68,7 @@ class Recorder:
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
         self.edited: dict[WorldName, EditedWorld] = {}
+        self.sites: dict[str, dict[Any, Site]] = {}
         self.opened: Row | None = None
         self._ended = False
         self._tried: set[tuple[Any, ...]] = set()

@@ -248,11 +248,11 @@ def normalize(dataset: xr.Dataset, noise: Sequence[float], other: str) -> xr.Dat
     """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by.
 
     Args:
-        dataset: With the main variable, ``clean`` and the other baseline.
+        dataset: With ``effect``, or ``estimate``, ``clean`` and the other baseline.
         noise: The noise floor of each metric.
         other: The baseline that clean is compared with.
     """
-    main = dataset[main_variable(dataset)]
+    main = dataset["effect" if "effect" in dataset else "estimate"]
     gap = dataset["clean"] - dataset[other]
     floor = xr.DataArray(list(noise), dims="metric")
     drift = floor if "metric" in gap.dims else floor[0]
@@ -267,11 +267,6 @@ def normalize(dataset: xr.Dataset, noise: Sequence[float], other: str) -> xr.Dat
     dataset["normalized"].attrs.update(units=f"fraction of the clean − {other} difference", over=other)
     dataset.attrs["pairs_too_close"] = json.dumps(close)
     return dataset
-
-
-def main_variable(dataset: xr.Dataset) -> str:
-    """What a dataset is about: ``effect``, or ``estimate`` where nothing was measured."""
-    return "estimate" if "estimate" in dataset and "effect" not in dataset else "effect"
 
 
 def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measured) -> dict[str, Any]:

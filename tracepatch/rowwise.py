@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,12 +110,7 @@ class _Rows:
     counted: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.by_pair: dict[int, list[Job]] = defaultdict(list)
-        for group in self.plan.groups:
-            for batch in group.batches:
-                for job in batch.jobs:
-                    own = tuple(w for w in job.writes if not w.standing)
-                    self.by_pair[job.pair].append(replace(job, writes=own, reads=()))
+        self.by_pair = jobs_of(self.plan)
         everyone = [job for jobs in self.by_pair.values() for job in jobs]
         self.bases: tuple[WorldName, ...] = tuple(dict.fromkeys(job.base for job in everyone))
         self.wanted: dict[WorldName, list[Key]] = {
@@ -230,32 +225,12 @@ class _Rows:
         self, group: Group, base: WorldName, jobs: list[Job], number: int, at: str = ""
     ) -> list[tuple[Any, ...]]:
         """A contraction for each component and layer that rows write; gradients are the base's, or each row's own."""
-        place = {pair: i for i, pair in enumerate(group.pairs)}
-        seats = Seats({run: i for i, run in enumerate(self.sides.tracer.order(group))}, group.length)
         found = []
-        for key, numbers in self._by_key(jobs).items():
-            name, layer = key
-            pairs = torch.tensor([place[jobs[n].pair] for n in numbers])
+        for key, numbers, pairs, writes, most in edits_of(self.sides, group, jobs, self.memory):
             slots = torch.tensor(numbers) if at else pairs
-            size = kept_bytes(self.architecture, name, layer, group.length)
-            most = max(1, int((self.memory or MEMORY) // SHARE // max(1, size)))
-            writes = []
-            for start in range(0, len(numbers), most):
-                part = [replace(jobs[n], writes=_of(jobs[n], key)) for n in numbers[start : start + most]]
-                writes.append(columns(part, self.architecture, seats, split=name in SPLIT_READERS).get(key, ()))
-            slope = "gradient", at or base, number, name, layer
-            found.append(
-                ("rows", ("value", base, name, layer), slope, pairs, slots, tuple(writes), name in EAGER, most)
-            )
+            slope = "gradient", at or base, number, *key
+            found.append(("rows", ("value", base, *key), slope, pairs, slots, writes, key[0] in EAGER, most))
         return found
-
-    @staticmethod
-    def _by_key(jobs: Sequence[Job]) -> dict[Key, list[int]]:
-        found: dict[Key, list[int]] = defaultdict(list)
-        for number, job in enumerate(jobs):
-            for key in dict.fromkeys((w.component, w.layer) for w in job.writes):
-                found[key].append(number)
-        return dict(sorted(found.items()))
 
     # ------------------------------------------------------------------------------------------------ what it gives
 
@@ -273,7 +248,7 @@ class _Rows:
             if op[0] == "contract" and given and given[0] is not None:
                 part = totals.pop(0)
                 per = len(given) // count
-                by_key = self._by_key(part)
+                by_key = by_place(part)
                 for number in range(count):
                     for numbers, estimates in zip(
                         by_key.values(), given[number * per : (number + 1) * per], strict=True
@@ -302,6 +277,47 @@ class _Rows:
             for size in sizes:
                 yield own[start : start + size]
                 start += size
+
+
+def jobs_of(plan: Plan) -> dict[int, list[Job]]:
+    """The rows that are measured on each pair, without what stands in their base and what they save."""
+    found: dict[int, list[Job]] = defaultdict(list)
+    for batch in (batch for group in plan.groups for batch in group.batches):
+        for job in batch.jobs:
+            own = tuple(w for w in job.writes if not w.standing)
+            found[job.pair].append(replace(job, writes=own, reads=()))
+    return found
+
+
+def by_place(jobs: Sequence[Job]) -> dict[Key, list[int]]:
+    """The numbers of the rows that write each component at each layer."""
+    found: dict[Key, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        for key in dict.fromkeys((w.component, w.layer) for w in job.writes):
+            found[key].append(number)
+    return dict(sorted(found.items()))
+
+
+def edits_of(
+    sides: Sides, group: Group, jobs: Sequence[Job], memory: int | None
+) -> Iterator[tuple[Key, list[int], torch.Tensor, tuple[Any, ...], int]]:
+    """What rows write, place by place, as ``contractions.changes`` takes it.
+
+    Yields:
+        Component and layer; the numbers of the rows that write there; where their pairs stand; the writes of each part
+        of the rows; how many rows a part has.
+    """
+    place = {pair: i for i, pair in enumerate(group.pairs)}
+    seats = Seats({run: i for i, run in enumerate(sides.tracer.order(group))}, group.length)
+    for key, numbers in by_place(jobs).items():
+        pairs = torch.tensor([place[jobs[n].pair] for n in numbers])
+        size = kept_bytes(sides.architecture, *key, group.length)
+        most = max(1, int((memory or MEMORY) // SHARE // max(1, size)))
+        writes = []
+        for start in range(0, len(numbers), most):
+            part = [replace(jobs[n], writes=_of(jobs[n], key)) for n in numbers[start : start + most]]
+            writes.append(columns(part, sides.architecture, seats, split=key[0] in SPLIT_READERS).get(key, ()))
+        yield key, numbers, pairs, tuple(writes), most
 
 
 def _of(job: Job, key: Key) -> tuple[Write, ...]:
@@ -333,10 +349,16 @@ def _relabelled(result: Result, study: _Rows) -> Result:
         shown = status.copy(data=np.where(status == Status.MEASURED, Status.ESTIMATED, status).astype(np.int8))
         return dataset.assign(status=shown)
 
-    attrs = {"estimator": study.how.name, "cost": study.sides.cost}
+    attrs = {
+        "estimator": study.how.name,
+        "signed": int(study.how.signed),
+        "cost": study.sides.cost,
+        "plan": "none: nothing was patched",
+        "checks": "none: estimates are checked by tp.audit",
+    }
     if isinstance(result, xr.DataTree):
         tree = result.map_over_datasets(one)
         for node in tree.subtree:
             node.attrs = {**node.attrs, **attrs}
         return tree
-    return one(result).assign_attrs({**result.attrs, **attrs, "checks": "none: estimates are checked by tp.audit"})
+    return one(result).assign_attrs({**result.attrs, **attrs})

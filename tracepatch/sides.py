@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tracepatch.architecture import Architecture
+from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
@@ -26,7 +27,7 @@ from tracepatch.jobs import EAGER, Job
 from tracepatch.layout import Key, heads_of
 from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric
-from tracepatch.models import Model, module_of, name_of, remote_of
+from tracepatch.models import Model, module_of, name_of, remote_of, room_of
 from tracepatch.plan import Group, Plan, order_of, parts
 from tracepatch.planner import MEMORY, profile_of, require_given, world_job
 from tracepatch.reach import layers_of
@@ -40,6 +41,13 @@ from tracepatch.traced import Call, Tracer
 
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
 _MUTATING: set[type] = set()  # classes of models that change tensors in place after they have passed by
+
+
+INPLACE = ("modified by an inplace operation", "used in an in-place operation")  # as autograd says it
+
+
+class _MovedError(MeasurementError):
+    """The model changes tensors in place: what is differentiated by must be copies."""
 
 
 class Sides:
@@ -73,7 +81,7 @@ class Sides:
         named = {world.name: world for world in edited}
         pristine = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
         self._lowering = [Lowering(architecture, p, False, pristine, named) for p in self._profiles]
-        self._memory = memory or MEMORY
+        self._memory = memory or room_of(model) or MEMORY
         widths = np.cumsum([0, *(1 + len(m.parts) for m in metrics)])
         self.columns = tuple(int(n) for n in widths[:-1])
         reads_logits = any(m.site is None for m in metrics)
@@ -288,8 +296,14 @@ class Sides:
         eager = eager or any(m.site is not None and m.site.component in EAGER for m in self.metrics)
         here = not remote_of(self.model)
         runner = Here(self.model, self.architecture, eager) if here else There(self.model, eager, say)
+        asked = list(groups)
         with runner.ready(), _frozen(module_of(self.model)):
-            runner.go((self._step(group, build, read), ()) for group in groups)
+            try:
+                runner.go((self._step(group, build, read), ()) for group in asked)
+            except _MovedError:
+                _MUTATING.add(type(module_of(self.model)))
+                self.counted.clear()
+                runner.go((self._step(group, build, read), ()) for group in asked)
 
     def _step(
         self, group: Group, build: Callable[[Group], list[Op]], read: Callable[[Group, list[Op], list[Any]], None]
@@ -312,9 +326,7 @@ class Sides:
     def _look(self, step: Step, found: list[Any]) -> None:
         """Refuses metrics that are not finite."""
         bad = []
-        for (op, call), given in zip(step.ops, found, strict=True):
-            if op[0] == "backward" and given[1]:
-                _MUTATING.add(type(module_of(self.model)))
+        for (_, call), given in zip(step.ops, found, strict=True):
             if call is None:
                 continue
             for job, row in zip(call.jobs, given[0], strict=False):
@@ -327,6 +339,8 @@ class Sides:
             )
 
     def _failed(self, ops: Sequence[Op], number: int, error: Exception) -> MeasurementError:
+        if any(words in str(error) for words in (MOVED, *INPLACE)):
+            return _MovedError(MOVED)
         call = next(call for _, call in (*reversed(ops[: number + 1]), *ops[number:]) if call is not None)
         return self.tracer.failed(call, error)
 

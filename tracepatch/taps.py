@@ -18,20 +18,20 @@ KINDS = ("tap", "hold", "norm_rule", "identity_rule", "half_rule", "line")
 def tapped(model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, Any], kept: dict[Any, Any]) -> Any:
     """One task at a place, after everything that is written there.
 
-    ``("tap", key, copy)`` keeps the tensor that flows on, to differentiate by; a copy where the model changes it in
-    place afterwards. ``("hold", key)`` stops the gradient. ``("norm_rule", norm, stream)`` lets it pass a norm as if
-    what that divides by were constant; ``("identity_rule", entering)`` passes a nonlinearity as if it multiplied by a
-    constant; ``("half_rule", None)`` gives each factor of a product half of it. ``("line", name, worlds, weights,
+    ``("tap", key, copy)`` keeps the tensor that flows on, to differentiate by; where the model changes it in place, a
+    copy flows on instead. ``("hold", key)`` stops the gradient. ``("norm_rule", norm, stream)`` lets it pass a norm as
+    if what that divides by were constant; ``("identity_rule", entering)`` passes a nonlinearity as if it multiplied by
+    a constant; ``("half_rule", None)`` gives each factor of a product half of it. ``("line", name, worlds, weights,
     heads, scale)`` moves the value along the straight line to that of other worlds.
     """
     kind = task[0]
     if kind == "tap":
         if not x.requires_grad:  # a leaf: nothing below it is differentiated
             x = x.detach().requires_grad_(True)
-        x = x.clone() if task[2] else x.view_as(x)  # of its own, for whatever reads it from here on
+        x = x.view_as(x)  # of its own, for whatever reads it from here on
         kept["tap", task[1]] = x
         kept["version", task[1]] = x._version
-        return x
+        return x.clone() if task[2] else x
     if kind == "hold":
         return x.detach()
     if kind == "line":
