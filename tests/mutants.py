@@ -44,6 +44,7 @@ ROWWISE = ("test_rowwise.py",)
 INTERVALS = ("test_intervals.py",)
 PICTURES = ("test_pictures.py",)
 DIVIDED = ("test_journal.py::test_what_was_divided_is_divided_again",)
+AUDIT = ("test_audit.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -175,17 +176,17 @@ MUTANTS = (
     Mutant("a head's reader sees the gradient of all heads", "backward", "        only[:, head] = slope[:, head]", "        only[:] = slope", GRADIENTS),
     Mutant("gradients of a norm's divisor are upside down", "backward", "return scale, -(slope *", "return scale, (slope *", GRADIENTS),
     Mutant("keys are fixed by the query's pattern", "attribution", 'self.sides.where(group, "k_fix")', 'self.sides.where(group, "q_fix" if "q_fix" in {w.name for w in self.edited} else self.base)', GRADIENTS),
-    Mutant("the weights beside a key stay as they are", "contractions", "    found = after * g + (1 - after) * others - (p * g).sum(-1, keepdim=True)", "    found = (after - p) * g", GRADIENTS),
+    Mutant("the weights beside a key stay as they are", "attention_weights", "    found = after * g + (1 - after) * others - (p * g).sum(-1, keepdim=True)", "    found = (after - p) * g", GRADIENTS),
     Mutant("a dropped layer is not dropped", "backward", "    return torch.zeros_like(slope) if key in zeroed else slope", "    return slope", GRADIENTS),
     Mutant("GradDrop averages over all layers", "attribution", "/ (len(self.architecture) - 1)", "/ len(self.architecture)", GRADIENTS),
     Mutant("the line begins at the other run", "estimators", '{"midpoint": 0.5, "left": 0.0, "right": 1.0}', '{"midpoint": 0.5, "left": 1.0, "right": 0.0}', GRADIENTS),
     Mutant("the half rule is left out", "taps", "        return passing(x, x / 2)", "        return x", GRADIENTS),
     Mutant("the identity rule is the derivative", "taps", "        return passing(x, entering * ratio)", "        return x", GRADIENTS),
     Mutant("what is held is not", "taps", '    if kind == "hold":\n        return x.detach()', '    if kind == "hold":\n        return x', GRADIENTS),
-    Mutant("a renormalized weight leaves the others", "contractions", "others * (ratio - 1) + ((p + change) * ratio - p) * g", "((p + change) * ratio - p) * g", GRADIENTS),
+    Mutant("a renormalized weight leaves the others", "attention_weights", "others * (ratio - 1) + ((p + change) * ratio - p) * g", "((p + change) * ratio - p) * g", GRADIENTS),
     Mutant("estimates of units stand one further", "estimates", "at = [label % size if -size <= label < size else -1 for label in cells.axes[dim]]", "at = [(label + 1) % size if -size <= label < size else -1 for label in cells.axes[dim]]", GRADIENTS),
     Mutant("attention attribution has the sign of zeroing", "attending", "{name: -found[name]", "{name: found[name]", ATTENDING),
-    Mutant("values flow to all destinations alike", "contractions", "    return home(summed(wide(known[pattern]) * moved, dims))", "    return home(summed(moved, dims))", ATTENDING),
+    Mutant("values flow to all destinations alike", "attention_weights", "    return home(summed(wide(known[pattern]) * moved, dims))", "    return home(summed(moved, dims))", ATTENDING),
     Mutant("direct contributions follow the last norm's scale", "direct", 'held = frozenset({("logits_in_scale", 0)})', "held = frozenset()", ATTENDING),
     Mutant("an output bias counts for a writer of its own twice", "direct", "            column = column - parts", "            column = column - 0 * parts", ATTENDING),
     Mutant("gradients are saved of the other run", "capture", '("gradient", base, number, *key) for base in bases', '("gradient", bases[0], number, *key) for base in bases', SAVED),
@@ -214,6 +215,23 @@ MUTANTS = (
     Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
     Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
     Mutant("pictures: rings where the interval excludes 0", "panels", "(self.ends[0] <= 0) & (self.ends[1] >= 0)", "((self.ends[0] > 0) | (self.ends[1] < 0))", PICTURES),
+    Mutant("the bound is one at another confidence", "sampling", "if likely(strata, middle, found) > 1 - confidence:", "if likely(strata, middle, found) > confidence:", AUDIT),
+    Mutant("strata are drawn from as the densest of them is", "sampling", "chance = min(s.drawn / s.cells", "chance = max(s.drawn / s.cells", AUDIT),
+    Mutant("a sample is drawn with return", "sampling", "random.choice(band, size, replace=False)", "random.choice(band, size)", AUDIT),
+    Mutant("drawn cells that are large do not count against the bound", "findings", "large = int((sampled & patched & (sizes >= least)).sum())", "large = 0", AUDIT),
+    Mutant("ranks of cells that stand for others end where they begin", "agreement", "(np.cumsum(of_value) - of_value / 2)[which]", "np.cumsum(of_value)[which]", AUDIT),
+    Mutant("correlations forget for how many cells one stands", "agreement", "w = np.ones(len(x)) if weights is None else weights", "w = np.ones(len(x))", AUDIT),
+    Mutant("signs that agree count as flips", "agreement", "(view.estimate * view.effect < 0)", "(view.estimate * view.effect > 0)", AUDIT),
+    Mutant("recall goes by the order of the effects", "agreement", "place[order] = np.arange(1, len(order) + 1)", "place[ordered(view.effect)] = np.arange(1, len(ordered(view.effect)) + 1)", AUDIT),
+    Mutant("an estimate is missed where it is above its effect", "agreement", "(estimate < MISSED * effect)", "(estimate > effect)", AUDIT),
+    Mutant("exact effects stand at other cells", "population", "return rows, [among[label] for label in order]", "return rows, list(numbers)", AUDIT),
+    Mutant("heads are proved by the position beside theirs", "population", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)", "whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp) - 1", AUDIT),
+    Mutant("the search compares with the largest effect", "verifying", "[: self.k].min(initial=np.inf)", "[: self.k].max(initial=-np.inf)", AUDIT),
+    Mutant("the search ends at its first look", "verifying", "if count == len(rest) or self.bound <= self.allowed:", "if True:", AUDIT),
+    Mutant("patches are measured against the other run", "doubts", '("settle", self.base, sides.where(group, self.base), tuple(sorted(self.kept)))', '("settle", self.base, sides.where(group, OTHER[self.base]), tuple(sorted(self.kept)))', AUDIT),
+    Mutant("a key is seen by the destinations before it", "doubts", "np.flip(np.cumsum(np.flip(a, -1), -1), -1)", "np.cumsum(a, -1)", AUDIT),
+    Mutant("a drill looks inside everything", "drilling", "one for one in labels if one[:width] in inside", "one for one in labels if True", AUDIT),
+    Mutant("a drill splits what is small", "drilling", "(sizes >= limit)", "(sizes < limit)", AUDIT),
 )  # fmt: skip
 
 

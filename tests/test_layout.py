@@ -24,7 +24,14 @@ SHIPPED = {
     "taps": {"tracepatch.norms"},
     "trace": {"tracepatch.norms", "tracepatch.writing", "tracepatch.masks", "tracepatch.taps"},
     "backward": {"tracepatch.norms", "tracepatch.writing", "tracepatch.taps", "tracepatch.trace"},
-    "contractions": {"tracepatch.norms", "tracepatch.writing"},
+    "differences": {"tracepatch.norms"},
+    "attention_weights": {"tracepatch.norms", "tracepatch.differences"},
+    "contractions": {
+        "tracepatch.norms",
+        "tracepatch.writing",
+        "tracepatch.differences",
+        "tracepatch.attention_weights",
+    },
     "program": {"tracepatch.trace", "tracepatch.backward", "tracepatch.contractions"},
 }
 LONG = {

@@ -15,19 +15,17 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
-``taps``, ``trace``, ``backward``, ``contractions``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``,
-``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``,
-``factors``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``,
-``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``,
-``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``,
-``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``,
-``results``, ``combining``, ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``,
-``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``attending``, ``direct``, ``shelf``,
-``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
-``curves``, ``plots``, ``toys``, ``__main__``.
-``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``,
-``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
-``findings``, ``auditing``, ``verifying``, ``drilling``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``taps``, ``trace``, ``backward``, ``differences``, ``attention_weights``, ``contractions``, ``program``, ``models``,
+``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``, ``modules``,
+``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``,
+``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
+``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``,
+``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``,
+``estimators``, ``sides``, ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``, ``sampling``,
+``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
+``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``,
+``attention_pictures``, ``curves``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

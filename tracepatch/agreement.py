@@ -19,7 +19,6 @@ AUDITED = {"not": NOT, "top": TOP, "sample": SAMPLED, "proved": PROVED}
 """What ``audited`` says of a cell: not patched, patched for its estimate, or as one of the sample; 0 by proof."""
 MATTERS = 0.1  # of the largest effect that was patched: smaller ones are not called missed
 MISSED = 0.25  # an estimate below this part of the effect misses it
-SHOWN = 5  # cells of a kind that are named
 BIG, SATURATED = 0.5, 0.9  # beyond which patches and softmaxes are called so
 SHORT = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "expert": "E"}
 
@@ -208,7 +207,7 @@ def missed(view: View, patched: NDArray[np.bool_]) -> tuple[Compared, ...]:
     effect, estimate = (np.where(patched, abs(v), 0.0) for v in (view.effect, view.estimate))
     short_of = (effect >= MATTERS * effect.max(initial=0)) & (estimate < MISSED * effect)
     chosen = [n for n in np.argsort(estimate - effect, kind="stable") if short_of[n]]
-    return tuple(view.compared(int(n)) for n in chosen[:SHOWN])
+    return tuple(view.compared(int(n)) for n in chosen)
 
 
 def inflated(view: View, patched: NDArray[np.bool_]) -> tuple[Compared, ...]:
@@ -216,7 +215,7 @@ def inflated(view: View, patched: NDArray[np.bool_]) -> tuple[Compared, ...]:
     effect, estimate = (np.where(patched, abs(v), 0.0) for v in (view.effect, view.estimate))
     above = (estimate >= MATTERS * effect.max(initial=0)) & (effect < MISSED * estimate)
     chosen = [n for n in np.argsort(effect - estimate, kind="stable") if above[n]]
-    return tuple(view.compared(int(n)) for n in chosen[:SHOWN])
+    return tuple(view.compared(int(n)) for n in chosen)
 
 
 def require_confidence(confidence: Any) -> float:

@@ -46,8 +46,8 @@ def audit(
         seed: The same seed draws the same cells.
         confidence: Of the bound on how many cells that were not patched have large effects.
         threshold: What a large effect is: a share of clean − corrupted, or in the metric's unit where pairs have no
-            corrupted prompts. By default the ``top``-th largest effect that was patched; where there are few cells, the
-            largest quarter of them.
+            corrupted prompts. By default the ``top``-th largest effect that was patched, or where there are few cells
+            the last of the largest quarter of them, but no less than 0.001 of the largest.
         source: The tensor that would be written, where the estimate was of one.
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.

@@ -85,22 +85,22 @@ def differentiated(
     arrived: dict[Any, torch.Tensor] = {}
     for key in {key for drop in drops for key in drop}:
         taps[key].register_hook(lambda slope, key=key: dropped(key, slope, zeroed, arrived))
+    passes = [(number, drop) for number in range(len(columns)) for drop in (None, *range(len(drops)))]
     onward = any(how[0] == "heads" for _, how in wanted)  # whose gradients are taken once more, from those of the taps
-    last = len(columns) - 1, len(drops) - 1 if drops else None
-    for number, column in enumerate(columns):
-        for drop in (None, *range(len(drops))):
-            zeroed[:] = () if drop is None else drops[drop]
-            slopes = gradients(scores[:, column].sum(), taps, keep=onward or (number, drop) != last)
-            gone, zeroed[:] = tuple(zeroed), ()
-            # What is dropped has no gradient of its own, but a sum that it is part of has.
-            sums = {**slopes, **{key: arrived[key] for key in gone}}
-            slopes |= {key: torch.zeros_like(arrived[key]) for key in gone}
-            for (component, layer), how in wanted:
-                value, slope = found_at(model, how, taps, sums if how[0] == "middle" else slopes, kept)
-                name = ("gradient", world, number) if drop is None else ("dropped", world, number, drop)
-                found[(*name, component, layer)] = slope.detach()
-                if values and not number and drop is None:
-                    found["value", world, component, layer] = value.detach()
+    for number, drop in passes:
+        zeroed[:] = () if drop is None else drops[drop]
+        keep = onward or (number, drop) != passes[-1]
+        slopes = gradients(scores[:, columns[number]].sum(), taps, keep)
+        gone, zeroed[:] = tuple(zeroed), ()
+        # What is dropped has no gradient of its own, but a sum that it is part of has.
+        sums = {**slopes, **{key: arrived[key] for key in gone}}
+        slopes |= {key: torch.zeros_like(arrived[key]) for key in gone}
+        for (component, layer), how in wanted:
+            value, slope = found_at(model, how, taps, sums if how[0] == "middle" else slopes, kept)
+            name = ("gradient", world, number) if drop is None else ("dropped", world, number, drop)
+            found[(*name, component, layer)] = slope.detach()
+            if values and (number, drop) == passes[0]:
+                found["value", world, component, layer] = value.detach()
     return found, scores.detach()
 
 
@@ -113,7 +113,7 @@ def dropped(key: Any, slope: torch.Tensor, zeroed: list[Any], arrived: dict[Any,
 def gradients(total: torch.Tensor, taps: dict[Any, torch.Tensor], keep: bool) -> dict[Any, torch.Tensor]:
     """Of a sum by each tapped tensor; zeros by those that do not reach it.
 
-    Unless it is ``keep``, what the forward kept is let go of on the way: nothing is differentiated afterwards.
+    Where nothing is differentiated afterwards, what the forward kept is let go of on the way (not ``keep``).
     """
     if not total.requires_grad:
         return {key: torch.zeros_like(tap) for key, tap in taps.items()}

@@ -33,6 +33,9 @@ from tracepatch.agreement import (
 from tracepatch.errors import ResultError, plural
 from tracepatch.sampling import Stratum, most
 
+SHOWN = 5  # cells of a kind that are listed
+NOISE = 1e-3  # of the largest effect that was patched: the least that counts as large unless a threshold is given
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -49,7 +52,7 @@ class Audit:
         strata: What was drawn of what.
         unit: Of effects and thresholds.
         threshold: What a large effect is at least.
-        rank: The rank of that effect among those that were patched; 0 if the threshold was given.
+        rule: Where that comes from, in words.
         confidence: Of the bound.
         bound: How many of the cells that were not patched have effects beyond the threshold, at most.
         pearson: Correlation of estimates and effects over all cells: each patched one counts as often as it stands for.
@@ -76,7 +79,7 @@ class Audit:
     strata: tuple[Stratum, ...]
     unit: str
     threshold: float
-    rank: int
+    rule: str
     confidence: float
     bound: int
     pearson: float
@@ -115,11 +118,17 @@ class Audit:
         sampled = view.audited == SAMPLED
         weights, sizes = view.stands[patched], abs(view.effect)
         stored = given["threshold_given"] if threshold is None else threshold
-        rank = 0 if stored != "" else min(int(given["threshold_rank"]), int(patched.sum()))
-        limit = require_threshold(stored) if not rank else float(np.sort(sizes[patched])[-rank])
+        if stored != "":
+            limit, least, rule = *[require_threshold(stored)] * 2, "the threshold"
+        else:
+            rank = min(int(given["threshold_rank"]), int(patched.sum()))
+            least, floor = float(np.sort(sizes[patched])[-rank]), NOISE * float(sizes[patched].max())
+            limit, rule = max(least, floor), f"the {ordinal(rank)} largest that was"
+            rule = rule if limit == least else f"{NOISE:g} of the largest that was"
         beyond = patched & (sizes >= limit)
         strata = tuple(Stratum(*pair) for pair in json.loads(given["strata"]))
-        bound = most(strata, int((beyond & sampled).sum()), level) - int((beyond & sampled).sum())
+        large = int((sampled & patched & (sizes >= least)).sum())
+        bound = most(strata, large, level) - large
         both = [view.estimate[patched], view.effect[patched]]
         alone = [view.estimate[sampled], view.effect[sampled]]
         big, saturated = view.count("patch_size", patched, BIG), view.count("saturation", patched, SATURATED)
@@ -131,7 +140,7 @@ class Audit:
             strata=strata,
             unit=view.unit,
             threshold=limit,
-            rank=rank,
+            rule=rule,
             confidence=level,
             bound=bound,
             pearson=correlation(both[0], both[1], weights),
@@ -195,8 +204,14 @@ class Audit:
         ]
 
     def _found(self) -> list[str]:
-        lines = [f"  missed     {one}: attribution misses it" for one in self.missed]
-        lines += [f"  inflated   {one}: attribution makes it up" for one in self.inflated]
+        lines = []
+        for title, cells, words in (
+            ("missed", self.missed, "attribution misses it"),
+            ("inflated", self.inflated, "attribution makes it up"),
+        ):
+            lines += [f"  {title:<9}  {one}: {words}" for one in cells[:SHOWN]]
+            more = cells[SHOWN:]
+            lines += [f"  {title:<9}  {len(more):,} more, the first {more[0]}"] if more else []
         if not self.missed:
             lines.append(
                 f"  missed     none: every patched effect from {MATTERS:g} of the largest on has an estimate of at "
@@ -207,11 +222,10 @@ class Audit:
     def _rest(self) -> str:
         if not self.unverified:
             return "nothing: every cell is verified"
-        which = f"the {ordinal(self.rank)} largest that was" if self.rank else "the threshold"
         return (
             f"with {100 * self.confidence:g} % confidence at most {self.bound:,} of the "
             f"{plural(self.unverified, 'cell')} not patched have an effect beyond {short(self.threshold)} "
-            f"[{self.unit}], {which}"
+            f"[{self.unit}], {self.rule}"
         )
 
     def _recalled(self) -> str:

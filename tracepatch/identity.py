@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracepatch.models import Model, module_of, remote_of, source_of, versions, weightless
+from tracepatch.models import Model, brought, module_of, remote_of, source_of, versions, weightless
 from tracepatch.sources import Constant
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size})
@@ -177,7 +177,7 @@ def context(model: Model, eager: bool) -> str:
     """
     module = module_of(model)
     config = {k: v for k, v in module.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    states = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    states = {**dict(module.named_parameters()), **dict(module.named_buffers()), **brought(module)}
     if weightless(module):
         weights = [f"{source_of(model)} at {getattr(module.config, '_commit_hash', None)} on {remote_of(model)}"]
     else:

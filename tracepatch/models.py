@@ -234,6 +234,11 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         if not name:
             raise ModelError(f"A {type(module).__name__} module comes without a tokenizer: pass tokenizer=.")
         tokenizer = name
+    if _bringer(module.get_input_embeddings()) is not None:
+        raise ModelError(
+            "device_map leaves the token embedding on a disk or a CPU, to be brought whenever it is needed: give it a "
+            "place of its own. Any other module may stand elsewhere."
+        )
     # Without weights it would be moved off the meta device, which fails.
     device = {"device": "meta"} if weightless(module) else {}
     # The task decides which preprocessors nnsight keeps, no more; "text-generation" complains about encoders.
@@ -269,8 +274,25 @@ def room_of(model: Model) -> int | None:
 
 
 def weightless(module: torch.nn.Module) -> bool:
-    """Whether some parameters of a module are shapes only, on the meta device."""
-    return any(p.device.type == "meta" for p in module.parameters())
+    """Whether some parameters of a module are shapes only, on the meta device, and nothing brings their values."""
+    here = (part for part in module.modules() if _bringer(part) is None)
+    return any(p.is_meta for part in here for p in part.parameters(recurse=False))
+
+
+def brought(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that accelerate brings from elsewhere whenever they are needed, by name, with their values."""
+    found = {}
+    for path, part in module.named_modules():
+        bringer = _bringer(part)
+        for name, _ in part.named_parameters(recurse=False) if bringer is not None else ():
+            found[f"{path}.{name}"] = bringer.weights_map[name]
+    return found
+
+
+def _bringer(part: torch.nn.Module) -> Any:
+    """What brings a module's own parameters whenever it is called, where ``device_map`` left them elsewhere."""
+    hook = getattr(part, "_hf_hook", None)
+    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
 
 
 def remote_of(model: Model) -> bool | str:
@@ -338,7 +360,8 @@ def limits(model: Model) -> tuple[int, int, int | None]:
 def fingerprint(model: Model) -> str:
     """A short hash of the weights: names, shapes, dtypes and 256 evenly spaced values of every parameter."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module_of(model).state_dict().items()):
+    module = module_of(model)
+    for name, tensor in sorted((module.state_dict() | brought(module)).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type == "meta":
             continue

@@ -257,13 +257,21 @@ def _asked(
         known = {label: n for n, label in enumerate(coarse.record(p, None, renormalize))}
     inside = [i for i, name in enumerate(names) if name not in UNITS]
     whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)
-    return Population(
-        estimate,
-        tuple(np.asarray(index, np.intp) for index in at),
-        p.plan.proofs[whole],
-        record,
-        lambda _: doubts_of(p, cells, options.get("memory")),
-    )
+
+    def doubts(_: Sequence[int]) -> Variables:
+        axes: dict[str, Any] = {"component": list(cells.names), **cells.axes}
+        found: Variables = {}
+        for name, (own, values) in doubts_of(p, cells, options.get("memory")).items():
+            array = xr.DataArray(values, dims=own, coords={dim: axes[dim] for dim in own if dim != "pair"})
+            array = array.sel({dim: estimate[dim].values for dim in own if dim != "pair"})
+            found[name] = (
+                (*(("pair",) if "pair" in own else ()), *dims),
+                array.transpose("pair", *dims, missing_dims="ignore").values,
+            )
+        return found
+
+    places = tuple(np.asarray(index, np.intp) for index in at)
+    return Population(estimate, places, p.plan.proofs[whole], record, doubts)
 
 
 def _recorded(p: Patching, estimate: xr.Dataset) -> Population:

@@ -265,8 +265,8 @@ def climbed(
 
 
 def only_columns(head: Any, columns: torch.Tensor, apart: bool) -> None:
-    """Computes only some columns of the unembedding; where there are no weights, in a sandbox, leaves out the rest."""
-    if apart:
+    """Computes only some columns of the unembedding; where its weights are not at hand, leaves out the rest."""
+    if apart or head._module.weight.is_meta:
         head.skip(head(head.input)[..., columns])
         return
     weight, bias = head._module.weight, head._module.bias

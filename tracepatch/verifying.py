@@ -159,12 +159,12 @@ def verified_top(
     asked = {"by": by, "direction": direction, "source": source, "only": only, "estimator": estimator}
     estimate = attribute(model, pairs, components, metric, memory=options.get("memory"), **asked)
     cells = population(model, pairs, estimate, metric, source, options)
-    search = _Search(cells, k, level, int(tolerance * len(cells.ranked)), np.random.default_rng(seed), progress)
+    search = Search(cells, k, level, int(tolerance * len(cells.ranked)), np.random.default_rng(seed), progress)
     search.run()
     return search.dataset()
 
 
-class _Search:
+class Search:
     """Looks, until what is known is enough."""
 
     def __init__(
@@ -192,7 +192,8 @@ class _Search:
             certain = {int(n) for n in self.order[: self.ranked]}
             rest = [int(n) for n in self.shuffled if int(n) not in certain]
             kept = sum(n not in certain for n in self.drawn)  # of earlier looks, the first of these
-            count = max(kept, needed(len(rest), surely, self.allowed))
+            enough = needed(len(rest), surely, self.allowed) * 2 ** (self.looks - 1)
+            count = max(kept, min(len(rest), enough))
             self.drawn = rest[:count]
             known = {int(n) for one in self.exact for n in one.cells}
             self.exact.append(
