@@ -23,8 +23,16 @@ SHIPPED = {
     "masks": set(),
     "taps": {"tracepatch.norms"},
     "trace": {"tracepatch.norms", "tracepatch.writing", "tracepatch.masks", "tracepatch.taps"},
-    "backward": {"tracepatch.norms", "tracepatch.writing", "tracepatch.taps", "tracepatch.trace"},
-    "contractions": {"tracepatch.norms", "tracepatch.writing"},
+    "heads": {"tracepatch.norms", "tracepatch.writing"},
+    "contractions": {"tracepatch.norms", "tracepatch.writing", "tracepatch.heads"},
+    "backward": {
+        "tracepatch.norms",
+        "tracepatch.writing",
+        "tracepatch.taps",
+        "tracepatch.trace",
+        "tracepatch.heads",
+        "tracepatch.contractions",
+    },
     "program": {"tracepatch.trace", "tracepatch.backward", "tracepatch.contractions"},
 }
 LONG = {
