@@ -15,17 +15,18 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
-``taps``, ``trace``, ``backward``, ``differences``, ``attention_weights``, ``contractions``, ``program``, ``weights``,
-``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``,
-``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
-``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
-``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
-``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``,
-``sampling``, ``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``,
-``attending``, ``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``,
-``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``toys``, ``__main__``.
+``taps``, ``trace``, ``heads``, ``differences``, ``attention_weights``, ``contractions``, ``backward``, ``program``,
+``weights``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
+``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``,
+``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``,
+``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``,
+``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``,
+``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``,
+``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``,
+``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``, ``findings``,
+``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``, ``capture``,
+``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
+``curves``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -40,6 +41,7 @@ from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import concat, over_pairs
 from tracepatch.direct import direct_attribution
 from tracepatch.drilling import drill
+from tracepatch.edge_attribution import edge_rows, edges
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
 from tracepatch.findings import Audit
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
@@ -76,6 +78,8 @@ __all__ = [
     "cross_entropy",
     "direct_attribution",
     "drill",
+    "edge_rows",
+    "edges",
     "errors",
     "gradients",
     "intervals",

@@ -29,7 +29,7 @@ from tracepatch.experiments import (
     with_another_last,
 )
 from tracepatch.experts import ROUTED, Experts, Search
-from tracepatch.factors import Nonlinearity, Projection, nonlinearity, projections
+from tracepatch.factors import Nonlinearity, Projection, nonlinearity, projections, turned
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
@@ -51,11 +51,13 @@ class HeadProjection:
         projection: Path of the output projection; it is linear up to a bias.
         post_norm: Path of the norm between it and the stream, applied with its scale frozen; empty where there is none.
         scale: Multiplier between the projection (or norm) and the stream.
+        turned: Whether the projection's weight is ``[in, out]``; ``None`` where it is no plain linear map.
     """
 
     projection: str
     post_norm: str
     scale: float
+    turned: bool | None
 
 
 class Architecture:
@@ -240,7 +242,7 @@ class Architecture:
             return f"its heads do not sum to the projection's output (off by {gap:.2g})"
         if attention.post_norm and not is_scaling(blocks.by_name[attention.post_norm]):
             return "the norm after the projection is no pure scaling"
-        return HeadProjection(attention.projection, attention.post_norm, attention.out.scale)
+        return HeadProjection(attention.projection, attention.post_norm, attention.out.scale, turned(call.module))
 
     def rotated(self, layer: int) -> bool:
         """Whether queries and keys of a layer are turned by an angle that depends on their position."""

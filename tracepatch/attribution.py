@@ -6,11 +6,9 @@ subtracted. It holds an ``estimate`` where the other holds an ``effect``; ``tp.a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from numbers import Real
 from typing import Any
 
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 
 from tracepatch.cells import Cells, Direction, base_of
 from tracepatch.errors import RecipeError
-from tracepatch.estimates import labelled, picked, requested
-from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, held_of
+from tracepatch.estimates import labelled, picked, requested, resting_on
+from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, held_of, require_movable
 from tracepatch.jobs import EAGER
 from tracepatch.layout import Key
 from tracepatch.metrics import Metrics, logit_diff
@@ -31,8 +29,6 @@ from tracepatch.plan import Group
 from tracepatch.prompts import Pairs
 from tracepatch.reach import canonical
 from tracepatch.recipe import Patching
-from tracepatch.requests import place
-from tracepatch.results import origin
 from tracepatch.rows import Edit, EditedWorld
 from tracepatch.sides import Op, Sides
 from tracepatch.sites import Select, Site, component
@@ -180,12 +176,7 @@ class _Study:
                     "along='layer' or along='site'."
                 )
             if how.along == "inputs":
-                if self.encoded.encoder:
-                    raise RecipeError(
-                        "along='inputs' moves the decoder's embeddings, and here an encoder reads the prompts: pass "
-                        "along='layer' or along='site'."
-                    )
-                self.architecture.require("embed", 0)
+                require_movable(self.architecture)
             wrong = sorted({k[0] for k in self.canonical.values()} - set(LINES)) if how.along == "layer" else []
             if wrong or (how.along == "layer" and self.source is not None):
                 what = f"{', '.join(wrong)} cannot" if wrong else "a component cannot, to source=,"
@@ -360,20 +351,18 @@ class _Study:
                 self.found.setdefault(key, {})[pair] = at[:, 0, i]
 
     def _attrs(self, direction: Direction, seconds: float) -> dict[str, Any]:
-        p, remote = self.p, place(self.p.model) if self.p.remote else ""
-        return {
-            **origin(p.model, self.encoded, {"host": remote} if remote else {}, remote=remote),
-            "base": self.base,
-            "written": self.other or "other" if self.source is None else str(self.source),
-            "component": ", ".join(self.wanted.names),
-            "estimator": self.how.name,
-            "cost": self.sides.cost,
-            "signed": int(self.how.signed),
-            "request": requested(self.wanted, direction, self.renormalize, self.value_bias),
-            "metrics": json.dumps({m.name: m.told for m in p.metrics}),
-            "seconds": round(seconds, 3),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        return resting_on(
+            self.p.model,
+            self.encoded,
+            self.p.metrics,
+            self.how,
+            base=self.base,
+            written=self.other or "other" if self.source is None else str(self.source),
+            component=", ".join(self.wanted.names),
+            cost=self.sides.cost,
+            request=requested(self.wanted, direction, self.renormalize, self.value_bias),
+            seconds=seconds,
+        )
 
 
 def stream_of(key: Key) -> Key:

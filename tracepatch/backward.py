@@ -13,7 +13,10 @@ from typing import Any
 import nnsight
 import torch
 
-from tracepatch.norms import divided, module_at, post_weight, pulled_back
+from tracepatch.contractions import products, written
+from tracepatch.differences import of_worlds
+from tracepatch.heads import back_to_stream
+from tracepatch.norms import divided, module_at, post_weight, pulled_back, wide
 from tracepatch.taps import shaped
 from tracepatch.trace import climbed, entered, home, scored
 from tracepatch.writing import head_write
@@ -29,11 +32,12 @@ def backward(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tup
         run: As ``trace.forward`` takes it, of whole prompts, with tasks of ``taps`` at its places.
         known: Is given ``("value", world, component, layer)`` and ``("gradient", world, metric, component, layer)``,
             ``[row, pos, …]``; with ``drops``, ``("dropped", world, metric, drop, component, layer)`` too.
-        asked: Six things: what to call the world; ``((component, layer), how)`` for each that is wanted, see
+        asked: Seven things: what to call the world; ``((component, layer), how)`` for each that is wanted, see
             ``found_at``; which columns of the metrics are differentiated; the taps whose gradients are zeroed
-            together, once for each of several further backwards; whether values are wanted; and, where rows are
-            steps of an integral, how many there are of each pair, and the weight of their sum, which is added to
-            what is known; or ``None``.
+            together, once for each of several further backwards; whether values are wanted; where rows are steps of
+            an integral, how many there are of each pair, and the weight of their sum, which is added to what is known,
+            or ``None``; and the edges whose estimates are wanted, see ``edges_at``, or ``None``. They become known as
+            ``("edges", world, metric)``.
 
     Returns:
         The metrics' values ``[row, column]``.
@@ -43,7 +47,7 @@ def backward(model: Any, run: tuple[Any, ...], known: dict[Any, Any], asked: tup
     """
     found, scores = traced(model, run, known, asked)
     for key, value in found.items():
-        if asked[5] is None:
+        if asked[5] is None or key[0] == "edges":
             known[key] = value
             continue
         steps, weight = asked[5]
@@ -73,7 +77,7 @@ def differentiated(
     asked: tuple[Any, ...],
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """The body of the trace."""
-    world, wanted, columns, drops, values, _ = asked
+    world, wanted, columns, drops, values, steps, edges = asked
     kept: dict[Any, Any] = {}
     logits = climbed(model, stops, known, top, logit_edits, keep_logits, kept)
     scores = scored(logits, measures, kept, known)
@@ -83,10 +87,13 @@ def differentiated(
     found: dict[Any, torch.Tensor] = {}
     zeroed: list[Any] = []
     arrived: dict[Any, torch.Tensor] = {}
+    changes = None
     for key in {key for drop in drops for key in drop}:
         taps[key].register_hook(lambda slope, key=key: dropped(key, slope, zeroed, arrived))
     passes = [(number, drop) for number in range(len(columns)) for drop in (None, *range(len(drops)))]
-    onward = any(how[0] == "heads" for _, how in wanted)  # whose gradients are taken once more, from those of the taps
+    onward = edges is not None or any(
+        how[0] == "heads" for _, how in wanted
+    )  # whose gradients are taken once more, from those of the taps
     for number, drop in passes:
         zeroed[:] = () if drop is None else drops[drop]
         keep = onward or (number, drop) != passes[-1]
@@ -101,6 +108,9 @@ def differentiated(
             found[(*name, component, layer)] = slope.detach()
             if values and (number, drop) == passes[0]:
                 found["value", world, component, layer] = value.detach()
+        if edges is not None:
+            changes = changes_at(model, edges, taps, slopes, kept, known) if changes is None else changes
+            found["edges", world, number] = edges_at(model, edges, changes, taps, slopes, kept, steps)
     return found, scores.detach()
 
 
@@ -169,6 +179,71 @@ def found_at(
     return torch.stack(parts, 2), (slope / scale).unsqueeze(2).expand(-1, -1, heads, -1)
 
 
+def changes_at(
+    model: Any,
+    edges: tuple[Any, ...],
+    taps: dict[Any, Any],
+    slopes: dict[Any, Any],
+    kept: dict[Any, Any],
+    known: dict[Any, Any],
+) -> torch.Tensor:
+    """What each writer of ``edges``, see ``edges_at``, writes in the other world beyond what it writes here.
+
+    ``[row, writer, pos, d_model]``, or, where positions are kept, ``[row, pos, writer, d_model]``.
+    """
+    writers, _, worlds, agreeing, chosen, by_position = edges
+    here = []
+    for name, how, _ in writers:
+        known_here = isinstance(how, torch.Tensor)
+        here.append(of_worlds(known, name, how) if known_here else found_at(model, how, taps, slopes, kept)[0])
+    changes = written(model, known, tuple((name, heads) for name, _, heads in writers), here, worlds, agreeing)
+    changes = changes if chosen is None else changes.index_select(2, chosen.to(changes.device))
+    return changes.transpose(1, 2).contiguous() if by_position else changes
+
+
+def edges_at(
+    model: Any,
+    edges: tuple[Any, ...],
+    changes: torch.Tensor,
+    taps: dict[Any, Any],
+    slopes: dict[Any, Any],
+    kept: dict[Any, Any],
+    steps: Any,
+) -> torch.Tensor:
+    """Every writer's change times the gradient by what each reader alone reads, ``[row, (pos), writer, reader]``.
+
+    Gradients are taken one component of one layer at a time, and only their products are kept.
+
+    Args:
+        model: The nnsight model.
+        edges: Six things: ``(name, how, heads)`` of each writer, see ``written``, where ``how`` says how its value here
+            is found, see ``found_at``, or which of the known worlds this is; ``(how, count)`` of each component that
+            reads, and how many writers are upstream of it, the others being 0; each row's other world; before which
+            positions the worlds agree, see ``difference``; the positions that count, or all; and whether positions are
+            kept.
+        changes: Of ``changes_at``.
+        taps: The tapped tensors.
+        slopes: Gradients by them.
+        kept: What was kept aside.
+        steps: As ``backward`` takes them.
+    """
+    _, readers, _, _, chosen, by_position = edges
+    found = []
+    for how, count in readers:
+        slope = found_at(model, how, taps, slopes, kept)[1]
+        slope = (slope.unsqueeze(2) if slope.ndim == 3 else slope).movedim(2, 1)  # [row, reader, pos, d_model]
+        slope = slope if chosen is None else slope.index_select(2, chosen.to(slope.device))
+        slope = wide(slope)
+        if steps is not None:
+            count_of, weight = steps
+            slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1) * weight
+        upstream = changes[..., :count, :] if by_position else changes[:, :count]
+        part = products(upstream, slope.to(changes.device), by_position)
+        beside = changes.shape[2 if by_position else 1] - count
+        found.append(torch.nn.functional.pad(part, (0, 0, 0, beside)))
+    return torch.cat(found, -1).detach()
+
+
 def constant(
     model: Any, norm: str, stream: torch.Tensor, normed: torch.Tensor, held: Any, kept: dict[Any, Any]
 ) -> torch.Tensor | None:
@@ -178,44 +253,3 @@ def constant(
     if held is True:
         return divided(model, norm, stream, normed)[2].detach()
     return kept[held].detach()  # type: ignore[no-any-return]  # of tensors
-
-
-def back_to_stream(
-    model: Any,
-    x: torch.Tensor,
-    slope: torch.Tensor,
-    projections: tuple[tuple[Any, str, bool], ...],
-    taps: dict[Any, torch.Tensor],
-    read: torch.Tensor,
-) -> torch.Tensor:
-    """The gradient by what attention reads, behind its norm, through each head alone, ``[head, row, pos, d_model]``.
-
-    Args:
-        model: The nnsight model.
-        x: Queries, keys or values ``[row, head, pos, d_head]``.
-        slope: The gradient by them.
-        projections: The linear maps that take what is read, ``(tap of what they give, path, weight stored as [in,
-            out])``. Back through them a head's gradient has few columns that are not 0.
-        taps: The tapped tensors.
-        read: What attention reads.
-    """
-    found = []
-    for head in range(x.shape[1]):
-        only = torch.zeros_like(slope)
-        only[:, head] = slope[:, head]
-        if not projections:
-            (back,) = torch.autograd.grad(x, [read], only, retain_graph=True, allow_unused=True)
-            found.append(torch.zeros_like(read) if back is None else back)
-            continue
-        given = [taps[tap] for tap, _, _ in projections]
-        parts: Any = torch.autograd.grad(x, given, only, retain_graph=True, allow_unused=True)
-        total = torch.zeros_like(read)
-        for part, (_, path, turned) in zip(parts, projections):  # noqa: B905  # of equal length
-            if part is None:
-                continue
-            columns = part.flatten(0, -2).abs().amax(0).nonzero()[:, 0]
-            weight = module_at(model, path)._module.weight.detach()
-            weight = weight[:, columns].T if turned else weight[columns]
-            total = total + part[..., columns] @ weight
-        found.append(total)
-    return torch.stack(found)

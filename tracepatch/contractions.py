@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tracepatch.attention_weights import LOWEST, flow, key_fix, peaks, query_fix, weight_change
-from tracepatch.differences import difference, drop, home, of_worlds, settle, summed, take
+from tracepatch.differences import apart, difference, drop, home, of_worlds, settle, summed, take
+from tracepatch.heads import by_heads
 from tracepatch.norms import wide
 from tracepatch.writing import edited
 
@@ -157,30 +158,69 @@ def changes(
         yield chosen, wide(live), change.transpose(1, 2) if weights else change
 
 
-def edges(
+def written(
+    model: Any,
     known: dict[Any, Any],
-    writers: tuple[Any, ...],
-    readers: tuple[Any, ...],
-    by_position: bool,
+    writers: tuple[tuple[Any, Any], ...],
+    here: list[torch.Tensor],
+    worlds: torch.Tensor,
+    agreeing: Any,
 ) -> torch.Tensor:
-    """Every writer's difference times every reader's gradient, as one product of matrices a row.
+    """What each writer adds to the stream in other worlds beyond what it adds here, ``[row, writer, pos, d_model]``.
+
+    Args:
+        model: The nnsight model.
+        known: With the values of the other worlds.
+        writers: ``(name, heads)`` of each: what is known of it, and, where that is z, how its heads write (see
+            ``heads.by_heads``), or ``None``.
+        here: What that is here.
+        worlds: The other world of each row.
+        agreeing: See ``difference``.
+    """
+    found: list[torch.Tensor] = []
+    for (name, heads), value in zip(writers, here):  # noqa: B905  # of equal length
+        mine = wide(value.detach())
+        other = wide(of_worlds(known, name, worlds)).to(mine.device)
+        if heads is None:
+            change = (other - mine).unsqueeze(1)
+        elif heads[2]:  # each run's own scale
+            change = by_heads(model, heads, other) - by_heads(model, heads, mine)
+        else:
+            change = by_heads(model, heads, other - mine)
+        found.append(apart(change, agreeing, 2).to(found[0].device if found else mine.device))
+    return torch.cat(found, 1)
+
+
+def products(changes: torch.Tensor, slopes: torch.Tensor, by_position: bool) -> torch.Tensor:
+    """Every writer's change times every reader's gradient, as one product of matrices a row, or a position.
+
+    Args:
+        changes: ``[row, writer, pos, d_model]``; with ``by_position`` ``[row, pos, writer, d_model]``.
+        slopes: ``[row, reader, pos, d_model]``.
+        by_position: Whether positions are kept.
+
+    Returns:
+        ``[row, writer, reader]``, or with positions ``[row, pos, writer, reader]``.
+    """
+    if by_position:
+        return torch.matmul(changes, slopes.permute(0, 2, 3, 1))
+    return torch.bmm(changes.flatten(2), slopes.flatten(2).mT)
+
+
+def edges(known: dict[Any, Any], writers: tuple[Any, ...], readers: tuple[Any, ...], by_position: bool) -> torch.Tensor:
+    """Every writer's difference times every reader's gradient, both of which are known; see ``products``.
 
     Args:
         known: With all of these.
         writers: ``(value, source)`` of each, see ``difference``; heads give several.
         readers: The names of gradients ``[row, pos, (head), d_model]``.
         by_position: Whether positions are kept.
-
-    Returns:
-        ``[row, writer, reader]``, or with positions ``[row, pos, writer, reader]``.
     """
     given = [difference(known, value, source) for value, source in writers]
     taken = [wide(known[name]) for name in readers]
     left = torch.cat([x if x.ndim == 4 else x.unsqueeze(2) for x in given], 2)
     right = torch.cat([(x if x.ndim == 4 else x.unsqueeze(2)).to(left.device) for x in taken], 2)
-    if by_position:
-        return home(torch.einsum("bpud,bpvd->bpuv", left, right))
-    return home(torch.einsum("bpud,bpvd->buv", left, right))
+    return home(products(left if by_position else left.movedim(2, 1), right.movedim(2, 1), by_position))
 
 
 def kept(known: dict[Any, Any], name: Any, worlds: Any = None) -> torch.Tensor:

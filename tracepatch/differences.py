@@ -33,12 +33,13 @@ def difference(known: dict[Any, Any], value: Any, source: tuple[Any, ...]) -> to
     """
     here = wide(known[value])
     kind, *given = source
+    along = 2 if value[-2] in WEIGHTS else 1
     if kind == "number":
         return (given[0].to(here) if isinstance(given[0], torch.Tensor) else given[0]) - here
     if kind == "value":
-        return apart(wide(known[given[0]]).to(here.device) - here, given[1], value[-2])
+        return apart(wide(known[given[0]]).to(here.device) - here, given[1], along)
     other = wide(of_worlds(known, given[0], given[1])).to(here.device)
-    return apart(other - here, given[2], value[-2])
+    return apart(other - here, given[2], along)
 
 
 def of_worlds(known: dict[Any, Any], name: Any, worlds: torch.Tensor) -> torch.Tensor:
@@ -67,11 +68,10 @@ def drop(known: dict[Any, Any], world: Any) -> None:
         del known[key]
 
 
-def apart(found: torch.Tensor, agreeing: Any, name: str) -> torch.Tensor:
-    """A difference of a component, exactly 0 before the positions ``[row]`` at which two worlds part."""
+def apart(found: torch.Tensor, agreeing: Any, along: int) -> torch.Tensor:
+    """A difference of two worlds, exactly 0 before the positions ``[row]``, along a dim, at which they part."""
     if agreeing is None:
         return found
-    along = 2 if name in WEIGHTS else 1
     same = torch.arange(found.shape[along])[None] < agreeing[:, None]
     shape = [len(same), *[1] * (found.ndim - 1)]
     shape[along] = same.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.cells import Cells
 from tracepatch.errors import RecipeError
+from tracepatch.estimators import AtP
 from tracepatch.layout import Key
 from tracepatch.metrics import Metric
+from tracepatch.models import Model, remote_of
 from tracepatch.plan import Status
 from tracepatch.recording import Recorder
-from tracepatch.results import normalize, pair_coords, site_coords
+from tracepatch.requests import place
+from tracepatch.results import normalize, origin, pair_coords, site_coords
 from tracepatch.sites import component
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
@@ -104,6 +108,34 @@ def labelled(
     several = len(cells.names) > 1
     dims = (*(("component",) if several else ()), *cells.by)
     estimates = laid_out(cells, found, len(metrics), len(encoded))
+    coords: dict[str, Any] = dict(cells.axes) | ({"component": list(cells.names)} if several else {})
+    return dataset_of(estimates, dims, coords, cells.base, values, metrics, architecture, encoded, attrs)
+
+
+def dataset_of(
+    estimates: NDArray[np.float64],
+    dims: Sequence[str],
+    coords: Mapping[str, Any],
+    base: WorldName,
+    values: Mapping[WorldName, NDArray[np.float64]],
+    metrics: Sequence[Metric],
+    architecture: Architecture,
+    encoded: EncodedPairs,
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Estimates with their baselines, normalized, and with labels.
+
+    Args:
+        estimates: ``[metric, pair, *dims]``, NaN where there is no such cell.
+        dims: Their dims.
+        coords: Their labels.
+        base: The run that would be edited.
+        values: World → ``[metric, pair]``.
+        metrics: What was differentiated.
+        architecture: Of the model.
+        encoded: The pairs.
+        attrs: What they rest on.
+    """
     lead: tuple[str, ...] = ("metric", "pair") if len(metrics) > 1 else ("pair",)
     status = np.where(np.isnan(estimates[0]), Status.ABSENT, Status.ESTIMATED).astype(np.int8)
 
@@ -111,11 +143,10 @@ def labelled(
         return array if len(metrics) > 1 else array[0]
 
     data: dict[str, Any] = {"estimate": ((*lead, *dims), shaped(estimates))}
-    data |= {name: (lead, shaped(value)) for name, value in {"base": values[cells.base], **values}.items()}
+    data |= {name: (lead, shaped(value)) for name, value in {"base": values[base], **values}.items()}
     data["status"] = (("pair", *dims), status)
-    coords: dict[str, Any] = dict(cells.axes) | ({"component": list(cells.names)} if several else {})
     names = [m.name for m in metrics]
-    dataset = xr.Dataset(data, coords | pair_coords(encoded))
+    dataset = xr.Dataset(data, {**coords, **pair_coords(encoded)})
     dataset = dataset.assign_coords(metric=names if len(metrics) > 1 else names[0])
     dataset = site_coords(dataset, architecture, encoded)
     if "corrupted" in data:
@@ -130,6 +161,49 @@ def labelled(
     return dataset[[name for name in order if name in dataset]].assign_attrs(attrs)
 
 
+def resting_on(
+    model: Model,
+    encoded: EncodedPairs,
+    metrics: Sequence[Metric],
+    how: AtP,
+    *,
+    base: WorldName,
+    written: str,
+    component: str,
+    cost: str,
+    request: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """What estimates rest on, as plain numbers and text.
+
+    Args:
+        model: From ``tp.load``.
+        encoded: The pairs.
+        metrics: What was differentiated.
+        how: The estimator.
+        base: The run that would be edited.
+        written: What would be written.
+        component: Of what they are.
+        cost: Forwards and backwards, in words.
+        request: What was asked for, as JSON.
+        seconds: That it took.
+    """
+    remote = place(model) if remote_of(model) else ""
+    return {
+        **origin(model, encoded, {"host": remote} if remote else {}, remote=remote),
+        "base": base,
+        "written": written,
+        "component": component,
+        "estimator": how.name,
+        "cost": cost,
+        "signed": int(how.signed),
+        "request": request,
+        "metrics": json.dumps({m.name: m.told for m in metrics}),
+        "seconds": round(seconds, 3),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def requested(cells: Cells, direction: str, renormalize: bool = False, value_bias: bool = True) -> str:
     """What was asked for, as text from which ``asked_again`` asks for it once more; ``only`` as it was written."""
     written = cells.source is None or isinstance(cells.source, (int, float))
@@ -139,7 +213,7 @@ def requested(cells: Cells, direction: str, renormalize: bool = False, value_bia
             "by": list(cells.by),
             "direction": direction,
             "source": cells.source if written else "a tensor",
-            "only": {dim: _written(index) for dim, index in cells.only.items()},
+            "only": {dim: as_json(index) for dim, index in cells.only.items()},
             "renormalize": renormalize,
             "value_bias": value_bias,
         }
@@ -170,7 +244,7 @@ def asked_again(recorder: Recorder, request: str, source: Any = None) -> tuple[C
     return Cells.of(recorder, asked["components"], asked["by"], asked["direction"], written, only), asked["renormalize"]
 
 
-def _written(index: Any) -> Any:
+def as_json(index: Any) -> Any:
     """An index as JSON: numbers and lists as they are, slices as ``{"slice": [start, stop, step]}``."""
     if isinstance(index, slice):
         return {"slice": [None if b is None else int(b) for b in (index.start, index.stop, index.step)]}

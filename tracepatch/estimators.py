@@ -157,3 +157,17 @@ def held_of(how: AtP, architecture: Architecture) -> tuple[frozenset[Any], froze
         architecture.require(name, counted)
         found.append(canonical(Site(name, counted), len(architecture)))
     return frozenset(found), frozenset(how.rules) if isinstance(how, RelP) else frozenset()
+
+
+def require_movable(architecture: Architecture) -> None:
+    """Refuses ``along="inputs"`` where the token embeddings are not all that differs between the two runs.
+
+    Raises:
+        RecipeError: An encoder reads the prompts.
+        ComponentError: The model does not have ``embed``.
+    """
+    if architecture.encodes:
+        raise RecipeError(
+            "along='inputs' moves the decoder's embeddings, and here an encoder reads the prompts: pass along='layer'."
+        )
+    architecture.require("embed", 0)

@@ -55,13 +55,19 @@ def projections(calls: Mapping[str, Call], attention: Sublayer | None, rows: int
     read = _passing(calls, attention.reads)
     found = []
     for call in calls.values():
-        linear = type(call.module) is nn.Linear or hasattr(call.module, ROTATED)
-        given = call.entering
-        if linear and call.under(attention.path) and given is not None and read is not None:
+        how, given = turned(call.module), call.entering
+        if how is not None and call.under(attention.path) and given is not None and read is not None:
             same = given.shape == read.shape and torch.equal(given, read)
             if same and call.name != attention.projection:
-                found.append(Projection(call.place("output", rows), hasattr(call.module, ROTATED)))
+                found.append(Projection(call.place("output", rows), how))
     return tuple(found)
+
+
+def turned(module: nn.Module) -> bool | None:
+    """Whether a linear map's weight is ``[in, out]``; ``None`` of what is no plain linear map."""
+    if hasattr(module, ROTATED):
+        return True
+    return False if type(module) is nn.Linear else None
 
 
 def nonlinearity(calls: Mapping[str, Call], mlp: Sublayer | None, rows: int) -> Nonlinearity | str:

@@ -42,6 +42,8 @@ class Sublayer:
         tried: What was tried to close the sum, with the errors.
         reads: Where it takes what it reads, after that norm, if that was proved to be the stream's.
         stream: Where that passes by before the norm.
+        turn: How many sums of its block come before the one that it adds to; branches that read the same stream share
+            it.
         attended: The softmax attention of the probe's prompts, with keys and values as they were before they were
             repeated over their query groups.
     """
@@ -60,6 +62,7 @@ class Sublayer:
     stream_norm: str = ""
     reads: Place | None = None
     stream: Place | None = None
+    turn: int = 0
     attended: Attended | None = field(default=None, repr=False, compare=False)
 
 
@@ -282,6 +285,7 @@ class _Branch:
         self.reads_stream = False
         self.tried: list[str] = []
         self.stream_norm = ""
+        self.turn = 0
         own = [c for c in blocks.calls if c.under(block)]
         inside = {id(c) for c in calls}
         self.outside = [c for c in own if id(c) not in inside and c.name != block]
@@ -335,6 +339,7 @@ class _Branch:
             post_norm=self.chosen.name if self.chosen is not None and is_norm(self.chosen, self.width) else "",
             tried=tuple(self.tried),
             stream_norm=self.stream_norm,
+            turn=self.turn,
         )
         if self.reads_stream:
             place = self.first.place("input", rows)
@@ -384,11 +389,13 @@ def _close(x: torch.Tensor, y: torch.Tensor, branches: list[_Branch]) -> tuple[s
     """Chooses each branch's contribution such that the residual sum closes; the block's form and the largest error."""
     if any(branch.reads.numel() != x.numel() for branch in branches):
         return "unproved", float("inf")  # it reads something else than the stream
-    current, group, error, forms = x, [], 0.0, []
+    current, error = x, 0.0
+    group: list[_Branch] = []
     before: list[_Branch] = []
+    forms: list[str] = []
     for i, branch in enumerate(branches):
         group.append(branch)
-        branch.reads_stream = _same(branch.reads, current)
+        branch.reads_stream, branch.turn = _same(branch.reads, current), len(forms)
         later = branches[i + 1] if i + 1 < len(branches) else None
         if later is not None and (_same(later.reads, current) or _same(later.first.entering, branch.first.entering)):
             continue  # it reads the same stream: a parallel branch

@@ -33,13 +33,14 @@ from tracepatch.planner import MEMORY, profile_of, require_given, world_job
 from tracepatch.reach import layers_of
 from tracepatch.remote import There
 from tracepatch.rows import EditedWorld
-from tracepatch.slopes import LINE, Slopes
+from tracepatch.slopes import LINE, Between, Slopes
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Step, Taken
 from tracepatch.tokens import EncodedPairs
 from tracepatch.traced import Call, Tracer
 
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
+
 _MUTATING: set[type] = set()  # classes of models that change tensors in place after they have passed by
 
 
@@ -183,6 +184,7 @@ class Sides:
         jobs: Sequence[Job] | None = None,
         line: tuple[Key, torch.Tensor, torch.Tensor] | None = None,
         steps: tuple[int, float] | None = None,
+        edges: Between | None = None,
     ) -> Op:
         """A forward of one world, or of other jobs, with backwards of all metrics.
 
@@ -196,10 +198,11 @@ class Sides:
             jobs: Other rows than one a pair.
             line: The component, and for each row the world and the weight of its value there.
             steps: Where rows are steps of an integral, their number and weight; see ``backward.backward``.
+            edges: The edges that are wanted too.
         """
         jobs = self.unpatched(group, base) if jobs is None else jobs
         slopes.copies = slopes.copies or type(module_of(self.model)) in _MUTATING
-        tasks, how = slopes.asked(wanted)
+        tasks, how = slopes.asked([*wanted, *(edges.touched if edges else ())])
         if line is not None:
             (name, layer), worlds, weights = line
             heads = heads_of(self.architecture, name, layer)
@@ -212,7 +215,8 @@ class Sides:
         share = len(jobs) / len(self.encoded)
         self.counted["forwards"] += share
         self.counted["backwards"] += share * len(self.metrics) * (1 + len(drops))
-        asked = base, how, self.columns, tuple(map(tuple, drops)), values, steps
+        between = None if edges is None else edges.asked(self.architecture, dict(how))
+        asked = base, how[: len(wanted)], self.columns, tuple(map(tuple, drops)), values, steps, between
         return ("backward", call.run, asked), call
 
     def values(self, ops: Sequence[Op], found: Sequence[Any]) -> Iterator[tuple[Job, NDArray[np.float64]]]:

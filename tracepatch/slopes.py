@@ -6,9 +6,11 @@ What leaves this module is plain columns, as ``backward`` takes them; nothing is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
@@ -21,6 +23,47 @@ Tasks: TypeAlias = dict[Place, list[tuple[int, tuple[Any, ...]]]]
 """Place → ``(when, task)``, as ``layout.stops`` takes them."""
 LINE, RULE, TAP = 90, 101, 102  # a line comes before edits of the stream between; rules, then taps, after everything
 RULES = ("norm", "identity", "half", "pattern")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Edges whose estimates a backward gives, instead of gradients.
+
+    Attributes:
+        writers: What is known of what is written: ``resid_pre``, ``attn_out``, ``mlp_out`` and so on for what one
+            branch writes, ``z`` for what its heads do.
+        readers: The components that read, with the number of writers, heads counted one by one, upstream of each.
+        other: Where the other world of each pair stands in what is known.
+        here: The same of the world that is differentiated; ``None`` to take its values from this very run.
+        agreeing: Before which position the two worlds of each pair are the same; ``None`` where that is not known.
+        at: The positions that count; ``None`` for all.
+        by_position: Whether they are kept.
+    """
+
+    writers: tuple[Key, ...]
+    readers: tuple[tuple[Key, int], ...]
+    other: torch.Tensor
+    here: torch.Tensor | None
+    agreeing: torch.Tensor | None
+    at: torch.Tensor | None
+    by_position: bool
+
+    @property
+    def touched(self) -> tuple[Key, ...]:
+        """The components at which the backward looks."""
+        return (*(self.writers if self.here is None else ()), *(key for key, _ in self.readers))
+
+    def asked(self, architecture: Architecture, how: Mapping[Key, Any]) -> tuple[Any, ...]:
+        """As ``backward.edges_at`` takes them, with how each component's gradient is found."""
+        writers = []
+        for key in self.writers:
+            heads = None
+            if key[0] == "z":
+                found = architecture.head_projection(key[1])
+                heads = found.projection, found.turned, found.post_norm, found.scale
+            writers.append((key, how[key] if self.here is None else self.here, heads))
+        readers = tuple((how[key], count) for key, count in self.readers)
+        return tuple(writers), readers, self.other, self.agreeing, self.at, self.by_position
 
 
 @dataclass
