@@ -173,7 +173,6 @@ MUTANTS = (
     Mutant("an estimate is of the base itself", "contractions", "    found = by * change\n", "    found = by * wide(known[value])\n", GRADIENTS),
     Mutant("the stream between attention and MLP forgets its skip branch", "backward", "        return kept[\"aside\", stream] + x * scale, slope / scale", "        return kept[\"aside\", stream] + x * scale, slope * 0.5 / scale", GRADIENTS),
     Mutant("norms are constant on the way back to the stream", "norms", "    if scale is not None:", "    if True:\n        scale = scale if scale is not None else stream.std(-1, keepdim=True)", GRADIENTS),
-    Mutant("a head's reader sees the gradient of all heads", "backward", "        only[:, head] = slope[:, head]", "        only[:] = slope", GRADIENTS),
     Mutant("gradients of a norm's divisor are upside down", "backward", "return scale, -(slope *", "return scale, (slope *", GRADIENTS),
     Mutant("keys are fixed by the query's pattern", "attribution", 'self.sides.where(group, "k_fix")', 'self.sides.where(group, "q_fix" if "q_fix" in {w.name for w in self.edited} else self.base)', GRADIENTS),
     Mutant("the weights beside a key stay as they are", "attention_weights", "    found = after * g + (1 - after) * others - (p * g).sum(-1, keepdim=True)", "    found = (after - p) * g", GRADIENTS),
