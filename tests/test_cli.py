@@ -86,9 +86,10 @@ def test_explain_and_recipes(tmp_path: Path) -> None:
     )
     assert list(tmp_path.iterdir()) == []
     said, _ = call("recipes", cwd=tmp_path)
-    assert said.startswith(
-        "ioi  Indirect object identification: which activations tell who is given the bag?\n    "
-        "residual_stream    Denoise"
+    assert said.startswith("attribution_vs_patching  Attribution against patching: which components")
+    assert (
+        "\nioi  Indirect object identification: which activations tell who is given the bag?\n    "
+        "residual_stream    Denoise" in said
     )
 
 
@@ -107,7 +108,10 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "ioo"], "RecipeError: There is no recipe 'ioo'. Recipes: ioi; or pass a Python file.\n"),
+        (
+            ["run", "ioo"],
+            "RecipeError: There is no recipe 'ioo'. Recipes: attribution_vs_patching, ioi; or pass a Python file.\n",
+        ),
         (["run", "none.py"], "RecipeError: There is no file none.py.\n"),
         (
             ["run", "empty.py"],

@@ -241,7 +241,7 @@ def test_bad_options(gpt2: Any, pairs: tp.Pairs) -> None:
         ({"batch_size": 0}, "batch_size is a number of rows, 1 or more, not 0"),
         ({"batch_size": 2.5}, "not 2.5"),
         ({"memory": -1}, "memory is a number of bytes, not -1"),
-        ({"by": "pos"}, "Patch resid_pre layer by layer"),
+        ({"by": "pos"}, "Take resid_pre layer by layer"),
     ):
         with pytest.raises(errors.RecipeError, match=message):
             tp.patch(gpt2, pairs, "resid_pre", **options)

@@ -777,7 +777,7 @@ def test_partial_results(gpt2: Any, pairs: tp.Pairs, tmp_path: Path) -> None:
         assert np.array_equal(part[name].where(done), wanted[name].where(done), equal_nan=True)
         assert part[name].where(~done).isnull().all()
     assert part["clean"].equals(wanted["clean"])
-    assert part["status"].attrs["flag_meanings"] == "absent measured proved_zero pending"
+    assert part["status"].attrs["flag_meanings"] == "absent measured proved_zero pending estimated"
     assert part.attrs["checks"] == "not run: the result is partial"
     opened = tp.open_result(tp.save_result(part, tmp_path / "part.nc"))
     assert opened.identical(part)

@@ -108,7 +108,8 @@ def heatmap(
         for i, j, text in shown if annotate is not False else ():
             colour = "white" if abs(panel.values[i, j]) > 0.6 * bound else "#303030"
             ax.text(j, i, text, ha="center", va="center", fontsize=SMALL - 1, color=colour, parse_math=False)
-        unsure(ax, panel.unsure, min(wide / cells, high / rows))
+        if panel.unsure.any():
+            unsure(ax, panel.unsure, min(wide / cells, high / rows))
         tick_labels(ax.xaxis, panel.labels[1], view.words[1], wide)
         tick_labels(ax.yaxis, panel.labels[0], view.words[0], high)
         if apart or panel is view.panels[-1]:
