@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 from conftest import ioi_pairs, toy
+from matplotlib.text import Text
+from test_plots import drawn as painted
 
 import tracepatch as tp
 from tracepatch.agreement import correlation, ranks
@@ -644,6 +646,39 @@ def test_distances_from_the_metric() -> None:
     reads = tp.metric(size, component="resid_post", index=(1, [-1]))
     below = tp.audit(*given, tp.attribute(*given, "z", reads), metric=reads, top=1, sample=0)
     np.testing.assert_array_equal(below["layers_above"].max("head")[:2], [1, 0])
+
+
+# ------------------------------------------------------------------------------------------------------------- picture
+
+
+def written(figure: Any) -> str:
+    return " ".join(" ".join(t.get_text() for t in figure.findobj(Text)).split())
+
+
+def test_a_picture_of_an_audit_has_a_point_for_each_patched_site() -> None:
+    given = toy("gpt2"), ioi_pairs(3)
+    found = tp.audit(*given, tp.attribute(*given, ("attn_out", "mlp_out")), top=3, sample=7)
+    figure = painted(tp.plots.audit(found, label=2))
+    ax = next(one for one in figure.axes if one.collections)
+    entries = {c.get_gid(): np.asarray(c.get_offsets()) for c in ax.collections if c.get_gid()}
+    assert set(entries) <= {"attn_out", "mlp_out"}
+    patched = np.isin(found["audited"], (1, 2))
+    x, y = over_pairs(found, "estimate"), over_pairs(found, "effect")
+    for number, name in enumerate(("attn_out", "mlp_out")):
+        expected = np.stack([v[number][patched[number]] for v in (x, y)], 1)
+        np.testing.assert_allclose(entries[name], expected)
+    audit = tp.Audit.of(found)
+    (corner,) = [t.get_text() for t in ax.texts if "Pearson" in t.get_text()]
+    assert corner == f"Pearson r = {audit.pearson:.2f}\nSpearman ρ = {audit.spearman:.2f}\n10 of 22 sites"
+    assert ax.get_xlabel() == "estimate by AtP\n[of clean − corrupted]"
+    assert ax.get_ylabel() == "exact effect\n[of clean − corrupted]"
+    assert "toy-gpt2" in ax.get_title()
+    heat = painted(tp.plots.heatmap(found))
+    assert "estimate" not in written(heat)
+    other = painted(tp.plots.heatmap(found, "normalized_estimate"))
+    assert "estimate of the normalized effect on logit_diff" in written(other)
+    with pytest.raises(ResultError, match="not audited"):
+        tp.plots.audit(swept()[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

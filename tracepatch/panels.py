@@ -211,7 +211,8 @@ def told(result: xr.Dataset, name: str, metric: str = "") -> list[str]:
     unit = dict(zip(names, units, strict=False)).get(metric, "") if len(names) == len(units) else ""
     unit = units[0] if len(units) == 1 else unit  # a unit that metrics share, or that of a fraction
     kind, _, part = name.partition("_")
-    estimated = "estimate of the " if "estimate" in result else ""
+    exact = "effect" in result and part != "estimate"
+    estimated, part = "" if exact else "estimate of the ", part.removesuffix("estimate")
     of = f"the {part} part of" if part else ""
     texts = {"normalized": f"{estimated}normalized effect on", "effect": f"effect on {of}".rstrip()}
     texts["estimate"] = f"estimate of the effect on {of}".rstrip()

@@ -12,12 +12,13 @@ from tracepatch.combining import main_variable
 from tracepatch.curves import depth, windows
 from tracepatch.heatmaps import FLOOR, bars, heatmap, interactions
 from tracepatch.panels import PANELS
-from tracepatch.scatters import quadrants, scatter
+from tracepatch.scatters import audit, quadrants, scatter
 
 __all__ = [
     "FLOOR",
     "arcs",
     "attention",
+    "audit",
     "bars",
     "depth",
     "heatmap",

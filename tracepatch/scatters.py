@@ -15,9 +15,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from tracepatch.agreement import SAMPLED, TOP, View, rounded
 from tracepatch.canvas import MEDIUM, SMALL, fitted, legend, root
 from tracepatch.combining import MAIN, main_variable, over_pairs
 from tracepatch.errors import ResultError, listing, plural
+from tracepatch.findings import Audit
 from tracepatch.marks import FAINT, PALETTE, Look, corner_text, key, looks, name_points, sequence, site_words, tokens_of
 from tracepatch.panels import named, title_of, told
 from tracepatch.plan import Status
@@ -119,6 +121,7 @@ def scatter(
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
+    corner: str | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """A point for each site that two results share: an estimate of its effect over its effect, one model over another.
@@ -138,6 +141,7 @@ def scatter(
         title: Replaces the default, which names the model and the pairs; ``""`` leaves it out.
         xlabel: Replaces what is said of x.
         ylabel: Replaces what is said of y.
+        corner: Replaces the correlations.
         figure: A figure or subfigure to draw into; by default a new one.
 
     Returns:
@@ -163,13 +167,36 @@ def scatter(
     for axis, given, words in ((ax.xaxis, xlabel, lines[0]), (ax.yaxis, ylabel, lines[1])):
         axis.set_label_text("\n".join(words) if given is None else given, fontsize=SMALL, parse_math=False)
     legend(canvas, handles)
-    corner = corner_text(ax, _correlations(points), points.both, points.same)
+    box = corner_text(ax, _correlations(points) if corner is None else corner, points.both, points.same)
     apart = abs(_disagreement(points))
     order = [
         i for i in np.argsort(-apart, kind="stable")[:label].tolist() if apart[i] > NOTABLE * np.ptp(ax.get_ylim())
     ]
-    name_points(ax, points.names(order), points.both, [corner])
+    name_points(ax, points.names(order), points.both, [box])
     return root(canvas)
+
+
+def audit(audited: xr.Dataset, **options: Any) -> Figure:
+    """Exact effects over their estimates, of the sites that ``tp.audit`` patched, coloured by component.
+
+    In a corner stand the correlations of ``tp.Audit``: over all sites, those drawn by chance standing for the others.
+
+    Args:
+        audited: What ``tp.audit`` returned.
+        options: ``color``, ``label``, ``title`` and ``figure``, as for ``scatter``.
+
+    Raises:
+        ResultError: The dataset is not audited.
+    """
+    found, view, like = Audit.of(audited), View.of(audited), audited["audited"]
+    patched, axes = like.isin((TOP, SAMPLED)), list[xr.DataArray]()
+    for words, values in ((f"estimate by {audited.attrs['estimator']}", view.estimate), ("exact effect", view.effect)):
+        data = like.transpose(*view.dims).copy(data=values.reshape([like.sizes[dim] for dim in view.dims]))
+        axes.append(data.where(patched).assign_attrs(units=view.unit, long_name=words))
+    lines = [f"Pearson r = {rounded(found.pearson)}", f"Spearman ρ = {rounded(found.spearman)}"]
+    corner = "\n".join([*lines, f"{int(patched.sum()):,} of {plural(found.cells, 'site')}"])
+    options = {"title": title_of(over_pairs(audited)), "corner": corner, **options}
+    return scatter(axes[0], axes[1], **options)
 
 
 def quadrants(
