@@ -22,7 +22,7 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
 ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
 ``progress``, ``recipe``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
-``curves``, ``plots``, ``toys``, ``__main__``.
+``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -36,6 +36,7 @@ from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.report import write_report
 from tracepatch.resampling import intervals
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
@@ -72,4 +73,5 @@ __all__ = [
     "recipe",
     "save_result",
     "toys",
+    "write_report",
 ]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,10 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError
+from tracepatch.caveats import noise_of, short
+from tracepatch.checklist import Checklist
+from tracepatch.combining import datasets_of
+from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError, plural
 from tracepatch.models import name_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -75,20 +79,26 @@ def run(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a report: one HTML page with all of it, and its caveats.")
+    ] = False,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
     module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
-    found: dict[str, list[xr.Dataset]] = {}
+    found: dict[str, list[xr.Dataset | xr.DataTree]] = {}
+    left_out: dict[str, list[str]] = {}
+    checklists: dict[str, Checklist] = {}
     lines = [_headline(module), ""]
     for label, source in _labelled(model or TOYS):
         loaded = _load(source, dtype, device_map, remote, label)
         pairs = _prompts(module, loaded, count, seed)
         say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
-        checklist = pairs.check(loaded)
+        checklist = checklists[label] = pairs.check(loaded)
         for check in checklist.checks:
             if check.verdict != "ok":
                 say(f"  {check.verdict}: {check.sentence}", markup=False)
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
+        own: list[xr.Dataset | xr.DataTree] = []
         for name, chosen in _recipes(module).items():
             try:
                 result = chosen(loaded, pairs, metrics, checks=checks, directory=directory)
@@ -99,27 +109,34 @@ def run(
             except tp.errors.ComponentError as error:
                 say(f"  {name}: left out. {error}", markup=False)
                 lines.append(f"  {name}: left out. {error}")
+                left_out.setdefault(name, []).append(f"Left out on {label}. {error}")
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
-            best, told = "", f"    checks: {result.attrs['checks']}"
-            if isinstance(result, xr.Dataset):
-                found.setdefault(name, []).append(result)
-                top = _top(result)
-                lines += [f"  {name}", *top, told]
-                best = top[1].strip() if len(top) > 1 else "nothing of note"
+            found.setdefault(name, []).append(result)
+            own.append(result)
+            top = _top(result) if isinstance(result, xr.Dataset) else []
+            lines += [f"  {name}", *top, f"    checks: {result.attrs['checks']}"]
+            best = top[1].strip() if len(top) > 1 else ""
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
-            say(told, markup=False)
+        if own:
+            say(f"  {'checks':<16} {_checked(own)}", markup=False)
         lines.append("")
     for name, results in found.items():
-        joined = results[0] if len(results) == 1 else tp.concat(results)
-        for part, one in _by_metric(joined):
+        datasets = [result for result in results if isinstance(result, xr.Dataset)]
+        for part, one in _by_metric(datasets[0] if len(datasets) == 1 else tp.concat(datasets)) if datasets else ():
             path = folder / f"{name}{part}.png"
             title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
-            plots.picture(one, title=title).savefig(path, dpi=150)
+            try:
+                plots.picture(one, title=title).savefig(path, dpi=150)
+            except ResultError as error:  # the results are saved, and others may have pictures
+                say(f"no picture of {name}. {error}", markup=False)
+                continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
     say(f"summary {summary}", markup=False)
+    if report:
+        _report(folder / "report.html", module, Path(recipe).stem, found, checklists, left_out)
 
 
 @app.command()
@@ -340,6 +357,37 @@ def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
             lines.append(f"    {float(cell):+.3f}  {', '.join(f'{d} {v}' for d, v in labels.items())}")
     base, written = mean.attrs["base"], mean.attrs["written"]
     return [f"    largest {name} effects ({written} into the {base} run):", *(lines or ["    none of note"])]
+
+
+def _checked(results: Sequence[xr.Dataset | xr.DataTree]) -> str:
+    """What the checks of all parts of a recipe found on a model, in one line; the summary has them in full."""
+    told = [str(result.attrs["checks"]) for result in results]
+    if all(text == "off" for text in told):
+        return "off"
+    still = sum("patches change nothing" in text for text in told)
+    noise = noise_of([one for result in results for one in datasets_of(result).values()]).values()
+    floors = ", ".join(f"{short(floor)} {unit}".strip() for floor, unit in noise)
+    unchanged = f"; patches change nothing in {plural(still, 'part')}" if still else ""
+    return f"passed in {plural(len(results), 'part')}; noise up to {floors}{unchanged}"
+
+
+def _report(
+    path: Path,
+    module: ModuleType,
+    name: str,
+    results: dict[str, list[xr.Dataset | xr.DataTree]],
+    checklists: dict[str, Checklist],
+    left_out: dict[str, list[str]],
+) -> None:
+    if not results:
+        say("no report: no part of the recipe could be run", markup=False)
+        return
+    headline, _, text = (inspect.getdoc(module) or name).partition("\n")
+    texts = {part: inspect.getdoc(recipe.function) or "" for part, recipe in _recipes(module).items()}
+    command = shlex.join(["tracepatch", *sys.argv[1:]])
+    options: dict[str, Any] = {"checklists": checklists, "left_out": left_out, "command": command}
+    tp.write_report(path, results, title=headline, about=text, texts=texts, **options)
+    say(f"report {path}", markup=False)
 
 
 def _safe(name: str) -> str:
