@@ -396,6 +396,7 @@ class Reference:
         }
         return [name for name in DIMS if present.get(name, True)]
 
+    @torch.no_grad()
     def values(self, ids: Tensor, edits: Iterable[Edit] = ()) -> dict[tuple[str, int], Tensor]:
         """Reads every component of one forward.
 
@@ -450,7 +451,6 @@ class _Forward:
         self.z: dict[int, Tensor] = {}  # [pos, head, d_head]
         self.recomputed: dict[tuple[str, int], Tensor] = {}  # q, k, v whose inputs were edited, [pos, unit, d_head]
 
-    @torch.no_grad()
     def run(self, ids: Tensor) -> dict[tuple[str, int], Tensor]:
         """Runs the model once.
 

@@ -128,6 +128,45 @@ def test_interrupted_at_every_batch(gpt2: Any, pairs: tp.Pairs, kept_in: str, tm
         assert again.plan.measured["checks"] == whole.plan.measured["checks"]
 
 
+def without_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """So many runs of more than two jobs do not fit; how many jobs those have that do."""
+    plain, sizes, left = steps.Here._operated, [], [times]
+
+    def operated(self: Any, step: Any, number: int, known: Any) -> Any:
+        call = step.ops[number][1]
+        if call is not None and len(call.jobs) > 2 and left[0]:
+            left[0] -= 1
+            error = torch.OutOfMemoryError("no room")
+            raise step.failed(number, error) from error
+        sizes.extend([len(call.jobs)] if call is not None else [])
+        return plain(self, step, number, known)
+
+    monkeypatch.setattr(steps.Here, "_operated", operated)
+    return sizes
+
+
+@pytest.mark.parametrize("form", ["packed", "staggered", "flat"])
+@pytest.mark.parametrize("kept_in", ["directory", "memory"])
+def test_what_was_divided_is_divided_again(form: Any, kept_in: str, gpt2: Any, pairs: tp.Pairs, tmp_path: Path) -> None:
+    """Where memory ran out while the worlds were run, what goes on later takes them as they came out then."""
+    options: dict[str, Any] = {"batch_size": 8, "form": form}
+    once = recorded(gpt2, pairs, **options)  # which tries the form
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = without_memory(patch, times=2)
+        wanted = once.run()
+    assert not same(once.run(), wanted), "this test would notice nothing"
+    options |= {"directory": tmp_path} if kept_in == "directory" else {}
+    p = recorded(gpt2, pairs, **options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        without_memory(patch, times=2)
+        stop_after(1, patch)
+        p.run()
+    with pytest.MonkeyPatch.context() as patch:
+        again = without_memory(patch, times=0)
+        assert same(recorded(gpt2, pairs, **options).run(), wanted)
+    assert again[:3] == sizes[:3]
+
+
 def test_only_what_is_missing_is_run(gpt2: Any, pairs: tp.Pairs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = recorded(gpt2, pairs, directory=folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -178,7 +217,7 @@ def test_what_a_batch_leaves_behind_is_put_back(gpt2: Any, pairs: tp.Pairs, tmp_
 
     filled = empty()
     for n, batch in enumerate(batches[:2]):
-        with journal.Journal(p.plan, gpt2, p.encoded, store).batch(filled, batch):
+        with journal.Journal(p.plan, gpt2, p.encoded, store).batch(filled, batch, [(3,), (2, 1)][n]):
             assert not filled.noise.any(), "of this batch alone"
             for job in batch.jobs:
                 filled.values[job.row, job.pair] = math.pi * (1 + job.row)
@@ -190,11 +229,14 @@ def test_what_a_batch_leaves_behind_is_put_back(gpt2: Any, pairs: tp.Pairs, tmp_
     assert filled.fired == 1 + 3 + 4
     found, again = empty(), journal.Journal(p.plan, gpt2, p.encoded, store)
     assert again.load() == 6
+    assert [again.runs(batch) for batch in batches[:3]] == [[], [2, 1], []]
     assert again.todo(found, p.plan.groups[0]) == list(batches[2:])
     for name in ("values", "still", "noise", "fired"):
         assert np.array_equal(getattr(found, name), getattr(filled, name), equal_nan=True), name
-    journal.Journal(p.plan, gpt2, p.encoded, store).worlds(filled, p.plan.groups[0])
+    journal.Journal(p.plan, gpt2, p.encoded, store).worlds(filled, p.plan.groups[0], at_once=2)
+    assert again.at_once(p.plan.groups[0]) == 0
     again.load()
+    assert again.at_once(p.plan.groups[0]) == 2
     found.baselines["clean"][:] = 7  # as if the worlds had been run again, on a device that rounds anew each time
     again.worlds(found, p.plan.groups[0])
     assert np.array_equal(found.baselines["clean"], filled.baselines["clean"]), "what the batches were compared to"

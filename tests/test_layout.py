@@ -16,12 +16,23 @@ import tracepatch as tp
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tracepatch"
 ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
-MAY_IMPORT_NNSIGHT = {"models", "requests", "trace"}
+MAY_IMPORT_NNSIGHT = {"models", "requests", "trace", "backward"}
 SHIPPED = {
-    "writing": set(),
+    "norms": set(),
+    "writing": {"tracepatch.norms"},
     "masks": set(),
-    "trace": {"tracepatch.writing", "tracepatch.masks"},
-    "program": {"tracepatch.trace"},
+    "taps": {"tracepatch.norms"},
+    "trace": {"tracepatch.norms", "tracepatch.writing", "tracepatch.masks", "tracepatch.taps"},
+    "backward": {"tracepatch.norms", "tracepatch.writing", "tracepatch.taps", "tracepatch.trace"},
+    "differences": {"tracepatch.norms"},
+    "attention_weights": {"tracepatch.norms", "tracepatch.differences"},
+    "contractions": {
+        "tracepatch.norms",
+        "tracepatch.writing",
+        "tracepatch.differences",
+        "tracepatch.attention_weights",
+    },
+    "program": {"tracepatch.trace", "tracepatch.backward", "tracepatch.contractions"},
 }
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",
@@ -65,7 +76,7 @@ def test_what_runs_in_a_trace_needs_nothing_of_ours() -> None:
         assert not re.search(r"^\s*@|super\(\)|^class ", path.read_text(), re.M)
 
 
-def test_nnsight_stays_in_three_modules() -> None:
+def test_nnsight_stays_in_four_modules() -> None:
     users = {m.stem for m in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "nnsight" for n in imported(m))}
     assert users == MAY_IMPORT_NNSIGHT
     deep = [n for m in modules() for n in imported(m) if n.startswith("nnsight.")]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SWEEP = """
-import json, resource, sys, warnings
+import ctypes, gc, json, re, sys
+from pathlib import Path
 import torch
 from tiny_models import build, tokenizer
 import tracepatch as tp
@@ -27,16 +28,19 @@ metric = tp.metric(lambda logits: logits.logsumexp(-1), name="all logits")
 kind, heads = {"progress": False, "form": sys.argv[3] or None}, ("layer", "head", "pos")
 tp.patch(model, pairs[:1], "z", metric, only={"layer": [0]}, by=("layer", "head"), memory=memory, **kind)
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(which):
+    return 1024 * int(re.search(rf"{which}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 with tp.patching(model, pairs, metric, memory=memory, batch_size=batch_size, form=kind["form"]) as p:
     for layer, head, pos in p.grid("z", by=heads):
         with p.row(layer=layer, head=head, pos=pos):
             p.corrupted.z[layer, pos, head] = p.clean.z[layer, pos, head]
-before = peak()  # with all rows recorded and planned
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now, with all rows recorded and planned
+before = resident("VmRSS")
 result = p.run(progress=False)
-print(json.dumps([peak() - before, p.plan.estimate.bytes, float(result["value"].sum())]))
+print(json.dumps([resident("VmHWM") - before, p.plan.estimate.bytes, float(result["value"].sum())]))
 """
 
 
@@ -57,13 +61,14 @@ def peak(memory: int, batch_size: int = 0, form: str = "") -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets a process forget its peak")
 @pytest.mark.parametrize("form", ["packed", "staggered", "flat"])
 def test_a_sweep_stays_under_its_budget(form: str) -> None:
-    budget = 120_000_000
+    budget = 40_000_000
     taken, estimated, total = peak(budget, form=form)
-    assert taken <= budget
+    assert 0 < taken <= budget
     assert estimated <= budget
     if form == "packed":
         unbounded, _, whole = peak(1 << 50, 1 << 30)
-        assert unbounded >= 10 * taken
+        assert unbounded >= 10 * budget
         assert abs(total - whole) <= 1e-5 * abs(whole)

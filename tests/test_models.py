@@ -14,7 +14,7 @@ from tiny_models import EIGHT, build, tokenizer
 
 import tracepatch as tp
 from tracepatch import errors
-from tracepatch.models import module_of, name_of, remote_of
+from tracepatch.models import fingerprint, module_of, name_of, remote_of
 
 
 @pytest.mark.parametrize("model_type", EIGHT)
@@ -70,6 +70,33 @@ def test_device_map_is_handed_through() -> None:
         assert "accelerate" in str(error)  # noqa: PT017
     else:
         assert module_of(model).device.type == "cpu"
+
+
+def test_weights_that_are_brought_when_needed(tmp_path: Path) -> None:
+    """Where a model does not fit on its devices, accelerate brings parts of it from a disk: the same, but slower."""
+    pytest.importorskip("accelerate")
+    plain, pairs = tp.toys.load("llama"), ioi_pairs(2)
+    places = {"model.embed_tokens": "cpu", "model.layers.1": "cpu", "model.rotary_emb": "cpu"}
+    places |= dict.fromkeys(("model.layers.0", "model.norm", "lm_head"), "disk")
+    model = tp.toys.load("llama", device_map=places, offload_folder=tmp_path / "weights")
+    assert {p.device.type for p in module_of(model).parameters()} == {"cpu", "meta"}
+    assert fingerprint(model) == fingerprint(plain)
+    for component in ("resid_pre", "z", "q", "head_out", "mlp_in", "mlp_in_scale", "logits_in"):
+        assert tp.Architecture(model).offers(component, 0)
+        found = tp.patch(model, pairs, component, directory=tmp_path / "runs")
+        wanted = tp.patch(plain, pairs, component)
+        assert (found["status"] == wanted["status"]).all()
+        assert float(abs(found["value"] - wanted["value"]).max()) < 1e-4
+    with tp.patching(model, pairs, directory=tmp_path / "runs") as p, p.row(layer=0):
+        p.corrupted.z[0, :, 0] = p.clean.z[0, :, 0]
+    assert not p.plan.measured["unstored"]
+
+
+def test_an_embedding_that_is_brought_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(errors.ModelError, match="device_map leaves the token embedding on a disk"):
+        tp.toys.load("llama", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path)
 
 
 def test_attention_is_handed_through() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -206,3 +207,19 @@ def test_memory_bounds_a_run(gpt2: Any, pairs: tp.Pairs) -> None:
     assert largest(batch_size=5) == 5
     assert largest(memory=300_000) < 12
     assert largest(memory=1) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "limit"), [(2_000, 0.2), (100_000, 2.0)])
+def test_planning_takes_no_time(gpt2: Any, count: int, limit: float) -> None:
+    """Seconds of this process, and twice as many where others share the core."""
+    p = tp.patching(gpt2, ioi_pairs(1))
+    for number in range(count):
+        layer, head, pos, scale = number % 3, number // 3 % 4, number // 12 % 14, number // 168
+        with p.row(number=number):
+            p.corrupted.z[layer, pos, head] = (1 + scale) * p.clean.z[layer, pos, head]
+    p.make_plan()  # tries the forms of the model
+    began = time.process_time()
+    plan = p.make_plan()
+    assert time.process_time() - began < 2 * limit
+    assert plan.jobs > count / 2

@@ -40,7 +40,7 @@ def test_variables_and_dims(result: xr.Dataset) -> None:
     np.testing.assert_allclose(result["normalized"], result["effect"] / (result["clean"] - result["corrupted"]))
     assert result["depth"].values.tolist() == [0, 0.5, 1]
     assert result["effect"].attrs["units"] == "logits"
-    assert result["status"].attrs["flag_meanings"] == "absent measured proved_zero pending"
+    assert result["status"].attrs["flag_meanings"] == "absent measured proved_zero pending estimated"
 
 
 def test_tokens_are_shared_or_by_pair(gpt2: Any, result: xr.Dataset) -> None:

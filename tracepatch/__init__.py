@@ -14,15 +14,18 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
-``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
+The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
+``taps``, ``trace``, ``backward``, ``differences``, ``attention_weights``, ``contractions``, ``program``, ``weights``,
+``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``, ``calls``,
+``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
 ``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
 ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
 ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
-``progress``, ``recipe``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
-``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
+``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``estimates``, ``recipe``, ``attribution``,
+``sampling``, ``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``,
+``attending``, ``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``panels``, ``canvas``, ``heatmaps``, ``marks``,
+``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -30,7 +33,15 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
+from tracepatch.attending import attention_attribution, value_flow
+from tracepatch.attribution import attribute
+from tracepatch.auditing import audit
+from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import concat, over_pairs
+from tracepatch.direct import direct_attribution
+from tracepatch.drilling import drill
+from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
+from tracepatch.findings import Audit
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -38,22 +49,36 @@ from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
 from tracepatch.report import write_report
 from tracepatch.resampling import intervals
+from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
+from tracepatch.verifying import verified_top
 
 __all__ = [
     "COMPONENTS",
     "Architecture",
+    "AtP",
+    "AtPStar",
+    "Audit",
+    "Gradients",
+    "IntegratedGradients",
     "Metric",
     "Pairs",
     "Patching",
     "Plan",
     "Recipe",
+    "RelP",
     "Status",
     "adopt",
+    "attention_attribution",
+    "attribute",
+    "audit",
     "concat",
     "cross_entropy",
+    "direct_attribution",
+    "drill",
     "errors",
+    "gradients",
     "intervals",
     "kl",
     "load",
@@ -63,6 +88,7 @@ __all__ = [
     "metric",
     "models",
     "one_token",
+    "open_gradients",
     "open_result",
     "over_pairs",
     "patch",
@@ -73,5 +99,7 @@ __all__ = [
     "recipe",
     "save_result",
     "toys",
+    "value_flow",
+    "verified_top",
     "write_report",
 ]

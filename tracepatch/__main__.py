@@ -20,10 +20,9 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.caveats import noise_of, short
+from tracepatch.caveats import checks_of
 from tracepatch.checklist import Checklist
-from tracepatch.combining import datasets_of
-from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError, plural
+from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -88,6 +87,7 @@ def run(
     found: dict[str, list[xr.Dataset | xr.DataTree]] = {}
     left_out: dict[str, list[str]] = {}
     checklists: dict[str, Checklist] = {}
+    conclusions: dict[str, tuple[str, list[Path]]] = {}
     lines = [_headline(module), ""]
     for label, source in _labelled(model or TOYS):
         loaded = _load(source, dtype, device_map, remote, label)
@@ -98,7 +98,7 @@ def run(
             if check.verdict != "ok":
                 say(f"  {check.verdict}: {check.sentence}", markup=False)
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
-        own: list[xr.Dataset | xr.DataTree] = []
+        own: dict[str, xr.Dataset | xr.DataTree] = {}
         for name, chosen in _recipes(module).items():
             try:
                 result = chosen(loaded, pairs, metrics, checks=checks, directory=directory)
@@ -113,30 +113,37 @@ def run(
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
             found.setdefault(name, []).append(result)
-            own.append(result)
+            own[name] = result
             top = _top(result) if isinstance(result, xr.Dataset) else []
             lines += [f"  {name}", *top, f"    checks: {result.attrs['checks']}"]
             best = top[1].strip() if len(top) > 1 else ""
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
         if own:
-            say(f"  {'checks':<16} {_checked(own)}", markup=False)
+            say(f"  {'checks':<16} {checks_of(list(own.values()))}", markup=False)
+        if hasattr(module, "conclude"):
+            datasets = {name: result for name, result in own.items() if isinstance(result, xr.Dataset)}
+            told = module.conclude(loaded, pairs, metrics, datasets, folder / _safe(label))
+            lines += told
+            say("\n".join(told), markup=False)
+            conclusions[label] = "\n".join(told), sorted(folder.glob(f"{_safe(label)}.*.png"))
         lines.append("")
     for name, results in found.items():
-        datasets = [result for result in results if isinstance(result, xr.Dataset)]
-        for part, one in _by_metric(datasets[0] if len(datasets) == 1 else tp.concat(datasets)) if datasets else ():
+        flat = [result for result in results if isinstance(result, xr.Dataset)]
+        for part, one in _by_metric(flat[0] if len(flat) == 1 else tp.concat(flat)) if flat else ():
             path = folder / f"{name}{part}.png"
             title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
             try:
                 plots.picture(one, title=title).savefig(path, dpi=150)
             except ResultError as error:  # the results are saved, and others may have pictures
-                say(f"no picture of {name}. {error}", markup=False)
+                say(f"no picture of {name}: {error}", markup=False)
                 continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
     say(f"summary {summary}", markup=False)
     if report:
-        _report(folder / "report.html", module, Path(recipe).stem, found, checklists, left_out)
+        told_too = {"checklists": checklists, "left_out": left_out, "conclusions": conclusions}
+        _report(folder / "report.html", module, Path(recipe).stem, found, told_too)
 
 
 @app.command()
@@ -359,25 +366,12 @@ def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
     return [f"    largest {name} effects ({written} into the {base} run):", *(lines or ["    none of note"])]
 
 
-def _checked(results: Sequence[xr.Dataset | xr.DataTree]) -> str:
-    """What the checks of all parts of a recipe found on a model, in one line; the summary has them in full."""
-    told = [str(result.attrs["checks"]) for result in results]
-    if all(text == "off" for text in told):
-        return "off"
-    still = sum("patches change nothing" in text for text in told)
-    noise = noise_of([one for result in results for one in datasets_of(result).values()]).values()
-    floors = ", ".join(f"{short(floor)} {unit}".strip() for floor, unit in noise)
-    unchanged = f"; patches change nothing in {plural(still, 'part')}" if still else ""
-    return f"passed in {plural(len(results), 'part')}; noise up to {floors}{unchanged}"
-
-
 def _report(
     path: Path,
     module: ModuleType,
     name: str,
     results: dict[str, list[xr.Dataset | xr.DataTree]],
-    checklists: dict[str, Checklist],
-    left_out: dict[str, list[str]],
+    options: dict[str, Any],
 ) -> None:
     if not results:
         say("no report: no part of the recipe could be run", markup=False)
@@ -385,8 +379,7 @@ def _report(
     headline, _, text = (inspect.getdoc(module) or name).partition("\n")
     texts = {part: inspect.getdoc(recipe.function) or "" for part, recipe in _recipes(module).items()}
     command = shlex.join(["tracepatch", *sys.argv[1:]])
-    options: dict[str, Any] = {"checklists": checklists, "left_out": left_out, "command": command}
-    tp.write_report(path, results, title=headline, about=text, texts=texts, **options)
+    tp.write_report(path, results, title=headline, about=text, texts=texts, command=command, **options)
     say(f"report {path}", markup=False)
 
 

@@ -29,12 +29,14 @@ from tracepatch.experiments import (
     with_another_last,
 )
 from tracepatch.experts import ROUTED, Experts, Search
-from tracepatch.models import Model, eager_attention, module_of, weightless
+from tracepatch.factors import Nonlinearity, Projection, nonlinearity, projections
+from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.modules import Modules, see
 from tracepatch.probe import Blocks, Layer, Overrides, Sublayer, is_norm, resolution
 from tracepatch.sites import COMPONENTS, SCALES, component
 from tracepatch.trace import named
 from tracepatch.twins import Twin
+from tracepatch.weights import weightless
 
 EAGER = 5.0  # times the rounding of one sum: by how much two ways to compute attention may differ, layer upon layer
 END = 10**9  # after all that passes by in the stack
@@ -211,6 +213,9 @@ class Architecture:
         self._scalings = {n for n in (*norms, self.final_norm) if n and is_division(blocks.by_name[n])}
         self._embed_calls = sum(c.name == embedding.name for c in calls)
         self._head_out = [self._head_projection(module, blocks, layer) for layer in self.layers]
+        parts = ROWS * POSITIONS
+        self._projections = [projections(blocks.by_name, self.attention(i), parts) for i in range(count)]
+        self._nonlinear = [nonlinearity(blocks.by_name, self.mlp(i), parts) for i in range(count)]
 
     def _head_projection(self, module: Any, blocks: Blocks, layer: Layer) -> HeadProjection | str:
         """How a head writes to the stream, or why that is not offered."""
@@ -483,6 +488,14 @@ class Architecture:
         found = self._head_out[layer]
         assert isinstance(found, HeadProjection), found
         return found
+
+    def projections(self, layer: int) -> tuple[Projection, ...]:
+        """The linear maps that take what attention reads; none where they are not known."""
+        return self._projections[layer]
+
+    def nonlinearity(self, layer: int) -> Nonlinearity | str:
+        """Where an MLP is not linear, or why that is not known."""
+        return self._nonlinear[layer]
 
     def units(self, name: str, layer: int) -> int:
         """How many heads, neurons or experts a component has at a layer; 0 if it is not split."""

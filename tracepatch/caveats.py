@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import xarray as xr
 
 from tracepatch.checklist import Checklist
-from tracepatch.combining import main_variable, over_pairs
+from tracepatch.combining import datasets_of, main_variable, over_pairs
 from tracepatch.errors import plural
 from tracepatch.plan import Status
 from tracepatch.resampling import cluster_count
+from tracepatch.results import Result
 
 SOURCES = {
     "Heimersheim & Nanda 2024": "https://arxiv.org/abs/2404.15255",
@@ -120,6 +121,18 @@ def noise_of(results: Sequence[xr.Dataset]) -> dict[tuple[str, str], tuple[float
 def short(number: float) -> str:
     """One digit, as the checks of a run write it."""
     return f"{number:.1g}".replace("e-0", "e-")
+
+
+def checks_of(results: Sequence[Result]) -> str:
+    """What the checks of several runs of a model found, in one line; each run's own line has it in full."""
+    told = [str(result.attrs["checks"]) for result in results]
+    if all(text == "off" for text in told):
+        return "off"
+    still = sum("patches change nothing" in text for text in told)
+    noise = noise_of([one for result in results for one in datasets_of(result).values()]).values()
+    floors = ", ".join(f"{short(floor)} {unit}".strip() for floor, unit in noise)
+    unchanged = f"; patches change nothing in {plural(still, 'part')}" if still else ""
+    return f"passed in {plural(len(results), 'part')}; noise up to {floors}{unchanged}"
 
 
 def _noise(results: Sequence[xr.Dataset]) -> Iterator[Caveat]:

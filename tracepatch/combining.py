@@ -25,8 +25,9 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     main = main_variable(effects)
     if "pair" not in effects[main].dims:
         return effects
+    ratios = {"normalized": main, "normalized_estimate": "estimate"}
     numeric = [
-        v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
+        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
     ]
     present = effects[main].notnull()
     chosen = effects[numeric]
@@ -34,10 +35,11 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean("pair", keep_attrs=True)
-    if "normalized" in effects:
-        gap = whole_difference(effects).where(present).mean("pair")
-        mean = mean.assign(normalized=(mean[main] / gap).transpose(*mean[main].dims))
-        mean["normalized"].attrs = dict(effects["normalized"].attrs)
+    for name, of in ratios.items():
+        if name in effects:
+            gap = whole_difference(effects, name).where(effects[of].notnull()).mean("pair")
+            mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
+            mean[name].attrs = dict(effects[name].attrs)
     if "status" in effects:
         mean = mean.assign(status=_status(effects["status"]))
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):
@@ -49,20 +51,20 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
 
 
-def whole_difference(effects: xr.Dataset) -> xr.DataArray:
-    """What ``normalized`` divides by, for each pair: clean − corrupted, or − the world that stands in for it."""
-    clean, other = (effects[name] for name in ("clean", effects["normalized"].attrs.get("over", "corrupted")))
-    return clean - other
+def whole_difference(effects: xr.Dataset, name: str = "normalized") -> xr.DataArray:
+    """What a fraction divides by, for each pair: clean − corrupted, or − the world that stands in for it."""
+    other = str(effects[name].attrs.get("over", "corrupted"))
+    found: xr.DataArray = effects["clean"] - effects[other]
+    return found
 
 
 def _status(status: xr.DataArray) -> xr.DataArray:
-    """The status of a mean over pairs."""
-    measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
-    # A mean is a proved zero if nothing in it was measured.
-    combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
-    pending = (status == Status.PENDING).any("pair") & ~measured & ~proved  # else it is a mean of what there is
-    combined = (combined + pending * int(Status.PENDING)).astype(np.int8)
-    return combined.assign_attrs(status.attrs)
+    """The status of a mean over pairs: of what is in it, measured before estimated before proved."""
+    found = xr.zeros_like(status.isel(pair=0, drop=True))
+    # What is pending leaves a mean of what there is; a mean is a proved zero if all that is in it was proved.
+    for kind in (Status.PENDING, Status.PROVED_ZERO, Status.ESTIMATED, Status.MEASURED):
+        found = found.where(~(status == kind).any("pair"), int(kind))
+    return found.astype(np.int8).assign_attrs(status.attrs)
 
 
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:

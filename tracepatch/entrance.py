@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from tracepatch.architecture import Architecture
 from tracepatch.jobs import CACHED, EAGER, Job, Read, Term, Write, narrowed
-from tracepatch.sites import SPLIT_READERS, component
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, component
 
 BEFORE = frozenset({"embed"})  # what is over when the stream enters the first layer
 OF_MLP = frozenset({"mlp_out", "experts_out"})  # where an edit of what an MLP adds shows
 OUTSIDE = frozenset({"embed", "cross_attn_out", "logits_in_scale"}) | set(SPLIT_READERS)
+PLAIN = frozenset(COMPONENTS) - OUTSIDE - EAGER  # what a table has as it is
 
 
 def entered(job: Job, length: int, end: int, first: int) -> Job | str:
@@ -27,29 +28,34 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
     """
     if job.reads:
         return "save values"
+    plain = True
     for write in job.writes:
+        if write.component in PLAIN and not write.standing:  # what most edits are
+            continue
+        plain = False
         if component(write.component).module:
             return "touch modules"
         if write.component in OUTSIDE and not (write.standing and write.component in BEFORE):
             return f"edit {write.component}"
         if write.component in EAGER and end < length:
             return f"edit {write.component} where positions are left out"
+    if plain and job.start <= first and end == length:
+        return job
     own = [w for w in job.writes if not w.standing]
-    start, birth = min(first, *(p for w in own for p in w.positions)), min(w.layer for w in own)
-    # A witness stands in the last layer at least.
-    late = [w for w in job.writes if w.standing and w.layer >= birth - 1 and looks_back(w)]
-    if any(min(w.positions) < start or (w.function is not None and max(w.positions) >= end) for w in late):
-        return "edit a world of edited keys or values, or of functions that reach over positions"
-    inside = [
-        p for w in own if w.component != "logits" for p in (*w.positions, *(p for t in w.terms for p in t.positions))
-    ]
-    if max(inside, default=0) >= end:
+    start, birth = min(first, *[min(w.positions) for w in own]), min([w.layer for w in own])
+    if len(own) < len(job.writes):
+        # A witness stands in the last layer at least.
+        late = [w for w in job.writes if w.standing and w.layer >= birth - 1 and looks_back(w)]
+        if any(min(w.positions) < start or (w.function is not None and max(w.positions) >= end) for w in late):
+            return "edit a world of edited keys or values, or of functions that reach over positions"
+        since = next(i for i, w in enumerate(job.writes) if not w.standing)
+        if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):
+            return "edit the stream before a standing edit of it"
+    inside = [along for w in own if w.component != "logits" for along in (w.positions, *[t.positions for t in w.terms])]
+    if end < length and max(map(max, inside), default=0) >= end:
         return "edit or take positions after the last one that is read"
-    since = next(i for i, w in enumerate(job.writes) if not w.standing)
-    if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):
-        return "edit the stream before a standing edit of it"
-    writes = (explicit(w, length) for w in standing_in(job.writes, start, birth, end))
-    return replace(job, writes=tuple(writes), start=start, birth=birth)
+    writes = tuple([explicit(w, length) for w in standing_in(job.writes, start, birth, end)])
+    return Job(job.row, job.pair, job.base, writes, start, birth)
 
 
 def attended(read: Read, length: int) -> Sequence[int]:
@@ -68,12 +74,14 @@ def above(job: Job, architecture: Architecture, seen: Iterable[Read] = ()) -> Jo
     if any(read.component in OF_MLP and read.layer == job.birth for read in seen):
         return job
     first = [w for w in job.writes if w.layer == job.birth]
+    if len(first) > 1 or first[0].component != "mlp_out":
+        return job
     layer = architecture.layers[job.birth] if job.birth < len(architecture) else None
     known = layer is not None and layer.error == 0 and not any(s.stream_norm for s in layer.sublayers)
-    one = first[0] if len(first) == 1 and first[0].component == "mlp_out" else None
+    (one,) = first
     # In 16 bits a sum that is put together otherwise is off by its last bit.
     exact = architecture.dtype.itemsize >= 4
-    if one is None or not (known and exact) or one.function or any(w.standing for w in job.writes):
+    if not (known and exact) or one.function or any(w.standing for w in job.writes):
         return job
     taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
     write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))

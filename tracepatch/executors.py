@@ -19,10 +19,9 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
 from tracepatch.jobs import Job
 from tracepatch.journal import Journal, Measured
-from tracepatch.metrics import Metric
 from tracepatch.models import Model, remote_of
-from tracepatch.packing import halves
-from tracepatch.plan import Batch, Group, Plan, Proof, order_of, parts
+from tracepatch.packing import divided, halves
+from tracepatch.plan import Batch, Group, Plan, Proof, order_of, parts, unpatched
 from tracepatch.remote import There
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Runner, Step, Taken
@@ -122,11 +121,11 @@ class _Run:
             return None
         riding = group.batches[0] if group.rides else None
         if riding is None:
-            lead = self._worlds(group, digest=partial(self._known_worlds, group))
+            lead = self._worlds(group, partial(self._known_worlds, group), self.journal.at_once(group))
         elif riding in todo:
             lead = self._batch(group, riding, partial(self._finished, group, riding))
         else:  # for its worlds, which must round as they did before
-            lead = self._batch(group, riding, partial(self._once_more, group))
+            lead = self._batch(group, riding, partial(self._once_more, group), self.journal.runs(riding))
         rest = (batch for batch in todo if batch is not riding)
         steps = (self._batch(group, batch, partial(self._finished, group, batch)) for batch in rest)
         return lead, itertools.chain(steps, [self._again(group)] if again else [])
@@ -151,16 +150,19 @@ class _Run:
     # --------------------------------------------------------------------------------------------- what is to be done
 
     def _worlds(self, group: Group, digest: Callable[[list[Taken]], None], at_once: int = 0) -> Step:
-        """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write."""
+        """Runs the worlds of a group, edited ones last; their baselines, and the values that edits will write.
+
+        A run has so many prompts at once, or as many as the budget has room for.
+        """
         needed = sorted(group.needed)
         edits_logits = ("logits", 0) in needed
-        late = [m for m in self.plan.metrics if _references(m)]  # a divergence needs the clean logits first
-        direct = [m for m in self.plan.metrics if not _references(m)]
-        at_once = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
+        late = [m for m in self.plan.metrics if m.compares]  # a divergence needs the clean logits first
+        direct = [m for m in self.plan.metrics if not m.compares]
+        most = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
         ops: list[tuple[tuple[Any, ...], Call | None]] = []
         largest = 0
-        for jobs in (_pristine(group, self.plan), *group.edited):  # an edited world takes values of those before it
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), at_once)
+        for jobs in group.stages(self.plan.worlds):
+            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), most)
             largest = max(largest, *map(len, split))
             for part in split:
                 call = self.tracer.call(
@@ -174,10 +176,15 @@ class _Run:
         def smaller() -> list[Step]:
             return [self._worlds(group, digest, largest // 2)] if largest > 1 else []
 
-        return Step(tuple(ops), partial(self._failed, ops), digest, smaller)
+        return Step(tuple(ops), partial(self._failed, ops), digest, smaller, at_once=at_once)
 
-    def _batch(self, group: Group, batch: Batch, digest: Callable[[list[Taken]], None]) -> Step:
-        """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it."""
+    def _batch(
+        self, group: Group, batch: Batch, digest: Callable[[list[Taken]], None], runs: Sequence[int] = ()
+    ) -> Step:
+        """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it.
+
+        Or several, of so many rows each, as an earlier run of this batch had to be divided.
+        """
         raw = self.plan.rows[batch.jobs[0].row].raw if batch.jobs else None
         if raw is not None:
             return self._raw(group, batch, raw, digest)
@@ -187,20 +194,23 @@ class _Run:
         else:
             base, pair = batch.jobs[0].base, batch.jobs[0].pair
             edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
-            everyone = (next(edited, _unpatched(pair, base)), *batch.jobs)
+            everyone = (next(edited, unpatched(pair, base)), *batch.jobs)
         rides = batch.computes_worlds
         keep = sorted(group.needed) if rides else ()
         call = self.tracer.call(
             group, everyone, self.plan.metrics, table=table, keep=keep, keep_past=rides and group.cached
         )
 
+        def as_parts(several: Iterable[Batch]) -> list[Step]:
+            return [self._batch(group, part, digest) for part in several]
+
         def smaller() -> list[Step]:
-            several = halves(batch) if len(batch.jobs) > 1 else ()
-            return [self._batch(group, half, digest) for half in several]
+            return as_parts(halves(batch)) if len(batch.jobs) > 1 else []
 
         ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
         ops.append((("run", call.run, "worlds" if rides else ""), call))
-        return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch)
+        instead = tuple(as_parts(divided(batch, runs))) if len(runs) > 1 else ()
+        return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch, instead=instead)
 
     def _raw(
         self, group: Group, batch: Batch, function: Callable[[Any], Any], digest: Callable[[list[Taken]], None]
@@ -239,11 +249,12 @@ class _Run:
     def _known_worlds(self, group: Group, taken: list[Taken]) -> None:
         """Reads the baselines, and keeps them."""
         self._read_worlds(group, taken)
-        self.journal.worlds(self, group)
+        ((step, _),) = taken
+        self.journal.worlds(self, group, step.at_once)
 
     def _finished(self, group: Group, batch: Batch, taken: list[Taken]) -> None:
         """Reads a batch that was run for its rows, and keeps what it gave."""
-        with self.journal.batch(self, batch):
+        with self.journal.batch(self, batch, [step.rows for step, _ in taken]):
             self._read(group, taken)
         if batch.computes_worlds:
             self.journal.worlds(self, group)
@@ -259,7 +270,7 @@ class _Run:
     def _read_worlds(self, group: Group, taken: list[Taken]) -> None:
         ((step, found),) = taken
         scores: list[torch.Tensor] = []
-        stages = iter((_pristine(group, self.plan), *group.edited))
+        stages = iter(group.stages(self.plan.worlds))
         for (op, call), given in zip(step.ops, found, strict=True):
             if call is not None:
                 scores.append(self.tracer.outcome(call, *given).scores)
@@ -273,7 +284,7 @@ class _Run:
         """Puts down the values of worlds: of metrics read in their runs, and of those that compare with them."""
         found, taken = [], [0, 0]
         for metric in self.plan.metrics:
-            which, width = int(_references(metric)), 1 + len(metric.parts)
+            which, width = int(metric.compares), 1 + len(metric.parts)
             found.append((direct, late)[which][:, taken[which] : taken[which] + width])
             taken[which] += width
         values = torch.cat(found, 1).double().numpy()
@@ -384,15 +395,3 @@ def _judged(part: Batch, spoilt: list[Batch], taken: list[Taken]) -> None:
     """Adds a batch to the spoilt ones if it gave numbers that are not finite."""
     if not all(bool(found[-1][0].isfinite().all()) for _, found in taken):
         spoilt.append(part)
-
-
-def _pristine(group: Group, plan: Plan) -> list[Job]:
-    return [_unpatched(pair, world) for pair in group.pairs for world in plan.worlds]
-
-
-def _unpatched(pair: int, world: WorldName) -> Job:
-    return Job(-1, pair, world, (), 0, 0)
-
-
-def _references(metric: Metric) -> bool:
-    return any(need in ("clean", "corrupted") for need in metric.needs)

@@ -10,9 +10,10 @@ from torch import nn
 
 from tracepatch.calls import POSITIONS, Call, record
 from tracepatch.errors import ArchitectureError, ModelError, listing
+from tracepatch.norms import norm_parts
 from tracepatch.probe import Layer, close, resolution
 from tracepatch.trace import named
-from tracepatch.writing import norm_parts
+from tracepatch.weights import brought
 
 ROWS = 3  # prompts of the probe
 
@@ -33,7 +34,8 @@ def require_finite(module: Any, logits: torch.Tensor) -> None:
     """
     if bool(torch.isfinite(logits).all()):
         return
-    bad = [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]
+    weights = {**dict(module.named_parameters()), **brought(module)}
+    bad = [name for name, p in weights.items() if not torch.isfinite(p).all()]
     raise ModelError(
         f"{type(module).__name__} gives NaN or inf on a plain forward of random tokens. "
         + (

@@ -21,7 +21,7 @@ from tracepatch.executors import run
 from tracepatch.jobs import EAGER
 from tracepatch.layout import stops
 from tracepatch.metrics import Given, Metric
-from tracepatch.models import Model, module_of, weightless
+from tracepatch.models import Model, module_of
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
 from tracepatch.recording import Recorder
@@ -30,6 +30,7 @@ from tracepatch.table import FORMS, Form
 from tracepatch.tokens import BosPolicy, EncodedPairs
 from tracepatch.trace import PLAIN, forward, named
 from tracepatch.twins import Twin
+from tracepatch.weights import weightless
 
 LENGTH, DIFFER = 9, (2, 5)  # of the prompts that are tried, and where the two of each pair differ
 READ = 8  # logits that are compared

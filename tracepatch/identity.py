@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracepatch.models import Model, module_of, remote_of, source_of, versions, weightless
+from tracepatch.models import Model, module_of, remote_of, source_of, versions
 from tracepatch.sources import Constant
+from tracepatch.weights import brought, weightless
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size})
 OURS = frozenset({"tracepatch", "nnsight", "transformers", "torch", "numpy", "math", "builtins", "einops", "operator"})
@@ -177,7 +178,7 @@ def context(model: Model, eager: bool) -> str:
     """
     module = module_of(model)
     config = {k: v for k, v in module.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    states = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    states = {**dict(module.named_parameters()), **dict(module.named_buffers()), **brought(module)}
     if weightless(module):
         weights = [f"{source_of(model)} at {getattr(module.config, '_commit_hash', None)} on {remote_of(model)}"]
     else:

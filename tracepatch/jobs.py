@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tracepatch.sites import SPLIT_READERS, component
@@ -110,17 +110,30 @@ class Read:
 def narrowed(write: Write, chosen: Sequence[int]) -> Write:
     """The write at some of its positions."""
     terms = tuple(
-        t
-        if len(t.positions) == 1 and len(write.positions) > 1
-        else replace(t, positions=tuple(t.positions[i] for i in chosen))
-        for t in write.terms
+        t if len(t.positions) == 1 and len(write.positions) > 1 else _narrowed(t, chosen) for t in write.terms
     )
-    return replace(
-        write,
-        positions=tuple(write.positions[i] for i in chosen),
-        offsets=tuple(write.offsets[i] for i in chosen),
-        terms=terms,
+    positions, offsets = (tuple([along[i] for i in chosen]) for along in (write.positions, write.offsets))
+    return Write(
+        write.component,
+        write.layer,
+        positions,
+        offsets,
+        write.units,
+        write.add,
+        terms,
+        write.constant,
+        write.recorded,
+        write.scalar,
+        write.function,
+        write.srcs,
+        write.renormalize,
+        write.standing,
     )
+
+
+def _narrowed(term: Term, chosen: Sequence[int]) -> Term:
+    positions = tuple([term.positions[i] for i in chosen])
+    return Term(term.factor, term.world, term.component, term.layer, positions, term.units, term.srcs)
 
 
 def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:

@@ -2,7 +2,9 @@
 
 A batch is known by what it depends on (``identity``): the model with all its weights, the tokens, the worlds of its
 pairs, every edit, the metrics, and the versions of what computes. So a batch of another run is taken exactly where it
-would come out the same, to the last bit, and one directory serves any number of recipes, models and processes.
+would come out the same, to the last bit, and one directory serves any number of recipes, models and processes. Where
+memory had no room for a run, how it was divided is kept with its numbers, and done again in the same way where others
+need its worlds: so what continues a run gives what that run would have given.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -138,18 +140,42 @@ class Journal:
         """Whether nothing is known of a group's worlds: no run has finished them."""
         return id(group) not in self._entries
 
-    def worlds(self, numbers: Numbers, group: Group) -> None:
-        """Keeps the baselines of a group once its worlds have run; those that were kept before stay as they were."""
+    def runs(self, batch: Batch) -> list[int]:
+        """The rows of each run that a finished batch was divided into for lack of memory; nothing if it was not."""
+        return self._told(id(batch), "runs", [])  # type: ignore[no-any-return]  # of JSON
+
+    def at_once(self, group: Group) -> int:
+        """How many prompts of a group's worlds were run at once, if fewer than the budget allows; else 0."""
+        return self._told(id(group), "at once", 0)  # type: ignore[no-any-return]  # of JSON
+
+    def _told(self, step: int, fact: str, otherwise: Any) -> Any:
+        found = self._entries.get(step)
+        return json.loads(found.facts[fact]) if found is not None and fact in found.facts else otherwise
+
+    def worlds(self, numbers: Numbers, group: Group, at_once: int = 0) -> None:
+        """Keeps the baselines of a group once its worlds have run; those that were kept before stay as they were.
+
+        Args:
+            numbers: The run's.
+            group: Of the worlds.
+            at_once: How many prompts were run at once, if fewer than the budget allows.
+        """
         if id(group) in self._entries:
             self._fill_worlds(numbers, group)
             return
         found = np.stack([baseline[list(group.pairs)] for baseline in numbers.baselines.values()])
-        names = {"worlds": json.dumps(list(numbers.baselines))}
-        self._keep(id(group), Entry({"baselines": torch.from_numpy(found)}, names))
+        facts = {"worlds": json.dumps(list(numbers.baselines))} | ({"at once": str(at_once)} if at_once else {})
+        self._keep(id(group), Entry({"baselines": torch.from_numpy(found)}, facts))
 
     @contextmanager
-    def batch(self, numbers: Numbers, batch: Batch) -> Iterator[None]:
-        """Keeps what a batch leaves behind, once the block has ended well."""
+    def batch(self, numbers: Numbers, batch: Batch, runs: Sequence[int]) -> Iterator[None]:
+        """Keeps what a batch leaves behind, once the block has ended well.
+
+        Args:
+            numbers: The run's.
+            batch: What was measured.
+            runs: In how many runs of how many rows each: several where memory had no room for one.
+        """
         noise, fired, saved = numbers.noise, numbers.fired, numbers.saved
         numbers.noise, numbers.fired, numbers.saved = np.zeros_like(noise), 0, {}
         try:
@@ -162,7 +188,8 @@ class Journal:
                 "noise": torch.from_numpy(numbers.noise),
             }
             live = {f"saved.{place[row, pair]}.{n}": one for (row, n, pair), one in numbers.saved.items()}
-            self._keep(id(batch), Entry(tensors | live, {"fired": str(numbers.fired)}))
+            facts = {"fired": str(numbers.fired)} | ({"runs": json.dumps(list(runs))} if len(runs) > 1 else {})
+            self._keep(id(batch), Entry(tensors | live, facts))
         finally:
             numbers.noise = np.fmax(noise, numbers.noise)
             numbers.fired += fired

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -76,8 +76,12 @@ def stops(
     seats: Seats | None = None,
     chosen: Sequence[int] = (),
     until: int | None = None,
+    slopes: Mapping[Place, Sequence[tuple[int, tuple[Any, ...]]]] | None = None,
 ) -> tuple[Stop, ...]:
-    """The places to visit, in the order in which they pass by, each with what is kept, written and saved there."""
+    """The places to visit, in the order in which they pass by, each with what is kept, written and saved there.
+
+    With ``slopes``, of ``slopes.Slopes``, also with what a backward needs.
+    """
     keep, shadows, reads = set(keep), shadows or {}, dict(reads or {})
     known = reads.pop(KNOWN, ())
     tasks: dict[Place, list[tuple[int, tuple[Any, ...]]]] = defaultdict(list)
@@ -91,16 +95,16 @@ def stops(
             _head_out(architecture, layer, tasks, task)
         elif name in ("attn_in", "mlp_in"):
             stream, norm, place = architecture.reader(name, layer)
-            tasks[stream].append((_before(stream, place), ("aside", (name, layer))))
+            tasks[stream].append((keep_before(stream, place), ("aside", (name, layer))))
             tasks[place].append((stage, ("reader", (name, layer), *task, (name, layer), norm)))
         elif name in SCALES:
             stream, norm, place = architecture.scaled(name, layer)
             aside = (name.removesuffix("_scale"), layer)
-            tasks[stream].append((_before(stream, place), ("aside", aside)))
+            tasks[stream].append((keep_before(stream, place), ("aside", aside)))
             tasks[place].append((stage, ("scale", (name, layer), *task, aside, norm, *_owners(name, layer, shadows))))
         elif name in SPLIT_READERS:
             stream, norm, place = architecture.reader(name, layer)
-            tasks[stream].append((_before(stream, place), ("aside", ("attn_in", layer))))
+            tasks[stream].append((keep_before(stream, place), ("aside", ("attn_in", layer))))
             edited, reading, taken = shadows[name, layer]
             rows, changed, saves = edited
             count = architecture.units(name, layer)
@@ -123,8 +127,10 @@ def stops(
             tasks[place].append((stage, ("plain", (name, layer), *task, 0, place.scale)))
         else:
             place = architecture.place(name, layer)
-            heads = architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
+            heads = heads_of(architecture, name, layer)
             tasks[place].append((stage, ("plain", (name, layer), *task, heads, place.scale)))
+    for place, several in (slopes or {}).items():
+        tasks[place] += several
     if until is not None:
         found += ending(architecture, until)
     if seats and seats.table:
@@ -154,7 +160,12 @@ def _slots(architecture: Architecture, place: Place, seats: Seats | None) -> int
     return seats.slots(layer)
 
 
-def _before(stream: Place, reads: Place) -> int:
+def heads_of(architecture: Architecture, name: str, layer: int) -> Any:
+    """How heads stand in what passes by: so many side by side, before the positions (``"first"``), or none (0)."""
+    return architecture.units(name, layer) if name == "z" else "first" if name in ("q", "k", "v") else 0
+
+
+def keep_before(stream: Place, reads: Place) -> int:
     """When to keep the stream for one reader: after what is written at its norm, before what is written at itself."""
     return FIRST if stream == reads else LAST
 

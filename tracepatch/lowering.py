@@ -12,7 +12,7 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
-from tracepatch.reach import LAST, canonical, indices, of_logits, reaches, read_at
+from tracepatch.reach import LAST, canonical, indices, of_logits, reached, read_at
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
@@ -60,6 +60,31 @@ class Profile:
         return min(self.differing, default=self.length)
 
 
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """What a site is in prompts of one length.
+
+    Attributes:
+        place: Component and layer, one name for each place of the stream.
+        positions: The positions.
+        offsets: As many numbers from 0 on.
+        units: Heads or neurons; ``None`` for all, or where there are none.
+        srcs: The positions attended to; ``None`` for all, or where there are none.
+        scalar: Whether the index was one integer: for positions, units, sources.
+        split: Whether it has units.
+        attends: Whether it has positions that are attended to.
+    """
+
+    place: tuple[str, int]
+    positions: tuple[int, ...]
+    offsets: tuple[int, ...]
+    units: tuple[int, ...] | None
+    srcs: tuple[int, ...] | None
+    scalar: tuple[bool, bool, bool]
+    split: bool
+    attends: bool
+
+
 class Lowering:
     """Rows → writes, for pairs of one profile."""
 
@@ -81,6 +106,12 @@ class Lowering:
             name: min((min(e.site.pos.resolve(profile.length) or (0,)) for e in edits), default=profile.length)
             for name, edits in self.standing.items()
         }
+        self._targeted = {(read.component, read.layer) for read in self.targets}
+        # What many rows share is found once.
+        self._sites: dict[Site, Cells] = {}
+        self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
+        self._reach: dict[Any, frozenset[int]] = {}
+        self._agreement: dict[Any, frozenset[int]] = {}
 
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
@@ -100,8 +131,10 @@ class Lowering:
         if row.raw is not None:  # nothing is known of it
             return (), Proof.NONE
         edits = [(edit, True) for edit in self.standing.get(row.base, ())] + [(edit, False) for edit in row.edits]
+        if len(edits) > 1:
+            edits.sort(key=lambda pair: self._moment(pair[0]))
         try:
-            writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
+            writes = [self._write(edit, old) for edit, old in edits]
         except SiteError:
             return (), Proof.ABSENT
         if not row.edits and not self.reads(row):
@@ -111,8 +144,8 @@ class Lowering:
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
-        mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
-        mixed = any(w.function is not None for w in writes)
+        acting = [n for n, w in enumerate(writes) if w.function is not None]
+        mixing = [n for n in acting if len(writes[n].positions) > 1]
         for number, write in enumerate(writes):
             if write.standing:
                 if write.function is not None and len(write.positions) > 1:  # it may mix positions
@@ -121,12 +154,14 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p, carried, mixed)]
+            inside = self._reached(write, carried, mixed=bool(acting))
+            reach = [i for i, p in enumerate(write.positions) if p in inside]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
                 kept.append(write)
                 continue
-            alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]
+            inert = self._inert(write, row.base)
+            alive = [i for i in reach if write.positions[i] >= live or write.positions[i] not in inert]
             unreachable |= len(reach) < len(write.positions)
             equal |= len(alive) < len(reach)
             if not alive:
@@ -152,47 +187,51 @@ class Lowering:
 
     def _moment(self, edit: Edit) -> tuple[float, int, int]:
         """When an edit acts in the forward; the stream leaving a layer comes before the same one entering the next."""
-        site = edit.site
-        last = site.component in LAST or component(site.component).module
-        layer = self.depth if last else site.layer
-        return self.architecture.span(site.component, site.layer)[1], layer, stage(site.component)
+        name, layer = place = edit.site.component, edit.site.layer
+        found = self._moments.get(place)
+        if found is None:
+            last = name in LAST or component(name).module
+            found = self.architecture.span(name, layer)[1], self.depth if last else layer, stage(name)
+            self._moments[place] = found
+        return found
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
-        site, source, kind = edit.site, edit.source, component(edit.site.component)
-        positions, units, srcs = self._indices(site)
-        constant = None
+        site, source = edit.site, edit.source
+        here, constant = self._cells(site), None
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
             values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [(positions, units, srcs) if v.site == site else self._indices(v.site) for _, v in values]
-        by_unit = kind.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _ in places)):
-            units = tuple(range(self.architecture.units(site.component, site.layer)))
-        if srcs is None and any(attended is not None for _, _, attended in places):
+        places = [here if value.site is site else self._cells(value.site) for _, value in values]
+        units, srcs = here.units, here.srcs
+        by_unit = here.attends or site.component in SPLIT_READERS
+        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there in places)):
+            units = self._every(site)
+        if srcs is None and any(there.srcs for there in places):
             srcs = tuple(range(self.profile.length))
         terms = []
-        for (factor, value), (here, heads, attended) in zip(values, places, strict=True):
-            if units is not None and heads is None and component(value.site.component).unit:
-                heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
-            if srcs is not None and attended is None and component(value.site.component).attends:
+        for (factor, value), there in zip(values, places, strict=True):
+            heads, attended = there.units, there.srcs
+            if units is not None and heads is None and there.split:
+                heads = self._every(value.site)
+            if srcs is not None and attended is None and there.attends:
                 attended = tuple(range(self.profile.length))
-            name, layer = canonical(value.site, self.depth)
+            name, layer = there.place
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
-            terms.append(Term(factor, value.world, name, layer, here, heads, attended))
+            terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended))
         return Write(
-            *(("logits", self.depth) if site.component == "logits" else canonical(site, self.depth)),
-            positions=positions,
-            offsets=tuple(range(len(positions))),
+            *(("logits", self.depth) if site.component == "logits" else here.place),
+            positions=here.positions,
+            offsets=here.offsets,
             units=units,
             add=edit.add,
             terms=tuple(terms),
             constant=constant,
-            recorded=len(positions),
-            scalar=(site.pos.scalar, site.unit.scalar, site.src.scalar),
+            recorded=len(here.positions),
+            scalar=here.scalar,
             function=source if isinstance(source, Function) else None,
             srcs=srcs,
             renormalize=edit.renormalize,
@@ -213,34 +252,79 @@ class Lowering:
             total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
         return Constant.of(total)
 
-    def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
-        return indices(site, self.architecture, self.profile.length)
+    def _cells(self, site: Site) -> Cells:
+        """What a site is in these prompts; found once, as many edits write and take the same."""
+        found = self._sites.get(site)
+        if found is None:
+            positions, units, srcs = indices(site, self.architecture, self.profile.length)
+            kind = component(site.component)
+            found = self._sites[site] = Cells(
+                canonical(site, self.depth),
+                positions,
+                tuple(range(len(positions))),
+                units,
+                srcs,
+                (site.pos.scalar, site.unit.scalar, site.src.scalar),
+                kind.unit is not None,
+                kind.attends,
+            )
+        return found
 
-    def _reaches(self, write: Write, position: int, carried: bool, mixed: bool) -> bool:
-        return any(reaches(self.architecture, write, position, read, carried, mixed) for read in self.targets)
+    def _every(self, site: Site) -> tuple[int, ...]:
+        return tuple(range(self.architecture.units(site.component, site.layer)))
 
-    def _inert(self, write: Write, i: int, base: WorldName) -> bool:
-        """Whether the source equals the base at the i-th position, given that no earlier edit has reached it."""
-        position = write.positions[i]
+    def _reached(self, write: Write, carried: bool, mixed: bool) -> frozenset[int]:
+        """The positions at which a write may change what is read."""
+        place = write.component, write.layer
+        key = place, write.units if place in self._targeted else None, carried, mixed
+        found = self._reach.get(key)
+        if found is None:
+            each = [reached(self.architecture, write, read, carried, mixed) for read in self.targets]
+            found = frozenset(p for p in range(self.profile.length) if any(p in one for one in each))
+            self._reach[key] = found
+        return found
+
+    def _inert(self, write: Write, base: WorldName) -> Container[int]:
+        """The positions at which the source equals the base, given that no earlier edit has reached them."""
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)
         here = name, write.layer, units, write.srcs
+        agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            if term.factor == 1 and (term.component, term.layer, term.units, term.srcs) == here:
-                same_place = term.positions[min(i, len(term.positions) - 1)] == position
-                return same_place and self._agrees(term.world, base, term.component, term.layer, position)
-        left: dict[tuple[Any, ...], float] = defaultdict(float)
-        for term in write.terms:
-            p = term.positions[min(i, len(term.positions) - 1)]
-            world = base if self._agrees(term.world, base, term.component, term.layer, p) else term.world
-            left[world, p, term.component, term.layer, term.units, term.srcs] += term.factor
-        if not write.add:
-            left[base, position, *here] -= 1.0
-        return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
+            same_place = (term.component, term.layer, term.units, term.srcs) == here
+            if same_place and term.positions == write.positions:  # what most edits are
+                return agreed[0] if term.factor == 1 else ()
+        if write.constant is not None and bool(write.constant.tensor.any()):
+            return ()
+        known: dict[Any, bool] = {}  # which terms agree with the base decides, and how far off they are taken
+        found = set()
+        for i, position in enumerate(write.positions):
+            at = [term.positions[min(i, len(term.positions) - 1)] for term in write.terms]
+            key = tuple((p - position, p in same) for p, same in zip(at, agreed, strict=True))
+            if key not in known:
+                left: dict[tuple[Any, ...], float] = defaultdict(float)
+                for term, (off, same) in zip(write.terms, key, strict=True):
+                    world = base if same else term.world
+                    left[world, off, term.component, term.layer, term.units, term.srcs] += term.factor
+                if not write.add:
+                    left[base, 0, *here] -= 1.0
+                known[key] = not any(left.values())
+            if known[key]:
+                found.add(position)
+        return found
 
-    def _agrees(self, one: WorldName, other: WorldName, name: str, layer: int, position: int) -> bool:
-        """Whether two worlds have the same value there."""
+    def _agreed(self, one: WorldName, other: WorldName, name: str, layer: int) -> frozenset[int]:
+        """The positions at which two worlds have the same value there."""
+        local = self.architecture.local_embedding and layer == 0 and name in LOCAL
+        found = self._agreement.get((one, other, local))
+        if found is None:
+            found = frozenset(p for p in range(self.profile.length) if self._agrees(one, other, local, p))
+            self._agreement[one, other, local] = found
+        return found
+
+    def _agrees(self, one: WorldName, other: WorldName, local: bool, position: int) -> bool:
+        """Whether two worlds agree at a position, where what stands there depends on its own token alone or on all."""
         if one == other:
             return True
         length = self.profile.length
@@ -249,8 +333,9 @@ class Lowering:
         if self._root(one) == self._root(other):
             return True
         pristine = one not in self.edited and other not in self.edited
-        local = pristine and self.architecture.local_embedding and layer == 0 and name in LOCAL
-        return position not in self.profile.differing if local else position < self.profile.first
+        if local and pristine:
+            return position not in self.profile.differing
+        return position < self.profile.first
 
     def _root(self, name: WorldName) -> WorldName:
         return self.edited[name].root if name in self.edited else name
@@ -258,6 +343,8 @@ class Lowering:
 
 def _drop_overwritten(writes: list[Write]) -> list[Write]:
     """A later `=` overrides what the row wrote there before, unless something in between depends on that."""
+    if len({(w.component, w.layer) for w in writes}) == len(writes):
+        return writes
     kept: list[Write] = []
     for write in writes:
         if not (write.add or _depends(write)):

@@ -10,7 +10,8 @@ import torch
 
 from tracepatch.architecture import Architecture
 from tracepatch.calls import floats
-from tracepatch.models import Model, device_of, module_of, weightless
+from tracepatch.models import Model, device_of, module_of
+from tracepatch.weights import weightless
 
 
 class Meter:

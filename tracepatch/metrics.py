@@ -71,6 +71,11 @@ class Metric:
         return f"at position {self.positions}" if self.site is None else f"of {self.site}"
 
     @property
+    def compares(self) -> bool:
+        """Whether it compares with the logits of a world, which must be known before."""
+        return any(need in ("clean", "corrupted") for need in self.needs)
+
+    @property
     def told(self) -> str:
         """What it does, with the activation that it reads."""
         return self.note if self.site is None else f"{self.reads}: {self.note}".rstrip(": ")

@@ -40,6 +40,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
+from tracepatch.weights import bringer_of, brought, weightless
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
@@ -234,6 +235,11 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         if not name:
             raise ModelError(f"A {type(module).__name__} module comes without a tokenizer: pass tokenizer=.")
         tokenizer = name
+    if bringer_of(module.get_input_embeddings()) is not None:
+        raise ModelError(
+            "device_map leaves the token embedding on a disk or a CPU, to be brought whenever it is needed: give it a "
+            "place of its own. Any other module may stand elsewhere."
+        )
     # Without weights it would be moved off the meta device, which fails.
     device = {"device": "meta"} if weightless(module) else {}
     # The task decides which preprocessors nnsight keeps, no more; "text-generation" complains about encoders.
@@ -266,11 +272,6 @@ def room_of(model: Model) -> int | None:
         return None
     own = sum(p.numel() * p.element_size() for p in module_of(model).parameters() if p.device == device)
     return max(1 << 28, int(torch.cuda.get_device_properties(device).total_memory - own) // 2)
-
-
-def weightless(module: torch.nn.Module) -> bool:
-    """Whether some parameters of a module are shapes only, on the meta device."""
-    return any(p.device.type == "meta" for p in module.parameters())
 
 
 def remote_of(model: Model) -> bool | str:
@@ -338,7 +339,8 @@ def limits(model: Model) -> tuple[int, int, int | None]:
 def fingerprint(model: Model) -> str:
     """A short hash of the weights: names, shapes, dtypes and 256 evenly spaced values of every parameter."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module_of(model).state_dict().items()):
+    module = module_of(model)
+    for name, tensor in sorted((module.state_dict() | brought(module)).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type == "meta":
             continue

@@ -7,6 +7,7 @@ flat batch, as is everything on a model that allows no table. A row's raw trace 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -251,9 +252,12 @@ class Packer:
         """The table of some rows, or several where memory has no room for one."""
         everyone = [self._witness(jobs, end), *jobs]
         runs = len({(job.pair, job.base) for job in jobs}) if self.form == "packed" else len(jobs)
-        lanes = (n for n in LANES if n == 1 or runs < n <= len(jobs))
-        tried = [seat(everyone, self.form, self.depth, end, lanes=n) for n in lanes]
-        table = min(tried, key=self.costs.seconds)
+        table = seat(everyone, self.form, self.depth, end)
+        for lanes in (n for n in LANES[1:] if runs < n <= len(jobs)):
+            wider = seat(everyone, self.form, self.depth, end, lanes=lanes)
+            if self.costs.seconds(wider) >= self.costs.seconds(table):
+                break
+            table = wider
         if self._too_large(table) and len(jobs) > 1:
             middle = len(jobs) // 2
             yield from self._table(jobs[:middle], end)
@@ -293,14 +297,20 @@ class Packer:
 def halves(batch: Batch) -> tuple[Batch, Batch]:
     """A batch in two, for when there was not enough memory; the worlds are then computed in both."""
     middle = len(batch.jobs) // 2
-    parts_of = batch.jobs[:middle], batch.jobs[middle:]
-    table = batch.table
-    if table is None:
-        return Batch(parts_of[0]), Batch(parts_of[1])
-    depth = len(table.shape) - 1
-    worlds, witness = table.jobs[: table.worlds], table.jobs[table.worlds]
-    one, two = (Batch(jobs, seat([witness, *jobs], table.form, depth, table.end, worlds=worlds)) for jobs in parts_of)
+    one, two = divided(batch, (middle, len(batch.jobs) - middle))
     return one, two
+
+
+def divided(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
+    """A batch in parts of so many rows, as it was halved, and halved again."""
+    rest, table = iter(batch.jobs), batch.table
+    for size in sizes:
+        jobs = tuple(itertools.islice(rest, size))
+        if table is None:
+            yield Batch(jobs)
+            continue
+        worlds, witness = table.jobs[: table.worlds], table.jobs[table.worlds]
+        yield Batch(jobs, seat([witness, *jobs], table.form, len(table.shape) - 1, table.end, worlds=worlds))
 
 
 def _rides(job: Job) -> bool:

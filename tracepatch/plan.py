@@ -28,6 +28,7 @@ class Status(IntEnum):
     MEASURED = 1
     PROVED_ZERO = 2
     PENDING = 3
+    ESTIMATED = 4
 
 
 class Proof(IntEnum):
@@ -65,6 +66,11 @@ def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list
     for item in items:
         same.setdefault(length(item), []).append(item)
     return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
+
+
+def unpatched(pair: int, world: WorldName) -> Job:
+    """A run of a world as it is."""
+    return Job(-1, pair, world, (), 0, 0)
 
 
 def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
@@ -131,6 +137,10 @@ class Group:
     def rides(self) -> bool:
         """Whether its first batch computes the worlds."""
         return bool(self.batches) and self.batches[0].computes_worlds
+
+    def stages(self, worlds: Sequence[WorldName]) -> tuple[Sequence[Job], ...]:
+        """Runs of its worlds: unpatched ones, pair by pair, then edited ones, which take values of those before."""
+        return [unpatched(pair, world) for pair in self.pairs for world in worlds], *self.edited
 
     @property
     def cached(self) -> bool:

@@ -5,9 +5,11 @@ Decides everything and touches no tensor of the model.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +35,7 @@ from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.reach import layers_needed, read_at
 from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Function, Value, WorldName
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -41,6 +43,19 @@ MEMORY = 1 << 30
 TRIES = 20  # rows among which one is looked for that forwards reach
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: again and again it would look through all rows, and find none of them dead."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def make_plan(
     architecture: Architecture,
     encoded: EncodedPairs,
@@ -94,8 +109,8 @@ def make_plan(
         raise RecipeError(
             "The recipe recorded no rows: nothing would be patched. Write edits inside `with p.row(...):`."
         )
-    _require_given(metrics, encoded)
-    profiles = [_profile(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
+    require_given(metrics, encoded)
+    profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
     if any(_draws(edit) for edit in edits):
         profiles = [
@@ -141,7 +156,7 @@ def make_plan(
                 continue
             seen[key] = number
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
-    standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
+    standing = [[world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
     until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
     if until <= len(architecture) and ends:
@@ -168,7 +183,7 @@ def make_plan(
         batch_size,
         standing,
         roots,
-        rides=rides and not any(need in ("clean", "corrupted") for m in metrics for need in m.needs),
+        rides=rides and not any(m.compares for m in metrics),
         sample=sample,
         columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
         depth=depth,
@@ -257,8 +272,9 @@ def _sample(
     chance = random.Random(f"{len(rows)} rows, {len(profiles)} pairs")
     measured = [job for pair in jobs for job in jobs[pair] if not job.raw]
     proved = np.isin(proofs, PROVED)
-    chosen = [chance.choice([j for j in measured if proved[:, j.pair].any()] or measured)] if measured else []
-    pairs = [job.pair for job in chosen] or np.flatnonzero(proved.any(0)).tolist()
+    some: list[bool] = np.asarray(proved.any(0)).tolist()
+    chosen = [chance.choice([j for j in measured if some[j.pair]] or measured)] if measured else []
+    pairs = [job.pair for job in chosen] or np.flatnonzero(some).tolist()
     zeros = np.flatnonzero(proved[:, pairs[0]]).tolist() if pairs else []
     if chosen:  # an encoder may read another length in the other world
         zeros = [number for number in zeros if rows[number].base == rows[chosen[0].row].base]
@@ -276,15 +292,20 @@ def _sample(
 
 
 def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, Function) and bool(edit.source.terms().noise)
+    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
-    start = min((p for w in writes for p in w.positions), default=0)
-    return Job(row, pair, base, writes, start, min((w.layer for w in writes), default=0), reads)
+    start = min([min(w.positions) for w in writes], default=0)
+    return Job(row, pair, base, writes, start, min([w.layer for w in writes], default=0), reads)
 
 
-def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
+def world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
+    """The run of an edited world on a pair.
+
+    Raises:
+        RecipeError: The pair lacks a position that the world edits.
+    """
     try:
         return _job(-1, pair, world.name, lowering.world(world.name))
     except SiteError as error:
@@ -294,7 +315,12 @@ def _world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
         ) from error
 
 
-def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
+def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
+    """Refuses metrics that need what the pairs do not have.
+
+    Raises:
+        MetricError: So it is.
+    """
     for metric in metrics:
         offenders = []
         for need in metric.needs:
@@ -312,7 +338,12 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
             )
 
 
-def _profile(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
+def profile_of(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
+    """What lowering needs to know of a pair.
+
+    Raises:
+        MetricError: A metric reads positions that the pair does not have.
+    """
     length = encoded.lengths[pair]
     reads: set[int] = set()
     seen = []

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tracepatch.backward import backward
+from tracepatch.contractions import contracted
 from tracepatch.trace import forward, raw, sandboxed, scored, wires
 
 
@@ -22,7 +24,9 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
         model: The nnsight model.
         op: ``("run", run, into)``, a traced forward, whose kept values become what is known (``"worlds"``), a piece of
             it (``"piece"``), or nothing; ``("join", …)``, which puts pieces together; ``("wires", …)``, which looks
-            what blocks take from outside; ``("raw", …)``, a forward in which a function acts; or ``("forget",)``.
+            what blocks take from outside; ``("raw", …)``, a forward in which a function acts; ``("backward", run,
+            asked)``, a forward whose metrics are differentiated; ``("contract", items)``, numbers from what is known;
+            or ``("forget",)``.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``; changed in place.
 
     Returns:
@@ -42,6 +46,10 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
         return scores, told
     if kind == "join":
         return joined(known, *given)
+    if kind == "backward":
+        return backward(model, given[0], known, given[1])
+    if kind == "contract":
+        return contracted(known, given[0])
     if kind == "forget":
         return known.clear()
     if kind == "wires":
@@ -87,6 +95,8 @@ def program(model: Any, tree: Any, numbers: tuple[torch.Tensor, ...], first: int
 
 def cannot(ops: tuple[Any, ...]) -> str:
     """What a sandbox does not do; empty if it does all of it."""
+    if any(op[0] == "backward" for op in ops):
+        return "gradients fail there. Patch exactly instead (tp.patch), which costs a row a site"
     pasts = [op[1][6] for op in ops if op[0] == "run"]
     if any(past is not None and past[0] == "keep" and past[3] is None for past in pasts):
         return "keys and values of an edited world cannot be kept there: pass form='flat'"

@@ -6,7 +6,8 @@ attention carries, and only to later ones, as the probe proved. And an edit writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from tracepatch.architecture import Architecture
@@ -19,6 +20,7 @@ CARRIED = frozenset({"embed", "resid_pre", "attn_in", "k_in", "v_in", "attn_in_s
 # What of a layer rests on its own position of the stream that enters.
 ENTERING = frozenset({"embed", "resid_pre", "attn_in", "q_in", "k_in", "v_in", "attn_in_scale"})
 BESIDE = ENTERING | set(SPLIT_READERS.values())  # what single heads read leaves alone, but for one
+EVERY = range(sys.maxsize)  # any position
 LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 
 
@@ -78,35 +80,34 @@ def of_logits(positions: tuple[int, ...], depth: int) -> Read:
     return Read(-1, "logits", depth, positions, None, None, (False, False, False), None, 0)
 
 
-def reaches(
-    architecture: Architecture, write: Write, position: int, read: Read, carried: bool = False, mixed: bool = False
-) -> bool:
-    """Whether what is written at one of a write's positions may change what is read.
+def reached(
+    architecture: Architecture, write: Write, read: Read, carried: bool = False, mixed: bool = False
+) -> Container[int]:
+    """The positions at which what is written may change what is read.
 
     Args:
         architecture: Of the model.
-        write: The edit.
-        position: One of its positions.
+        write: The edit; its positions do not matter.
         read: What is read.
         carried: Whether a later function of the row may carry the edit to other positions.
         mixed: Whether a function of the row may carry it to other units.
     """
     if architecture.span(write.component, write.layer)[0] > architecture.span(read.component, read.layer)[1]:
-        return False  # it has passed by
+        return ()  # it has passed by
     if carried:
-        return True
+        return EVERY
     if (write.component, write.layer) == (read.component, read.layer):
         apart = None not in (write.units, read.units) and not {*(write.units or ())} & {*(read.units or ())}
-        return position in read.positions and (mixed or not apart)
+        return read.positions if mixed or not apart else ()
     if write.component in SPLIT_READERS and read.layer == write.layer and read.component in BESIDE:
         made = SPLIT_READERS[write.component]
-        return position in read.positions and read.component == made  # of which it alone is taken
+        return read.positions if read.component == made else ()  # of which it alone is taken
     depth = len(architecture)
     # The first attention that may carry it to other positions, and the last one before what is read.
     first = write.layer + (write.component not in CARRIED)
     last = read.layer - (read.component in ENTERING or read.layer >= depth)
     unknown = component(write.component).module or component(read.component).module
-    return position <= max(read.positions) if unknown or first <= last else position in read.positions
+    return range(max(read.positions) + 1) if unknown or first <= last else read.positions
 
 
 def layers_of(architecture: Architecture, name: str, layer: int) -> int:

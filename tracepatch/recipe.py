@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from tracepatch.architecture import architecture_of
+from tracepatch.cells import Cells, Direction, base_of
 from tracepatch.checks import verify
 from tracepatch.entries import Directory
 from tracepatch.errors import RecipeError, plural
+from tracepatch.estimators import AtP
 from tracepatch.executors import run, so_far
 from tracepatch.forms import chosen, unending
 from tracepatch.journal import Journal, Measured
@@ -31,7 +33,6 @@ from tracepatch.models import (
     require_weights,
     room_of,
     start_token,
-    weightless,
 )
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
@@ -40,18 +41,16 @@ from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
 from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
+from tracepatch.rowwise import estimated
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
-from tracepatch.sites import UNITS, component
-from tracepatch.sources import OTHER, WorldName
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
+from tracepatch.weights import weightless
 from tracepatch.worlds import located
 
-Direction: TypeAlias = Literal["denoising", "noising"]
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
-BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
 
 
 class Patching(Recorder):
@@ -76,7 +75,7 @@ class Patching(Recorder):
         require_ready(model)
         self._directory = None if directory is None else Directory(directory)
         self.model = model
-        encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
+        encoded = require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
         self.metrics = tuple(
@@ -123,6 +122,11 @@ class Patching(Recorder):
             )
             for row in self.rows:
                 row._script = write
+
+    @property
+    def remote(self) -> bool:
+        """Whether it runs on a server."""
+        return bool(remote_of(self.model))
 
     def make_plan(self) -> Plan:
         """The plan of the rows recorded so far."""
@@ -195,6 +199,26 @@ class Patching(Recorder):
         self._measured, self._journal = measured, None
         hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
+
+    def estimate(self, estimator: AtP | None = None) -> Result:
+        """Estimates the effect of every row from a few forwards and backwards, instead of measuring it.
+
+        The first-order term of each edit: gradient at the base world · (what would be written − what is there), summed
+        over a row's edits. In an edited world it is the gradient there, so that what is frozen in it stays. The result
+        has the labels of ``run`` and ``estimate`` in place of ``effect``; ``tp.audit`` says how far to trust it.
+
+        Args:
+            estimator: ``tp.AtP()`` unless said otherwise, ``tp.RelP()``, or
+                ``tp.IntegratedGradients(steps=…, along="site")``, which converges to the exact effect.
+
+        Raises:
+            RecipeError: A row cannot be estimated; each is named, with the reason.
+        """
+        plan = self.plan
+        require_ready(self.model)
+        require_weights(self.model)
+        given = self.model, self.architecture, self.encoded, plan
+        return estimated(*given, estimator or AtP(), self._limits["memory"])
 
     def partial(self) -> Result:
         """The result as far as it is measured; nothing is run.
@@ -296,10 +320,22 @@ class Recipe:
         """What running the recipe would trace; nothing is traced."""
         return self._record(model, pairs, metric, options).plan
 
+    def estimate(
+        self,
+        model: Model,
+        pairs: Pairs,
+        metric: Metrics = logit_diff,
+        *,
+        estimator: AtP | None = None,
+        **options: Any,
+    ) -> Result:
+        """The recipe's rows on a model, estimated instead of measured; see ``Patching.estimate``."""
+        return self._record(model, pairs, metric, options).estimate(estimator)
+
     def _record(self, model: Model, pairs: Pairs | None, metric: Metrics, options: dict[str, Any]) -> Patching:
         own = ("prune", "batch_size", "memory", "checks", "form", "directory")
         limits = {k: options.pop(k) for k in own if k in options}
-        with Patching(model, _require_pairs(pairs), metric, **limits) as p:
+        with Patching(model, require_pairs(pairs), metric, **limits) as p:
             self.function(p, **options)
         return p
 
@@ -345,49 +381,18 @@ def patch(
     Returns:
         The result, with a dim for each of ``by``, and ``component`` where there are several.
     """
-    require_ready(model)
-    if direction not in BASES:
-        raise RecipeError(f"direction is 'denoising' or 'noising', not {direction!r}.")
-    several = isinstance(components, Iterable) and not isinstance(components, str)
-    names: tuple[Any, ...] = tuple(components) if several else (components,)
-    base = BASES[direction]
-    if _require_pairs(pairs).corrupted is None and (base == "corrupted" or source is None):
-        raise RecipeError(
-            "These pairs have no corrupted prompts. To ablate in the clean run, pass direction='noising' and what to "
-            "write, such as source=0."
-        )
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong or not names:
-        raise RecipeError(f"components is a name or several, such as 'resid_pre', not {components!r}.")
-    if by is None and len({_default_by(component(name).index) for name in names}) > 1:
-        raise RecipeError(
-            f"{', '.join(names)} have different dims: patch them one by one, or pass by=('layer', 'pos')."
-        )
+    base_of(direction)  # before anything is loaded into the recorder
     with Patching(model, pairs, metric, **options) as p:
-        for name in names:
-            kind = component(name)
-            dims = _default_by(kind.index) if by is None else (by,) if isinstance(by, str) else tuple(by)
-            chosen = only or {}
-            if kind.layered and "layer" not in dims and not isinstance(chosen.get("layer"), int):
-                raise RecipeError(
-                    f"Patch {name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
-                )
-            for index in p.grid(name, dims, **chosen):
-                labels: dict[str, Any] = dict(zip(dims, index, strict=True))
-                site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)
-                named = {"component": name} if len(names) > 1 else {}
-                with p.row(**named, **labels):
-                    target = getattr(getattr(p, base), name)
-                    target[site] = getattr(getattr(p, OTHER[base]), name)[site] if source is None else source
+        Cells.of(p, components, by, direction, source, only).record(p)
     return p.run(progress)
 
 
-def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
-    unit = next((dim for dim in index if dim in UNITS), None)
-    return index if unit is None else (index[0], unit)
+def require_pairs(pairs: Any) -> Pairs:
+    """Refuses what is no pairs.
 
-
-def _require_pairs(pairs: Any) -> Pairs:
+    Raises:
+        RecipeError: So it is.
+    """
     if not isinstance(pairs, Pairs):
         raise RecipeError(
             f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."

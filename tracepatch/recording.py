@@ -68,6 +68,7 @@ class Recorder:
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
         self.edited: dict[WorldName, EditedWorld] = {}
+        self.sites: dict[str, dict[Any, Site]] = {}
         self.opened: Row | None = None
         self._ended = False
         self._tried: set[tuple[Any, ...]] = set()
@@ -211,16 +212,7 @@ class Recorder:
         """
         kind = component(name)
         dims = (by,) if isinstance(by, str) else tuple(by)
-        wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
-        if wrong or len(set(dims)) < len(dims):
-            raise SiteError(
-                f"{name} has the dims {', '.join(kind.index)}; it has no {', '.join(wrong) or 'dim twice'}."
-            )
-        picked = select(only["layer"], "layer") if "layer" in only else ALL
-        layers = layers_of(kind, picked, len(self.architecture))
-        offered = [n for n in layers if self.architecture.offers(name, n)]
-        if not offered:
-            self.architecture.require(name, layers[0])
+        offered = self._offered(kind, dims, only)
         places = [dim for dim in kind.index if dim in ("pos", "dest", "src")]
         along = {dim: self._positions(dim, only) for dim in places}
         found: list[Any] = []
@@ -233,6 +225,33 @@ class Recorder:
                 indices = (i for i in indices if i[src] <= i[dest] or min(i[src], i[dest]) < 0)
             found += indices
         return [index[0] for index in found] if isinstance(by, str) else found
+
+    def ranges(self, kind: Component, dims: Sequence[str], only: dict[str, Any]) -> dict[str, list[int]]:
+        """The labels along each dim of a component, and under ``layers`` the layers that have it.
+
+        Raises:
+            SiteError: The component lacks a dim, or an index does not exist.
+            ComponentError: No layer of this model has the component.
+        """
+        offered = self._offered(kind, dims, only)
+        found = {dim: list(self._positions(dim, only)) for dim in kind.index if dim in ("pos", "dest", "src")}
+        if kind.unit:
+            found[kind.unit] = sorted({unit for layer in offered for unit in self._units(kind, layer, only)})
+        return {**found, "layers": offered}
+
+    def _offered(self, kind: Component, dims: Sequence[str], only: dict[str, Any]) -> list[int]:
+        """The layers that have a component, of those that are asked for."""
+        wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
+        if wrong or len(set(dims)) < len(dims):
+            raise SiteError(
+                f"{kind.name} has the dims {', '.join(kind.index)}; it has no {', '.join(wrong) or 'dim twice'}."
+            )
+        picked = select(only["layer"], "layer") if "layer" in only else ALL
+        layers = layers_of(kind, picked, len(self.architecture))
+        offered = [n for n in layers if self.architecture.offers(kind.name, n)]
+        if not offered:
+            self.architecture.require(kind.name, layers[0])
+        return offered
 
     def _positions(self, dim: str, only: dict[str, Any]) -> tuple[int, ...]:
         chosen = select(only[dim], dim) if dim in only else ALL

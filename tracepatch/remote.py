@@ -49,7 +49,7 @@ class _Task:
     read: bool = False
 
     def __post_init__(self) -> None:
-        self.parts = [self.step]
+        self.parts = list(self.step.instead) or [self.step]
 
     @property
     def ops(self) -> list[tuple[Any, ...]]:

@@ -31,6 +31,7 @@ from tracepatch.resampling import cluster_count, intervals
 from tracepatch.results import Result
 
 FIRST, LARGEST = 8, 8  # prompts that are shown at once; sites in a table
+PNG = "data:image/png;base64,"
 NOTE = 0.02  # normalized effects below it are not worth a line
 
 
@@ -43,6 +44,7 @@ def write_report(
     texts: Mapping[str, str] | None = None,
     checklists: Mapping[str, Checklist] | None = None,
     left_out: Mapping[str, Sequence[str]] | None = None,
+    conclusions: Mapping[str, tuple[str, Sequence[Path]]] | None = None,
     command: str = "",
 ) -> Path:
     """Writes the report of an experiment: one HTML file that needs no other, to read, print or send.
@@ -55,6 +57,7 @@ def write_report(
         texts: Part → what it does.
         checklists: Model → ``pairs.check(model)``.
         left_out: Part → lines on what was not run.
+        conclusions: Model → what follows from its results: a text with its own lines, and pictures as PNG files.
         command: What made it, for the provenance.
 
     Returns:
@@ -65,7 +68,9 @@ def write_report(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    page = _page(_datasets(results), title, about, texts or {}, checklists or {}, left_out or {}, command)
+    datasets = _datasets(results)
+    last = [_conclusion(model, *told) for model, told in (conclusions or {}).items()]
+    page = _page(datasets, title, about, texts or {}, checklists or {}, left_out or {}, last, command)
     target.write_text(page, encoding="utf-8")
     return target
 
@@ -77,6 +82,7 @@ def _page(
     texts: Mapping[str, str],
     checklists: Mapping[str, Checklist],
     left_out: Mapping[str, Sequence[str]],
+    conclusions: list[dict[str, Any]],
     command: str,
 ) -> str:
     every = [result for several in results.values() for result in several]
@@ -113,6 +119,7 @@ def _page(
         worlds=worlds,
         baselines=list(_baselines(every, worlds)),
         checks=[_checks(model, checklist) for model, checklist in checklists.items()],
+        conclusions=conclusions,
         caveats=whole,
         command=command,
         provenance=_provenance(every, models),
@@ -203,7 +210,12 @@ def _pictures(name: str, results: list[xr.Dataset]) -> Iterator[dict[str, Any]]:
 def _embedded(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return PNG + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _conclusion(model: str, text: str, pictures: Sequence[Path]) -> dict[str, Any]:
+    files = [{"uri": PNG + base64.b64encode(path.read_bytes()).decode(), "alt": path.stem} for path in pictures]
+    return {"model": model, "text": text, "pictures": files}
 
 
 def _largest(mean: xr.Dataset) -> tuple[list[str], list[list[str]]]:

@@ -96,7 +96,7 @@ def intervals(
         mean[name] = (dims, joined.transpose(*dims).values, {"long_name": f"{what} {owner}"})
         if end and "units" in mean[owner].attrs:
             mean[name].attrs["units"] = mean[owner].attrs["units"]
-    known = (mean["status"] == Status.MEASURED) if "status" in mean else mean[main].notnull()
+    known = mean["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in mean else mean[main].notnull()
     family = (known & mean["p"].notnull()).transpose(*dims).values
     for name in asked:
         corrected = mean["p"].values.copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -38,7 +38,8 @@ def to_result(
       edited world, such as the clean run with noise, that world stands in for the corrupted one.
     * ``effect_…``: the effect on one part of a metric, such as the answer's logit.
     * ``base``, ``clean``, ``corrupted``, and the name of each edited world: the values without the row's edits.
-    * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero, 3 not measured yet (NaN elsewhere).
+    * ``status``: 0 absent (NaN elsewhere), 1 measured, 2 proved to be zero, 3 not measured yet (NaN elsewhere), 4
+      estimated.
     """
     sets: dict[tuple[str, ...], list[int]] = {}
     for number, row in enumerate(plan.rows):
@@ -118,9 +119,9 @@ def _dataset(
     if dims == names:
         dataset = site_coords(dataset, architecture, encoded)
     if len(plan.worlds) == 2:
-        dataset = _normalize(dataset, measured, "corrupted")
+        dataset = normalize(dataset, _own_noise(measured), "corrupted")
     elif plan.edited:
-        dataset = _normalize(dataset, measured, "base")
+        dataset = normalize(dataset, _own_noise(measured), "base")
     dataset.attrs["base"] = " and ".join(sorted(bases))
     sources = (e.source for row in rows for e in row.edits)
     written = {_described(s) for s in sources}
@@ -239,17 +240,26 @@ def site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encode
     return dataset
 
 
-def _normalize(dataset: xr.Dataset, measured: Measured, other: str) -> xr.Dataset:
-    """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by."""
+def _own_noise(measured: Measured) -> list[float]:
+    return [float(n) for n, (_, part) in zip(measured.noise, measured.columns, strict=True) if not part]
+
+
+def normalize(dataset: xr.Dataset, noise: Sequence[float], other: str) -> xr.Dataset:
+    """Adds ``normalized``, and in ``attrs`` the pairs that are too close to divide by.
+
+    Args:
+        dataset: With ``effect``, or ``estimate``, ``clean`` and the other baseline.
+        noise: The noise floor of each metric.
+        other: The baseline that clean is compared with.
+    """
+    main = dataset["effect" if "effect" in dataset else "estimate"]
     gap = dataset["clean"] - dataset[other]
-    noise = xr.DataArray(
-        [n for n, (_, part) in zip(measured.noise, measured.columns, strict=True) if not part], dims="metric"
-    )
-    drift = noise if "metric" in gap.dims else noise[0]
+    floor = xr.DataArray(list(noise), dims="metric")
+    drift = floor if "metric" in gap.dims else floor[0]
     usable = abs(gap) > 1e-5 * np.maximum(abs(dataset["clean"]), abs(dataset[other])) + 10 * drift
-    normalized = dataset["effect"] / gap.where(usable)
+    normalized = main / gap.where(usable)
     usable |= gap.isnull()  # not measured yet
-    normalized = normalized.transpose(*dataset["effect"].dims)
+    normalized = normalized.transpose(*main.dims)
     close = sorted(
         {int(p) for p in dataset["pair"].values[~usable.all([d for d in usable.dims if d != "pair"]).values]}
     )
@@ -262,15 +272,7 @@ def _normalize(dataset: xr.Dataset, measured: Measured, other: str) -> xr.Datase
 def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measured) -> dict[str, Any]:
     """What a result rests on, as plain numbers and text."""
     return {
-        "tracepatch_format": FORMAT,
-        "model": plan.model or name_of(model),
-        "source": source_of(model),
-        **({"server": json.dumps({"host": plan.remote, **measured.ran})} if measured.ran else {}),
-        "fingerprint": fingerprint(model),
-        "pairs": encoded.name,
-        "bos": str(encoded.bos),
-        "seed": "none" if encoded.seed is None else encoded.seed,
-        "versions": json.dumps(versions()),
+        **origin(model, encoded, measured.ran, plan.model, plan.remote),
         "plan": plan.explain(),
         "checks": plan.measured.get("checks", "not run: the result is partial"),
         "metrics": json.dumps({m.name: m.told for m in plan.metrics}),
@@ -279,4 +281,21 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         ),
         "seconds": round(measured.seconds, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def origin(
+    model: Model, encoded: EncodedPairs, ran: Mapping[str, str], name: str = "", remote: str = ""
+) -> dict[str, Any]:
+    """The model, the pairs and the versions that a result comes from."""
+    return {
+        "tracepatch_format": FORMAT,
+        "model": name or name_of(model),
+        "source": source_of(model),
+        **({"server": json.dumps({"host": remote, **ran})} if ran else {}),
+        "fingerprint": fingerprint(model),
+        "pairs": encoded.name,
+        "bos": str(encoded.bos),
+        "seed": "none" if encoded.seed is None else encoded.seed,
+        "versions": json.dumps(versions()),
     }

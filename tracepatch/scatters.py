@@ -51,7 +51,7 @@ class _Axis:
         main = main_variable(given)
         name = main if variable in (None, *MAIN) else named(given, variable)
         data = given[name]
-        known = given["status"] == Status.MEASURED if "status" in given else data.notnull()
+        known = given["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in given else data.notnull()
         lines = told(given, name)
         return cls(data, known.broadcast_like(data), str(data.attrs.get("units", "")), lines)
 

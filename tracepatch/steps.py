@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +35,8 @@ class Step:
         digest: What is made of what they returned: of the step, or of the smaller ones that were taken instead.
         smaller: Steps that do the same and need less memory, if there are any.
         batch: The batch that is run, if one is.
+        at_once: Of the worlds, how many prompts a run has, where that is not left to the budget.
+        instead: Smaller steps that are taken from the start, as an earlier run had to, so that all rounds alike.
     """
 
     ops: tuple[tuple[tuple[Any, ...], Call | None], ...]
@@ -42,6 +44,8 @@ class Step:
     digest: Callable[[list[Taken]], None] = field(default=lambda taken: None)
     smaller: Callable[[], list[Step]] = field(default=list)
     batch: Batch | None = None
+    at_once: int = 0
+    instead: tuple[Step, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -109,17 +113,19 @@ class Here:
         self.forwards, self.peak = None if meter.cells is None else forwards, meter.peak
 
     def _taken(self, step: Step, known: dict[Any, Any]) -> list[Taken]:
-        before = set(known)
-        try:
-            return [(step, [self._operated(step, number, known) for number in range(len(step.ops))])]
-        except MeasurementError as error:
-            several = step.smaller() if isinstance(error.__cause__, torch.OutOfMemoryError) else []
-            if not several:
-                raise
-        for key in set(known) - before:  # what was begun
-            del known[key]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        several: Sequence[Step] = step.instead
+        if not several:
+            before = set(known)
+            try:
+                return [(step, [self._operated(step, number, known) for number in range(len(step.ops))])]
+            except MeasurementError as error:
+                several = step.smaller() if isinstance(error.__cause__, torch.OutOfMemoryError) else ()
+                if not several:
+                    raise
+            for key in set(known) - before:  # what was begun
+                del known[key]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return [taken for one in several for taken in self._taken(one, known)]
 
     def _operated(self, step: Step, number: int, known: dict[Any, Any]) -> Any:

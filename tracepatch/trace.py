@@ -14,11 +14,14 @@ import nnsight
 import torch
 
 from tracepatch.masks import wired
-from tracepatch.writing import edited, module_at, on, perform, retain
+from tracepatch.norms import module_at
+from tracepatch.taps import KINDS, tapped
+from tracepatch.writing import edited, on, perform, retain
 
 KEPT_LATE = ("plain", "weights")
 PLAIN = ((), (), (False, ()), None, None, None)  # of a forward: no logits are edited, read or kept, nothing is cached
-UNWRITTEN = ("aside", "allowed", "from_shadows", "grow", "narrow", "widen", "top")
+UNWRITTEN = ("aside", "allowed", "from_shadows", "grow", "narrow", "widen", "top", *KINDS)
+ABOVE_ALL = ("resid_mid", "top", *KINDS)  # tasks that come after all others at their place
 
 
 def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[dict[Any, Any], torch.Tensor]:
@@ -55,6 +58,7 @@ def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[di
     values = dict(known)
     if standing is not None:
         values["wired"] = wired(standing, known["wires", standing[1]], device)
+    entered(model, stops)
     with torch.no_grad():
         with model.trace(**given):
             result = nnsight.save(inside(model, stops, values, top, logit_edits, measures, keep_logits, past))
@@ -69,6 +73,13 @@ def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[di
         kept = {key: value if key[0] in ("save", "fired") else value[:rows] for key, value in kept.items()}
         scores = scores[:rows]
     return kept, scores
+
+
+def entered(model: Any, stops: tuple[Any, ...]) -> None:
+    """Makes the calls inside modules' own forwards visible, which cannot be done once such a forward has begun."""
+    for (path, operation, *_), _ in stops:
+        if operation:
+            module_at(model, path).source  # noqa: B018  # looking makes them so
 
 
 def sandboxed(model: Any) -> bool:
@@ -214,12 +225,32 @@ def inside(
 ) -> tuple[dict[Any, Any], torch.Tensor]:
     """The body of the trace."""
     kept: dict[Any, Any] = {}
+    apart = sandboxed(model)
+    logits = climbed(model, stops, known, top, logit_edits, keep_logits, kept)
+    if past is not None and past[0] == "keep" and not apart:
+        keep_past(model.output.past_key_values, past[2], past[1], kept)
+    scores = scored(logits, measures, kept, known)
+    if apart:
+        model.output = torch.zeros(1)  # or logits and cache of every row would be sent to the sandbox
+    # Without what this forward alone needed.
+    return {key: value for key, value in kept.items() if key[0] not in ("aside", "metric")}, scores
+
+
+def climbed(
+    model: Any,
+    stops: tuple[Any, ...],
+    known: dict[Any, torch.Tensor],
+    top: tuple[Any, ...],
+    logit_edits: tuple[Any, ...],
+    keep_logits: tuple[Any, ...],
+    kept: dict[Any, Any],
+) -> Any:
+    """A forward with all its stops, up to the logits ``[row, read, vocab]``; ``None`` where nothing reads them."""
     for stop in stops:
         visit(model, stop, known, kept)
     how, *which, columns = top
-    apart = sandboxed(model)
     if columns is not None:
-        only_columns(module_at(model, columns[0]), columns[1], apart)
+        only_columns(module_at(model, columns[0]), columns[1], sandboxed(model))
     logits: Any = None if how == "none" else model.output.logits
     if how == "of":
         logits = logits[:, which[0].to(logits.device)]
@@ -230,18 +261,12 @@ def inside(
         if logit_edits:
             kept["fired", ("logits", 0)] = fired(logit_edits, len(logits))
         retain(("logits", 0), keep_logits, logits, known, kept)
-    if past is not None and past[0] == "keep" and not apart:
-        keep_past(model.output.past_key_values, past[2], past[1], kept)
-    scores = scored(logits, measures, kept, known)
-    if apart:
-        model.output = torch.zeros(1)  # or logits and cache of every row would be sent to the sandbox
-    # Without what this forward alone needed.
-    return {key: value for key, value in kept.items() if key[0] not in ("aside", "metric")}, scores
+    return logits
 
 
 def only_columns(head: Any, columns: torch.Tensor, apart: bool) -> None:
-    """Computes only some columns of the unembedding; where there are no weights, in a sandbox, leaves out the rest."""
-    if apart:
+    """Computes only some columns of the unembedding; where its weights are not at hand, leaves out the rest."""
+    if apart or head._module.weight.is_meta:
         head.skip(head(head.input)[..., columns])
         return
     weight, bias = head._module.weight, head._module.bias
@@ -303,7 +328,7 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[A
     if slots:
         x = x.unflatten(0, (-1, slots))
     before = x
-    first, last = [t for t in tasks if t[0] not in ("resid_mid", "top")], [t for t in tasks if t[0] == "resid_mid"]
+    first, last = [t for t in tasks if t[0] not in ABOVE_ALL], [t for t in tasks if t[0] == "resid_mid"]
     for task in first:
         x = perform(model, without_keeping(task), x, known, kept)
     for task in first:  # what is kept is what passes by after all edits of the place
@@ -315,6 +340,8 @@ def visit(model: Any, stop: tuple[Any, ...], known: dict[Any, Any], kept: dict[A
     for task in tasks:
         if task[0] == "top":
             x = perform(model, task, x, known, kept)
+        elif task[0] in KINDS:
+            x = tapped(model, task, x, known, kept)
     if x is before:
         return
     x = x.flatten(0, 1) if slots else x

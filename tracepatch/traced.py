@@ -7,7 +7,7 @@ stands before that in a cache of the worlds. What a metric is given does not dep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,7 @@ class Tracer:
         keep: Sequence[tuple[str, int]] = (),
         keep_logits: bool = False,
         keep_past: bool = False,
+        slopes: Mapping[Any, Any] | None = None,
     ) -> Call:
         """One traced run with a row a job, or with the jobs of a table.
 
@@ -107,6 +108,7 @@ class Tracer:
             keep: What of the worlds is kept, if this run computes them.
             keep_logits: Whether to keep the logits at the reads too.
             keep_past: Whether to keep the worlds' keys and values too.
+            slopes: What a backward needs at the places; see ``slopes.Slopes``.
         """
         seats = Seats({run: i for i, run in enumerate(self.order(group))}, group.length, table)
         writes = columns(jobs, self.architecture, seats)
@@ -121,7 +123,7 @@ class Tracer:
             for w in found
         )
         elsewhere = {key: found for key, found in writes.items() if key[0] != "logits"}
-        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads, self.plan.until)
+        visited = stops(self.architecture, keep, elsewhere, shadows, reads, seats, group.reads, self.plan.until, slopes)
         saved_logits = tuple(
             saved_at_reads(group.reads, r) for key, found in reads.items() if key[0] == "logits" for r in found
         )

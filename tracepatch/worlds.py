@@ -35,12 +35,14 @@ class Records(Protocol):
         architecture: Of the model.
         encoded: The pairs, as tokens.
         edited: The edited worlds, by name.
+        sites: Per component, the sites that were written down, by their index: the same for all worlds.
         opened: The row that is being written down, if any.
     """
 
     architecture: Architecture
     encoded: EncodedPairs
     edited: dict[WorldName, EditedWorld]
+    sites: dict[str, dict[Any, Site]]
     opened: Row | None
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
@@ -143,7 +145,7 @@ class Activations:
 
     def __init__(self, recorder: Records, world: WorldName, kind: Component) -> None:
         self.recorder, self.world, self.kind = recorder, world, kind
-        self.sites: dict[Any, Site] = {}
+        self.sites = recorder.sites.setdefault(kind.name, {})
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.world, self._site(index))

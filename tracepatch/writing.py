@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 
-
-def module_at(model: Any, path: str) -> Any:
-    """The envoy of a module."""
-    for part in path.split(".") if path else ():
-        model = model[int(part)] if part.isdigit() else getattr(model, part)
-    return model
+from tracepatch.norms import module_at, norm_parts, normed, post_weight, wide
 
 
 def perform(
@@ -99,12 +94,6 @@ def weights(
     return x if after is value else after.transpose(1, 2).contiguous()
 
 
-def normed(model: Any, norm: str, x: torch.Tensor) -> torch.Tensor:
-    """What a branch reads of a stream ``[…, d_model]``."""
-    found: torch.Tensor = module_at(model, norm)(x) if norm else x
-    return found
-
-
 def reader(
     model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
 ) -> torch.Tensor:
@@ -150,12 +139,12 @@ def scaled(
 ) -> torch.Tensor:
     """Keeps, or edits, what a norm divides by; x is the stream behind that norm, or what its reader takes of it."""
     _, name, writes, keep, stream, norm, seats, owners = task
-    entering = kept["aside", stream].float()
+    entering = wide(kept["aside", stream])
     weight, bias, centred = norm_parts(model, norm, entering)
     spread = (entering - entering.mean(-1, keepdim=True) if centred else entering) * weight
     squared = (spread * spread).sum(-1, keepdim=True)
     # Shadow rows divide by what the rows do that they belong to, so x is not asked what was divided by.
-    plain = normed(model, norm, kept["aside", stream]).float()
+    plain = wide(normed(model, norm, kept["aside", stream]))
     before = squared / ((plain - bias) * spread).sum(-1, keepdim=True)
     before = torch.where(squared == 0, torch.ones_like(before), before)
     after = through(name, writes, keep, before, known, kept)
@@ -169,20 +158,6 @@ def scaled(
             own = slots[rows == owner]
             x[seat, own] = (spread[seat, own] / after[owner, own] + bias).to(x.dtype)
     return x
-
-
-def norm_parts(model: Any, norm: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """A norm's weight and bias ``[d_model]``, and whether it subtracts the mean, as three of its outputs show."""
-    envoy, width, dtype = module_at(model, norm), like.shape[-1], next(module_at(model, norm).parameters(), like).dtype
-    sign = torch.ones(width, device=like.device)
-    sign[1::2] = -1
-    if width % 2:  # the sum must be 0, and no entry
-        sign[0], sign[-1] = 2.0, -1.0
-        sign[2:-1:2] = 1.0
-    size = sign.square().mean().sqrt()
-    given = torch.stack([torch.zeros_like(sign), 100 * sign, 100 * torch.ones_like(sign)])[None].to(dtype)
-    bias, signed, same = envoy(given).float()[0]
-    return (signed - bias) / sign * size, bias, bool((same - bias).abs().max() < 0.01 * (signed - bias).abs().max())
 
 
 def grown(task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor]) -> torch.Tensor:
@@ -320,17 +295,7 @@ def head_out(
     _, name, writes, keep, z_name, heads, projection, post_norm, factor_name, scale = task
     z: torch.Tensor = kept["aside", z_name].unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]  # torch's
     project = module_at(model, projection)
-    weight = None
-    if post_norm:
-        # With its scale frozen the norm multiplies by one factor a position and one weight a dim.
-        entering = kept["aside", factor_name]
-        norm = module_at(model, post_norm)
-        weight = norm(torch.ones_like(entering))
-        silent = entering.abs().amax(-1, keepdim=True) == 0
-        entering = torch.where(silent, torch.full_like(entering, 1e-6), entering)  # the factor's limit at 0
-        weighted = entering * weight
-        ratio = (norm(entering) * weighted).sum(-1, keepdim=True) / (weighted * weighted).sum(-1, keepdim=True)
-        weight = weight * ratio
+    weight = post_weight(model, post_norm, kept["aside", factor_name]) if post_norm else None
     if any(keep):
         parts = []
         for head in range(heads):

@@ -146,12 +146,14 @@ class Proxy:
         faults: What happens; see ``fail``.
         sent: Bytes that went up.
         received: Bytes that came down.
+        polled: How many of both were questions for a result, and answers to them: as many as there is time for.
         requests: The first words of all requests, in order.
     """
 
     faults: list[Fault] = field(default_factory=list)
     sent: int = 0
     received: int = 0
+    polled: tuple[int, int] = (0, 0)
     requests: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,7 +211,8 @@ class Proxy:
             fault = self._fault(line)
             with self._lock:
                 self.requests.append(" ".join(line.split()[:2]))
-                self.sent += len(head) + len(body)
+                asked = len(head) + len(body)
+                self.sent += asked
             if fault and fault.what == "refuse":
                 return
             if fault and fault.what == "delay":
@@ -234,6 +237,8 @@ class Proxy:
                             head, body = self._seen_through(head, body, fault)
                             with self._lock:
                                 self.received += len(head) + len(body)
+                                if line.startswith("GET /response"):
+                                    self.polled = self.polled[0] + asked, self.polled[1] + len(head) + len(body)
                             client.sendall(head + body)
                 finally:
                     with self._lock:

@@ -10,7 +10,7 @@ The server (PyPI's ndif: FastAPI, Ray, Redis and an object store) lives in netwo
 own, with no interface but loopback. Ray binds the machine's routable addresses whatever it is told, so the namespace is
 what keeps it in, and nothing starts outside it. The process that all others descend from is the namespace's first:
 when that ends, the kernel ends the rest, and ``test`` ends it even where ``test`` itself is killed, for it then reads the
-end of a pipe.
+end of a pipe. ``test`` ends in a bounded time, whatever hangs.
 
 It serves the bundled toys as ``toys/gpt2`` and so on, and whatever ``publish`` adds. Only the standard library is used
 here, so that it runs under any Python.
@@ -71,6 +71,8 @@ INSIDE = "TRACEPATCH_NDIF"  # in the environment of its clients
 
 
 READY = "ready"
+LIMIT = 25 * 60  # seconds for all of ``test``; it takes about a third of them where nothing else runs
+DOWNLOAD, START, END = 600, 300, 20  # for a download, for a service that starts another one, and for all to end
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -134,22 +136,27 @@ def install() -> None:
         subprocess.run([sys.executable, "-m", "venv", "--clear", home() / "venv"], check=True)
         pip = (home() / "venv/bin/pip", "--disable-pip-version-check", "install", "--quiet")
         try:
-            subprocess.run([*pip, *PINS], check=True)
-            subprocess.run([*pip, "--no-deps", "--ignore-requires-python", *WITHOUT_DEPENDENCIES], check=True)
+            _download(*pip, *PINS)
+            _download(*pip, "--no-deps", "--ignore-requires-python", *WITHOUT_DEPENDENCIES)
             if shutil.which("redis-server") is None:
                 _unpack_redis()
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             raise CannotServe(f"installing it failed: {error}") from error
         (home() / "complete").touch()
+
+
+def _download(*command: Any, folder: str | None = None) -> None:
+    subprocess.run(command, cwd=folder, check=True, timeout=DOWNLOAD)
 
 
 def _unpack_redis() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)  # apt downloads as a user of its own
-        got = subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=False)
-        if got.returncode:  # the lists may be old, or not there
-            subprocess.run(["apt-get", "-qq", "update"], check=True)
-            subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=True)
+        try:
+            _download("apt-get", "-qq", "download", *PACKAGES, folder=folder)
+        except subprocess.CalledProcessError:  # the lists may be old, or not there
+            _download("apt-get", "-qq", "update")
+            _download("apt-get", "-qq", "download", *PACKAGES, folder=folder)
         for package in sorted(Path(folder).glob("*.deb")):
             subprocess.run(["dpkg", "-x", package, home() / "redis"], check=True)
 
@@ -232,8 +239,10 @@ def start(service: str) -> None:
     place: dict[str, Any] = {"env": env, "cwd": STATE, "stdin": subprocess.DEVNULL, "start_new_session": True}
     with (STATE / f"{service}.log").open("a") as log:
         if service in ("ray", "controller"):  # these start something and end
-            if subprocess.run(command, stdout=log, stderr=log, check=False, **place).returncode:
-                raise DidNotStart(f"{service} did not start: see {STATE / service}.log")
+            try:
+                subprocess.run(command, stdout=log, stderr=log, check=True, timeout=START, **place)
+            except subprocess.SubprocessError as error:
+                raise DidNotStart(f"{service} did not start: see {STATE / service}.log") from error
             return
         # The shell ends at once, so that its child is nobody's here; the number of the shell names their group.
         leave = ["sh", "-c", '"$@" >&2 & echo $$', "sh", *command]
@@ -395,7 +404,7 @@ def down() -> None:
         # A sandbox's sockets have a fixed folder, and nobody removes those of runners that were killed.
         bound = Path(f"/proc/{found}/net/unix").read_text().split()
         os.kill(found, signal.SIGKILL)  # with the first process of a namespace the kernel ends all
-        until = time.monotonic() + 20
+        until = time.monotonic() + END
         while left := [pid for pid in processes() if network_of(pid) == inside]:
             if time.monotonic() > until:
                 raise DidNotStart(f"these processes did not end: {left}")
@@ -449,19 +458,37 @@ def _test(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is left of it is removed, too
     try:
         require_able()
+    except CannotServe as error:
+        return _skipped(error)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(LIMIT)
+    try:
         outside = set(listeners())
         maker = up(hold=True)
-    except CannotServe as error:
-        print(f"The tests of remote runs are skipped: {error}.")
-        return 0
-    try:
         spilled = {address for address in set(listeners()) - outside if int(address.rpartition(":")[2]) in PORTS}
         if spilled:
             raise DidNotStart(f"it listens outside of its namespace: {', '.join(sorted(spilled))}")
-        return enter([sys.executable, "-m", "pytest", "-n", "0", "-m", "ndif", *arguments])
-    finally:
+        status = enter([sys.executable, "-m", "pytest", "-n", "0", "-m", "ndif", *arguments])
         down()
-        maker.wait()
+        maker.wait(END)
+        return status
+    except CannotServe as error:
+        return _skipped(error)
+    finally:
+        signal.alarm(0)
+        down()
+
+
+def _skipped(error: CannotServe) -> int:
+    print(f"The tests of remote runs are skipped: {error}.")
+    return 0
+
+
+def _out_of_time(*_: object) -> None:
+    for log in sorted(STATE.glob("*.log")):
+        words = log.read_text(errors="replace").splitlines()[-5:]
+        print(f"{log.name}:", *words, sep="\n  ", file=sys.stderr)
+    raise DidNotStart(f"the tests have not ended in {LIMIT / 60:.0f} minutes, and are ended with it")
 
 
 def main(command: str, *arguments: str) -> int:

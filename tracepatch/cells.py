@@ -1,0 +1,164 @@
+"""Which cells a sweep over components has: as they are asked for, laid out along labelled axes, and recorded as rows.
+
+An exact sweep and an estimate of it are asked for in the same words, so that they have the same cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from tracepatch.errors import RecipeError
+from tracepatch.layout import Key
+from tracepatch.recording import Recorder
+from tracepatch.sites import Component, Select, component, select
+from tracepatch.sources import OTHER, WorldName
+
+Direction: TypeAlias = Literal["denoising", "noising"]
+BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What is asked of a sweep.
+
+    Attributes:
+        names: The components.
+        by: The dims to run over, ``component`` not among them.
+        base: The run that is edited.
+        source: What is written instead of the other run's values, if something is.
+        only: Dims and the indices to keep, as they were written.
+        axes: Each dim's labels.
+        layers: Per component, its layers.
+    """
+
+    names: tuple[str, ...]
+    by: tuple[str, ...]
+    base: WorldName
+    source: Any
+    only: dict[str, Any]
+    axes: dict[str, list[int]]
+    layers: dict[str, list[int]]
+
+    @classmethod
+    def of(
+        cls,
+        recorder: Recorder,
+        components: str | Sequence[str],
+        by: str | Sequence[str] | None,
+        direction: Direction,
+        source: Any,
+        only: dict[str, Any] | None,
+    ) -> Cells:
+        """As a user asks for them.
+
+        Raises:
+            RecipeError: The components have different dims, a layer is not said, or there is nothing to write.
+            SiteError: A dim or an index does not exist.
+            ComponentError: No layer of the model has the component.
+        """
+        base, kinds = base_of(direction), kinds_of(components)
+        if recorder.encoded.corrupted is None and (base == "corrupted" or source is None):
+            raise RecipeError(
+                "These pairs have no corrupted prompts. To ablate in the clean run, pass direction='noising' and what "
+                "to write, such as source=0."
+            )
+        if by is None and len({default_by(kind) for kind in kinds}) > 1:
+            raise RecipeError(
+                f"{', '.join(kind.name for kind in kinds)} have different dims: take them one by one, or pass "
+                "by=('layer', 'pos')."
+            )
+        chosen = only or {}
+        dims = default_by(kinds[0]) if by is None else (by,) if isinstance(by, str) else tuple(by)
+        for kind in kinds:
+            if kind.layered and "layer" not in dims and not isinstance(chosen.get("layer"), int):
+                raise RecipeError(
+                    f"Take {kind.name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
+                )
+        axes: dict[str, set[int]] = {dim: set() for dim in dims}
+        layers: dict[str, list[int]] = {}
+        for kind in kinds:
+            ranges = recorder.ranges(kind, dims, chosen)
+            layers[kind.name] = ranges["layers"]
+            for dim in dims:
+                axes[dim] |= set(ranges["layers" if dim == "layer" else dim])
+        labels = {dim: sorted(found) for dim, found in axes.items()}
+        return cls(tuple(kind.name for kind in kinds), dims, base, source, chosen, labels, layers)
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every component at every layer."""
+        return [(name, layer) for name in self.names for layer in self.layers[name]]
+
+    @property
+    def picked(self) -> dict[str, Select]:
+        """The indices that are kept of dims but for the layer."""
+        return {dim: select(index, dim) for dim, index in self.only.items() if dim != "layer"}
+
+    def kept(self, kind: Component) -> tuple[str, ...]:
+        """The dims that a component's estimates keep where they are computed; the others are summed there."""
+        return tuple(dim for dim in dims_of(kind) if dim in self.by or dim in self.only)
+
+    def summed(self, kind: Component) -> tuple[int, ...]:
+        """The dims that are summed there, counted with rows in front."""
+        return tuple(i for i, dim in enumerate(dims_of(kind), 1) if dim not in self.kept(kind))
+
+    def labels(self, recorder: Recorder) -> Iterator[tuple[Component, dict[str, Any]]]:
+        """Every cell: its component, and its labels, ``component`` among them where there are several."""
+        for name in self.names:
+            named = {"component": name} if len(self.names) > 1 else {}
+            for index in recorder.grid(name, self.by, **self.only):
+                yield component(name), {**named, **dict(zip(self.by, index, strict=True))}
+
+    def record(
+        self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """Records a row for each cell, or for those with certain labels, in the order of the dims; their labels."""
+        world, other, found = getattr(recorder, self.base), OTHER[self.base], []
+        for kind, labels in self.labels(recorder):
+            if among is not None and tuple(labels.values()) not in among:
+                continue
+            found.append(tuple(labels.values()))
+            site = tuple(labels.get(dim, self.only.get(dim, slice(None))) for dim in kind.index)
+            with recorder.row(renormalize=renormalize, **labels):
+                target = getattr(world, kind.name)
+                value = self.source
+                target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value
+        return found
+
+
+def base_of(direction: Any) -> WorldName:
+    """The run that is edited.
+
+    Raises:
+        RecipeError: There is no such direction.
+    """
+    if direction not in BASES:
+        raise RecipeError(f"direction is 'denoising' or 'noising', not {direction!r}.")
+    found: WorldName = BASES[direction]
+    return found
+
+
+def kinds_of(components: Any) -> list[Component]:
+    """The components that are asked for.
+
+    Raises:
+        RecipeError: They are no names.
+        ComponentError: One is unknown.
+    """
+    several = isinstance(components, Sequence) and not isinstance(components, str)
+    names = list(components) if several else [components]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise RecipeError(f"components is a name or several, such as 'resid_pre', not {components!r}.")
+    return [component(name) for name in names]
+
+
+def default_by(kind: Component) -> tuple[str, ...]:
+    """The dims that a sweep of a component runs over unless it is told: layer × pos, or layer × unit."""
+    return kind.index if kind.unit is None else (kind.index[0], kind.unit)
+
+
+def dims_of(kind: Component) -> tuple[str, ...]:
+    """The dims of a component's numbers at a layer, as they stand: those that are indexed, but for the layer."""
+    return tuple(dim for dim in kind.index if dim != "layer")

@@ -1,0 +1,29 @@
+"""Where the weights of a module are: with it, nowhere but in their shapes, or brought whenever they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def weightless(module: torch.nn.Module) -> bool:
+    """Whether some parameters of a module are shapes only, on the meta device, and nothing brings their values."""
+    here = (part for part in module.modules() if bringer(part) is None)
+    return any(p.is_meta for part in here for p in part.parameters(recurse=False))
+
+
+def brought(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that accelerate brings from elsewhere whenever they are needed, by name, with their values."""
+    found = {}
+    for path, part in module.named_modules():
+        bringer = bringer_of(part)
+        for name, _ in part.named_parameters(recurse=False) if bringer is not None else ():
+            found[f"{path}.{name}"] = bringer.weights_map[name]
+    return found
+
+
+def bringer_of(part: torch.nn.Module) -> Any:
+    """What brings a module's own parameters whenever it is called, where ``device_map`` left them elsewhere."""
+    hook = getattr(part, "_hf_hook", None)
+    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
