@@ -9,7 +9,7 @@ import torch
 
 def weightless(module: torch.nn.Module) -> bool:
     """Whether some parameters of a module are shapes only, on the meta device, and nothing brings their values."""
-    here = (part for part in module.modules() if bringer(part) is None)
+    here = (part for part in module.modules() if bringer_of(part) is None)
     return any(p.is_meta for part in here for p in part.parameters(recurse=False))
 
 
