@@ -201,7 +201,7 @@ MUTANTS = (
     Mutant("intervals: random patterns without the observed one", "resampling", "(as_far + 1) / (len(signs) + 1)", "as_far / len(signs)", INTERVALS),
     Mutant("intervals: Holm's values fall", "resampling", "np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])", "(len(p) - np.arange(len(p))) * p[order]", INTERVALS),
     Mutant("intervals: proved zeros are tests", "resampling", 'mean["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
-    Mutant("intervals: pairs without a number count", "resampling", "there = values.notnull().any(values.dims[1:]).values", "there = values.notnull().any(values.dims[1:]).values | True", INTERVALS),
+    Mutant("intervals: pairs without a number count", "resampling", "there = _there(effects)\n", "there = _there(effects) | True\n", INTERVALS),
     Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
     Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(x.data, y.data, x.measured, y.measured, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
     Mutant("pictures: proved zeros make a correlation", "scatters", "frame = pd.DataFrame(points.both[points.measured])", "frame = pd.DataFrame(points.both)", PICTURES),

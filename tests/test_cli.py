@@ -29,12 +29,13 @@ def call(*arguments: str, cwd: Path, status: int = 0) -> tuple[str, str]:
 
 
 def test_run_on_the_bundled_models(tmp_path: Path) -> None:
-    said, complained = call("run", "ioi", "--count", "4", cwd=tmp_path)
+    said, complained = call("run", "ioi", "--count", "4", "--report", cwd=tmp_path)
     assert complained == "", "a run that went well says nothing on stderr when it is not a terminal"
     folder = tmp_path / "out" / "ioi"
     names = ("residual_stream", "attention_out", "mlp_out", "heads")
     assert {f.name for f in folder.iterdir()} == {
         "summary.txt",
+        "report.html",
         *(f"{name}.png" for name in names),
         *(f"toy-{toy}.{name}.nc" for toy in tp.toys.NAMES for name in names),
     }
@@ -42,8 +43,10 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     summary = (folder / "summary.txt").read_text()
     assert "57 of 57 names are one token here" in summary
     assert "opposite outputs" in summary
-    for text in (summary, said):
-        assert text.count("    checks: eager attention differs by ") == 4 * len(tp.toys.NAMES)
+    assert summary.count("    checks: eager attention differs by ") == 4 * len(tp.toys.NAMES)
+    lines = re.findall(r"^  checks {11}passed in 4 parts; noise up to (\S+) logits$", said, re.M)
+    assert len(lines) == len(tp.toys.NAMES), "one line for all parts"
+    assert all(0 <= float(number) < 1e-4 for number in lines)
     top = re.search(
         r"  heads\n    largest normalized effects \(clean into the corrupted run\):\n    \+(\S+)  layer 0, head 1\n",
         summary,
@@ -51,6 +54,13 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     assert top is not None, "the head that copies the repeated name in the gpt2 toy"
     assert float(top[1]) > 0.9
     assert "toy-gemma2.heads.nc" in said
+    assert said.endswith("report out/ioi/report.html\n")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png;base64,') == 4
+    assert "<h1>Indirect object identification: which activations tell who is given the bag?</h1>" in page
+    assert "tracepatch run ioi --count 4 --report</pre>" in page
+    assert "Denoise the output of each head at all positions." in page
+    assert "swapped tokens have mean log-probability" in page
     result = tp.open_result(folder / "toy-llama.residual_stream.nc")
     assert result.sizes["layer"] == 2
     call("plot", str(folder / "toy-gpt2.heads.nc"), str(folder / "toy-llama.heads.nc"), cwd=tmp_path)
@@ -136,7 +146,7 @@ def test_models_of_one_folder_name_keep_their_results(tmp_path: Path) -> None:
     said, _ = call(
         "run", "ioi", "--count", "2", "--metric", "kl", "--metric", "prob", "--no-checks", *models, cwd=tmp_path
     )
-    assert said.count("    checks: off\n") == 3 * 4
+    assert len(re.findall(r"^  checks +off$", said, re.M)) == 3
     found = {f.name for f in (tmp_path / "out" / "ioi").glob("*heads*")}
     labels = ("one-model", "two-model", "mine")
     assert found == {*(f"{label}.heads.nc" for label in labels), "heads.kl.png", "heads.prob.png"}
@@ -170,3 +180,40 @@ def test_a_tree_is_not_drawn(tmp_path: Path, gpt2: Any) -> None:
     tp.save_result(p.run(), tmp_path / "tree.nc")
     _, complained = call("plot", "tree.nc", cwd=tmp_path, status=1)
     assert "tree.nc holds rows with different labels" in complained
+
+
+def test_a_part_without_a_picture_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("""\"\"\"Mine.\"\"\"
+import tracepatch as tp
+from tracepatch.recipes.ioi import prompts
+
+@tp.recipe
+def cells(p):
+    for a in range(2):
+        for b in range(2):
+            for c in range(2):
+                for d in range(2):
+                    with p.row(a=a, b=b, c=c, d=d):
+                        p.clean.z[0, a, b] = c + 2 * d
+
+@tp.recipe
+def tree(p):
+    with p.row(name="x"):
+        p.clean.z[0, -1, 0] = 0
+    with p.row(layer=0):
+        p.clean.z[0, -1, 1] = 0
+
+@tp.recipe
+def experts(p):
+    for layer in p.grid("router_logits", by="layer"):
+        with p.row(layer=layer):
+            p.clean.router_logits[layer] = 0
+""")
+    said, _ = call("run", "mine.py", "--model", "toy:gpt2", "--count", "2", "--report", cwd=tmp_path)
+    assert "no picture of cells. 'effect' has the dims" in said or "no picture of cells. 'normalized' has" in said
+    assert re.search(r"^  checks +passed in 2 parts; noise up to \S+ logits$", said, re.M)
+    page = (tmp_path / "out" / "mine" / "report.html").read_text(encoding="utf-8")
+    assert "Left out on toy-gpt2. " in page
+    assert "No picture of cells" in page
+    assert "<h2>tree, by name</h2>" in page
+    assert page.count("<img ") == 2

@@ -199,6 +199,8 @@ def test_texts_of_a_decoder_belong_to_the_prompt() -> None:
     prompts = {"clean_prompt": ("pair", ["a", "a", "a"]), "corrupted_prompt": ("pair", ["b", "c", "d"])}
     data = result(np.ones((3, 1)), **prompts, decoder_prompt=("pair", ["x", "y", "x"]))
     assert tp.intervals(data).attrs["clusters"] == 2
+    with pytest.raises(ResultError, match="1 pair in one cluster"):
+        tp.intervals(data.isel(pair=[1]))
 
 
 # -------------------------------------------------------------------------------------------------------------- tests

@@ -26,7 +26,7 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``, ``findings``,
 ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``, ``capture``,
 ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
-``curves``, ``plots``, ``toys``, ``__main__``.
+``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -49,6 +49,7 @@ from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.report import write_report
 from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
@@ -104,4 +105,5 @@ __all__ = [
     "toys",
     "value_flow",
     "verified_top",
+    "write_report",
 ]

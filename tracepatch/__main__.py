@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
+from tracepatch.caveats import checks_of
+from tracepatch.checklist import Checklist
 from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
 
@@ -75,20 +78,27 @@ def run(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a report: one HTML page with all of it, and its caveats.")
+    ] = False,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
     module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
-    found: dict[str, list[xr.Dataset]] = {}
+    found: dict[str, list[xr.Dataset | xr.DataTree]] = {}
+    left_out: dict[str, list[str]] = {}
+    checklists: dict[str, Checklist] = {}
+    conclusions: dict[str, tuple[str, list[Path]]] = {}
     lines = [_headline(module), ""]
     for label, source in _labelled(model or TOYS):
         loaded = _load(source, dtype, device_map, remote, label)
         pairs = _prompts(module, loaded, count, seed)
         say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
-        checklist = pairs.check(loaded)
+        checklist = checklists[label] = pairs.check(loaded)
         for check in checklist.checks:
             if check.verdict != "ok":
                 say(f"  {check.verdict}: {check.sentence}", markup=False)
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
+        own: dict[str, xr.Dataset | xr.DataTree] = {}
         for name, chosen in _recipes(module).items():
             try:
                 result = chosen(loaded, pairs, metrics, checks=checks, directory=directory)
@@ -99,38 +109,41 @@ def run(
             except tp.errors.ComponentError as error:
                 say(f"  {name}: left out. {error}", markup=False)
                 lines.append(f"  {name}: left out. {error}")
+                left_out.setdefault(name, []).append(f"Left out on {label}. {error}")
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
-            best, told = "", f"    checks: {result.attrs['checks']}"
-            if isinstance(result, xr.Dataset):
-                found.setdefault(name, []).append(result)
-                top = _top(result)
-                lines += [f"  {name}", *top, told]
-                best = top[1].strip() if len(top) > 1 else "nothing of note"
+            found.setdefault(name, []).append(result)
+            own[name] = result
+            top = _top(result) if isinstance(result, xr.Dataset) else []
+            lines += [f"  {name}", *top, f"    checks: {result.attrs['checks']}"]
+            best = top[1].strip() if len(top) > 1 else ""
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
-            say(told, markup=False)
+        if own:
+            say(f"  {'checks':<16} {checks_of(list(own.values()))}", markup=False)
         if hasattr(module, "conclude"):
-            own = {
-                name: results[-1] for name, results in found.items() if results[-1].attrs["model"] == name_of(loaded)
-            }
-            told = module.conclude(loaded, pairs, metrics, own, folder / _safe(label))
+            datasets = {name: result for name, result in own.items() if isinstance(result, xr.Dataset)}
+            told = module.conclude(loaded, pairs, metrics, datasets, folder / _safe(label))
             lines += told
             say("\n".join(told), markup=False)
+            conclusions[label] = "\n".join(told), sorted(folder.glob(f"{_safe(label)}.*.png"))
         lines.append("")
     for name, results in found.items():
-        joined = results[0] if len(results) == 1 else tp.concat(results)
-        for part, one in _by_metric(joined):
+        flat = [result for result in results if isinstance(result, xr.Dataset)]
+        for part, one in _by_metric(flat[0] if len(flat) == 1 else tp.concat(flat)) if flat else ():
             path = folder / f"{name}{part}.png"
             title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
             try:
                 plots.picture(one, title=title).savefig(path, dpi=150)
-            except ResultError as error:  # more dims than a page has
+            except ResultError as error:  # the results are saved, and others may have pictures
                 say(f"no picture of {name}: {error}", markup=False)
                 continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
     say(f"summary {summary}", markup=False)
+    if report:
+        told_too = {"checklists": checklists, "left_out": left_out, "conclusions": conclusions}
+        _report(folder / "report.html", module, Path(recipe).stem, found, told_too)
 
 
 @app.command()
@@ -351,6 +364,23 @@ def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
             lines.append(f"    {float(cell):+.3f}  {', '.join(f'{d} {v}' for d, v in labels.items())}")
     base, written = mean.attrs["base"], mean.attrs["written"]
     return [f"    largest {name} effects ({written} into the {base} run):", *(lines or ["    none of note"])]
+
+
+def _report(
+    path: Path,
+    module: ModuleType,
+    name: str,
+    results: dict[str, list[xr.Dataset | xr.DataTree]],
+    options: dict[str, Any],
+) -> None:
+    if not results:
+        say("no report: no part of the recipe could be run", markup=False)
+        return
+    headline, _, text = (inspect.getdoc(module) or name).partition("\n")
+    texts = {part: inspect.getdoc(recipe.function) or "" for part, recipe in _recipes(module).items()}
+    command = shlex.join(["tracepatch", *sys.argv[1:]])
+    tp.write_report(path, results, title=headline, about=text, texts=texts, command=command, **options)
+    say(f"report {path}", markup=False)
 
 
 def _safe(name: str) -> str:

@@ -142,6 +142,15 @@ def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
     return out
 
 
+def datasets_of(result: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The datasets of a result, with its provenance: itself, called ``""``, or those of a tree by their names."""
+    if not isinstance(result, xr.DataTree):
+        require_dataset(result)
+        return {"": result}
+    found = {name: child.to_dataset() for name, child in result.children.items()}
+    return {name: dataset.assign_attrs({**result.attrs, **dataset.attrs}) for name, dataset in found.items()}
+
+
 def main_variable(result: Any) -> str:
     """The name of what a result is about: ``effect``, or ``estimate`` where it is an approximation.
 

@@ -109,8 +109,14 @@ def intervals(
 
 
 def cluster_count(effects: xr.Dataset) -> int:
-    """How many pairs of a result say something of their own: those that share a prompt count as one."""
-    return len(np.unique(_sharing(effects)))
+    """How many pairs of one model's result say something of their own: those that share a prompt count as one."""
+    return len(np.unique(_sharing(effects)[_there(effects)]))
+
+
+def _there(effects: xr.Dataset) -> NDArray[np.bool_]:
+    """The pairs that have any number."""
+    present = effects[main_variable(effects)].notnull().transpose("pair", ...)
+    return np.asarray(present.values.reshape(len(present), -1).any(1))
 
 
 def _resampled(
@@ -119,7 +125,7 @@ def _resampled(
     """The ends of intervals and the p-values of one model, with what the attributes will say."""
     values = effects[main].transpose("pair", ...)
     labels = _labels(effects, clusters)
-    there = values.notnull().any(values.dims[1:]).values
+    there = _there(effects)
     values, labels = values.isel(pair=there), np.unique(labels[there], return_inverse=True)[1]
     count = len(np.unique(labels))
     if count < 2:
@@ -263,11 +269,11 @@ def _labels(effects: xr.Dataset, clusters: str | Sequence[Any] | None) -> NDArra
 def _sharing(effects: xr.Dataset) -> NDArray[np.intp]:
     """Pairs that share a prompt, directly or through others, have the same number."""
     names = [name for name in ("clean_prompt", "corrupted_prompt") if name in effects.coords]
-    sides = [effects[name].squeeze(drop=True).values.tolist() for name in names]
-    given = "decoder_prompt" in effects.coords
-    written = effects["decoder_prompt"].squeeze(drop=True).values.tolist() if given else [""] * effects.sizes["pair"]
+    names += [name for name in ("decoder_prompt",) if name in effects.coords]
+    texts = {name: effects[name].isel(model=0, missing_dims="ignore").values.tolist() for name in names}
+    written = texts.pop("decoder_prompt", [""] * effects.sizes["pair"])
     cluster, first = list(range(len(written))), dict[tuple[str, str], int]()
-    for side in sides:
+    for side in texts.values():
         for pair, key in enumerate(zip(side, written, strict=True)):
             old, new = cluster[pair], cluster[first.setdefault(key, pair)]
             cluster = [new if label == old else label for label in cluster]
