@@ -15,10 +15,11 @@
     tp.plots.heatmap(effects)
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
-``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
-``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
+``program``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``, ``spans``, ``checklist``,
+``given``, ``prompts``, ``templates``, ``sources``, ``metrics``, ``calls``, ``modules``,
+``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``,
+``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
+``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
 ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
 ``panels``, ``plots``, ``toys``, ``__main__``.
@@ -36,6 +37,7 @@ from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
 from tracepatch.sites import COMPONENTS
+from tracepatch.templates import Template
 from tracepatch.tokens import one_token
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Status",
+    "Template",
     "adopt",
     "concat",
     "cross_entropy",

@@ -72,6 +72,7 @@ class Architecture:
         d_model: Width of the residual stream.
         vocab: Width of the logits.
         causal: Whether a changed last token moves nothing before it.
+        extends: Whether one token less moves nothing either: prompts of any lengths agree as far as their tokens do.
         local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone, and on no
             encoder.
         keeps_logits: Whether the forward takes ``logits_to_keep``.
@@ -92,6 +93,7 @@ class Architecture:
     d_model: int
     vocab: int
     causal: bool
+    extends: bool
     local_embedding: bool
     keeps_logits: bool
     encodes: bool
@@ -160,7 +162,7 @@ class Architecture:
             self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
             stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
             found = allows(module, stack, ids, self._encoder, plain)
-            self.causal, self.local_embedding, self.keeps_logits = found
+            self.causal, self.extends, self.local_embedding, self.keeps_logits = found
             self.modules = self._see_modules(module, ids, calls)
         finally:
             module.train(training)

@@ -14,7 +14,7 @@ OF_MLP = frozenset({"mlp_out", "experts_out"})  # where an edit of what an MLP a
 OUTSIDE = frozenset({"embed", "cross_attn_out", "logits_in_scale"}) | set(SPLIT_READERS)
 
 
-def entered(job: Job, length: int, end: int, first: int) -> Job | str:
+def entered(job: Job, length: int, end: int, first: int, known: int) -> Job | str:
     """A row as it enters a table: from the layer and the position of its own first edit on; or why it cannot.
 
     What its base, an edited world, does before that is in the stream that it starts from.
@@ -24,6 +24,7 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
         length: Tokens of its prompt.
         end: One more than the last position that is read.
         first: The latest position that it may start from.
+        known: One more than the last position at which worlds' values are known.
     """
     if job.reads:
         return "save values"
@@ -40,10 +41,9 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
     late = [w for w in job.writes if w.standing and w.layer >= birth - 1 and looks_back(w)]
     if any(min(w.positions) < start or (w.function is not None and max(w.positions) >= end) for w in late):
         return "edit a world of edited keys or values, or of functions that reach over positions"
-    inside = [
-        p for w in own if w.component != "logits" for p in (*w.positions, *(p for t in w.terms for p in t.positions))
-    ]
-    if max(inside, default=0) >= end:
+    inside = [w for w in own if w.component != "logits"]
+    written, taken = (p for w in inside for p in w.positions), (p for w in inside for t in w.terms for p in t.positions)
+    if max(written, default=0) >= end or max(taken, default=0) >= known:
         return "edit or take positions after the last one that is read"
     since = next(i for i, w in enumerate(job.writes) if not w.standing)
     if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):

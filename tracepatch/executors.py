@@ -160,7 +160,7 @@ class _Run:
         ops: list[tuple[tuple[Any, ...], Call | None]] = []
         largest = 0
         for jobs in (_pristine(group, self.plan), *group.edited):  # an edited world takes values of those before it
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), at_once)
+            split = parts(jobs, partial(self._alike, group), at_once)
             largest = max(largest, *map(len, split))
             for part in split:
                 call = self.tracer.call(
@@ -168,13 +168,34 @@ class _Run:
                 )
                 ops.append((("run", call.run, "piece"), call))
             order = order_of(jobs, split)
-            joined = (None if order is None else torch.tensor(order), torch.tensor(group.reads))
-            ops.append((("join", *joined, group.length * edits_logits, self.tracer.measures(late, group, jobs)), None))
+            joined = self._joined(group, jobs, late, edits_logits)
+            ops.append((("join", None if order is None else torch.tensor(order), *joined), None))
 
         def smaller() -> list[Step]:
             return [self._worlds(group, digest, largest // 2)] if largest > 1 else []
 
         return Step(tuple(ops), partial(self._failed, ops), digest, smaller)
+
+    def _alike(self, group: Group, job: Job) -> tuple[int, ...]:
+        """What runs of worlds must agree in to share a forward: the prompt's length, and what is read of it."""
+        root = self.tracer.root(job)
+        return len(self.encoded.encoded(root, job.pair)), group.corrupted is not None and root == "corrupted"
+
+    def _joined(self, group: Group, jobs: Sequence[Job], late: list[Metric], edits_logits: bool) -> tuple[Any, ...]:
+        """Where the logits of worlds stand that were kept, how long a prompt is, and metrics that compare them."""
+        if group.corrupted is None:
+            measures = self.tracer.measures(late, group, jobs)
+            return torch.tensor(group.reads), group.length * edits_logits, ((None, measures),)
+        prompts = [group.of(self.tracer.root(job)) for job in jobs]
+        longest, most = max(group.length, group.corrupted.length), max(len(p.reads) for p in prompts)
+        # Beyond its last read a world's logits stand behind the prompt.
+        reads = torch.tensor([[*p.reads, *[longest] * (most - len(p.reads))] for p in prompts])
+        blocks = []
+        for which in (group.of("clean"), group.corrupted):
+            rows = [i for i, p in enumerate(prompts) if p == which]
+            if rows:
+                blocks.append((torch.tensor(rows), self.tracer.measures(late, group, [jobs[i] for i in rows])))
+        return reads, longest * edits_logits, tuple(blocks)
 
     def _batch(self, group: Group, batch: Batch, digest: Callable[[list[Taken]], None]) -> Step:
         """One traced run: an unpatched witness in front, then the rows; the worlds before, where they ride in it."""
@@ -207,7 +228,8 @@ class _Run:
     ) -> Step:
         """A row's raw trace, and before it the same run without it: what they differ by is what the row did."""
         (job,) = batch.jobs
-        given = torch.tensor(group.reads), self.tracer.measures(self.plan.metrics, group, [job])
+        reads = torch.tensor(group.of(self.tracer.root(job)).reads)
+        given = reads, self.tracer.measures(self.plan.metrics, group, [job])
         ops = tuple(((("raw", self.tracer.named([job]), act, *given)), None) for act in (None, function))
 
         def failed(number: int, error: Exception) -> MeasurementError:

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
+from tracepatch.alignment import Alignment
 from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
 from tracepatch.reach import LAST, canonical, indices, of_logits, reaches, read_at
 from tracepatch.rows import Edit, EditedWorld, Row, standing
-from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
+from tracepatch.shapes import shape_of
+from tracepatch.sites import SPLIT_READERS, Site, component, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
 # What in layer 0 depends on its own token alone, where the probe proved it.
@@ -37,18 +39,18 @@ class Profile:
     """What lowering needs to know of a pair; pairs that share it are lowered once.
 
     Attributes:
-        length: Tokens of each prompt.
-        differing: Positions at which the two prompts differ.
-        reads: Positions whose logits the metrics read.
-        seen: Activations that the metrics read.
+        alignment: The positions of the two prompts.
+        differing: Positions at which the two prompts differ, in their tokens or in having one.
+        scored: Positions whose logits each metric reads, in the clean and in the corrupted prompt.
+        seen: Activations that the metrics read, in the clean and in the corrupted prompt.
         pair: Number of the pair, where something is drawn anew for each.
         encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
     """
 
-    length: int
+    alignment: Alignment
     differing: tuple[int, ...]
-    reads: tuple[int, ...]
-    seen: tuple[Read, ...] = ()
+    scored: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
+    seen: tuple[tuple[Read, ...], tuple[Read, ...]] = ((), ())
     pair: int = -1
     encoded: bool = False
 
@@ -57,7 +59,20 @@ class Profile:
         """The first position at which the worlds may differ."""
         if self.encoded:
             return 0
-        return min(self.differing, default=self.length)
+        return min(self.differing, default=self.alignment.clean.length)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the two prompts are equally long and read at the same positions, so that runs hold rows of both."""
+        return self.alignment.even and self.scored[0] == self.scored[1] and self.seen[0] == self.seen[1]
+
+    def reads_of(self, root: WorldName) -> tuple[int, ...]:
+        """The positions whose logits are read, in the clean or in the corrupted prompt."""
+        return tuple(sorted({p for positions in self.scored[root == "corrupted"] for p in positions}))
+
+    def seen_of(self, root: WorldName) -> tuple[Read, ...]:
+        """The activations that are read, in the clean or in the corrupted prompt."""
+        return self.seen[root == "corrupted"]
 
 
 class Lowering:
@@ -73,14 +88,20 @@ class Lowering:
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
-        self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
         self.edited = edited or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
+        self.targets = {root: self._targets(root) for root in ("clean", "corrupted")}
         # The first position that a world's standing edits touch.
-        self.first_edit = {
-            name: min((min(e.site.pos.resolve(profile.length) or (0,)) for e in edits), default=profile.length)
-            for name, edits in self.standing.items()
-        }
+        self.first_edit = {name: self._first_of(name, edits) for name, edits in self.standing.items()}
+
+    def _targets(self, root: WorldName) -> tuple[Read, ...]:
+        """What metrics read, in the prompts of a world."""
+        reads = self.profile.reads_of(root)
+        return self.profile.seen_of(root) + ((of_logits(reads, self.depth),) if reads else ())
+
+    def _first_of(self, name: WorldName, edits: list[Edit]) -> int:
+        side = self.profile.alignment.side(self.root(name))
+        return min((min(e.site.pos.on(side) or (0,)) for e in edits), default=side.length)
 
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
@@ -93,7 +114,7 @@ class Lowering:
             SiteError: The prompt has no such position.
         """
         edits = sorted(self.standing[name], key=self._moment)
-        return tuple(_drop_overwritten([self._write(edit, standing=True) for edit in edits]))
+        return tuple(_drop_overwritten([self._write(edit, name, standing=True) for edit in edits]))
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
@@ -101,7 +122,8 @@ class Lowering:
             return (), Proof.NONE
         edits = [(edit, True) for edit in self.standing.get(row.base, ())] + [(edit, False) for edit in row.edits]
         try:
-            writes = [self._write(edit, old) for edit, old in sorted(edits, key=lambda pair: self._moment(pair[0]))]
+            edits.sort(key=lambda pair: self._moment(pair[0]))
+            writes = [self._write(edit, row.base, old) for edit, old in edits]
         except SiteError:
             return (), Proof.ABSENT
         if not row.edits and not self.reads(row):
@@ -110,7 +132,8 @@ class Lowering:
             writes = _drop_overwritten(writes)
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
-        kept, live, equal, unreachable = [], self.profile.length, False, False
+        targets, side = self.targets[self.root(row.base)], self.profile.alignment.side(self.root(row.base))
+        kept, live, equal, unreachable = [], side.length, False, False
         mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
         mixed = any(w.function is not None for w in writes)
         for number, write in enumerate(writes):
@@ -121,7 +144,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p, carried, mixed)]
+            reach = [i for i, p in enumerate(write.positions) if self._reaches(write, p, targets, carried, mixed)]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
                 kept.append(write)
@@ -147,7 +170,8 @@ class Lowering:
         found = []
         for number, save in enumerate(row.saves):
             with suppress(SiteError):
-                found.append(read_at(number, save.site, save.reduce, self.architecture, self.profile.length))
+                side = self.profile.alignment.side(self.root(save.world))
+                found.append(read_at(number, save.site, save.reduce, self.architecture, side))
         return tuple(found)
 
     def _moment(self, edit: Edit) -> tuple[float, int, int]:
@@ -157,28 +181,39 @@ class Lowering:
         layer = self.depth if last else site.layer
         return self.architecture.span(site.component, site.layer)[1], layer, stage(site.component)
 
-    def _write(self, edit: Edit, standing: bool = False) -> Write:
+    def _write(self, edit: Edit, base: WorldName, standing: bool = False) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)
-        positions, units, srcs = self._indices(site)
-        constant = None
+        root = self.root(base)
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [(positions, units, srcs) if v.site == site else self._indices(v.site) for _, v in values]
+            values = list(source.terms().values)
+        crossing = any(self.root(value.world) != root for _, value in values)
+        positions, units, srcs = self._indices(site, root, crossing)
+        constant = None
+        if not isinstance(source, (Function, Value)):
+            constant = self._constant(site, source.terms(), root, crossing)
+        places = [
+            (positions, units, srcs)
+            if v.site == site and self.root(v.world) == root
+            else self._indices(v.site, self.root(v.world), crossing)
+            for _, v in values
+        ]
         by_unit = kind.attends or site.component in SPLIT_READERS
         if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _ in places)):
             units = tuple(range(self.architecture.units(site.component, site.layer)))
-        if srcs is None and any(attended is not None for _, _, attended in places):
-            srcs = tuple(range(self.profile.length))
+        # What is kept of prompts of unequal length has one size.
+        apart = kind.attends and bool(values) and not self.profile.alignment.even
+        if srcs is None and (apart or any(attended is not None for _, _, attended in places)):
+            srcs = tuple(range(self._length(root)))
         terms = []
         for (factor, value), (here, heads, attended) in zip(values, places, strict=True):
             if units is not None and heads is None and component(value.site.component).unit:
                 heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
             if srcs is not None and attended is None and component(value.site.component).attends:
-                attended = tuple(range(self.profile.length))
+                attended = tuple(range(self._length(self.root(value.world))))
             name, layer = canonical(value.site, self.depth)
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
@@ -199,12 +234,13 @@ class Lowering:
             standing=standing,
         )
 
-    def _constant(self, site: Site, source: Sum) -> Constant | None:
+    def _constant(self, site: Site, source: Sum, root: WorldName, crossing: bool) -> Constant | None:
         """The constant summand, with the noise drawn."""
         if not source.noise:
             return source.constant
         architecture, name, layer = self.architecture, site.component, site.layer
-        dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
+        units, width = architecture.units(name, layer), architecture.width(name, layer)
+        dims = shape_of(site, self.profile.alignment.side(root), units, width, crossing)
         if dims is None:
             raise SiteError(str(site))
         shape = [size for _, size in dims]
@@ -213,11 +249,16 @@ class Lowering:
             total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
         return Constant.of(total)
 
-    def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
-        return indices(site, self.architecture, self.profile.length)
+    def _indices(
+        self, site: Site, root: WorldName, crossing: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
+        return indices(site, self.architecture, self.profile.alignment.side(root), crossing)
 
-    def _reaches(self, write: Write, position: int, carried: bool, mixed: bool) -> bool:
-        return any(reaches(self.architecture, write, position, read, carried, mixed) for read in self.targets)
+    def _length(self, root: WorldName) -> int:
+        return self.profile.alignment.side(root).length
+
+    def _reaches(self, write: Write, position: int, targets: tuple[Read, ...], carried: bool, mixed: bool) -> bool:
+        return any(reaches(self.architecture, write, position, read, carried, mixed) for read in targets)
 
     def _inert(self, write: Write, i: int, base: WorldName) -> bool:
         """Whether the source equals the base at the i-th position, given that no earlier edit has reached it."""
@@ -227,7 +268,8 @@ class Lowering:
         here = name, write.layer, units, write.srcs
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            if term.factor == 1 and (term.component, term.layer, term.units, term.srcs) == here:
+            alike = (term.component, term.layer, term.units) == here[:-1]
+            if term.factor == 1 and alike and _same_sources(write.srcs, term.srcs, position):
                 same_place = term.positions[min(i, len(term.positions) - 1)] == position
                 return same_place and self._agrees(term.world, base, term.component, term.layer, position)
         left: dict[tuple[Any, ...], float] = defaultdict(float)
@@ -240,19 +282,25 @@ class Lowering:
         return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
 
     def _agrees(self, one: WorldName, other: WorldName, name: str, layer: int, position: int) -> bool:
-        """Whether two worlds have the same value there."""
+        """Whether two worlds have the same value at the same position, which both have."""
         if one == other:
             return True
-        length = self.profile.length
-        if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
+        roots = {self.root(one), self.root(other)}
+        length = min(map(self._length, roots))
+        if position >= min(length, self.first_edit.get(one, length), self.first_edit.get(other, length)):
             return False
-        if self._root(one) == self._root(other):
+        if len(roots) == 1:
             return True
+        even = self.profile.alignment.even
+        # Scores may count distances from a prompt's end, which a softmax does not see.
+        if not even and (name == "scores" or not self.architecture.extends):
+            return False
         pristine = one not in self.edited and other not in self.edited
         local = pristine and self.architecture.local_embedding and layer == 0 and name in LOCAL
         return position not in self.profile.differing if local else position < self.profile.first
 
-    def _root(self, name: WorldName) -> WorldName:
+    def root(self, name: WorldName) -> WorldName:
+        """The world whose prompts a world has."""
         return self.edited[name].root if name in self.edited else name
 
 
@@ -274,6 +322,13 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
                     kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
         kept = [*(w for w in kept if w.positions), write]
     return kept
+
+
+def _same_sources(written: tuple[int, ...] | None, taken: tuple[int, ...] | None, dest: int) -> bool:
+    """Whether a destination's weights are taken where they are written; of later positions none is ever written."""
+    if written is None or taken is None or len(written) != len(taken):
+        return written == taken
+    return all(here == there for here, there in zip(written, taken, strict=True) if here <= dest)
 
 
 def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:

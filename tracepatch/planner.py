@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.costs import (
     Estimate,
@@ -25,13 +26,13 @@ from tracepatch.costs import (
     table_bytes,
     traffic,
 )
-from tracepatch.errors import MetricError, RecipeError, SiteError, listing
+from tracepatch.errors import MetricError, RecipeError, SiteError, listing, plural
 from tracepatch.jobs import EAGER, Job, Read, Write
 from tracepatch.lowering import Lowering, Profile
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
-from tracepatch.reach import layers_needed, read_at
+from tracepatch.reach import layers_needed, read_at, scored_at
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sources import Function, WorldName
 from tracepatch.table import Form
@@ -143,17 +144,24 @@ def make_plan(
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[_world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
-    until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
+    targets = [read for low in lowering.values() for found in low.targets.values() for read in found]
+    until = layers_needed(architecture, targets, measured)
     if until <= len(architecture) and ends:
         notes.append(f"the forwards end above the last layer, although nothing there is read: {ends}")
     until = len(architecture) + 1 if ends else until
     depth = min(until, len(architecture))
     sample = _sample(lowering, profiles, rows, jobs, proofs, until)
     row_bytes = max(
-        flat_bytes(architecture, p.length, len(p.reads)) + saved_bytes(architecture, p.seen, p.length) for p in lowering
+        flat_bytes(architecture, side.length, len(p.reads_of(side.world)))
+        + saved_bytes(architecture, p.seen_of(side.world), side.length)
+        for p in lowering
+        for side in (p.alignment.clean, p.alignment.corrupted)
     ) + encoder_bytes(architecture, encoded)
     saved = [
-        saved_bytes(architecture, job.reads, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads
+        saved_bytes(architecture, job.reads, encoded.alignments[pair].side(roots.get(job.base, job.base)).length)
+        for pair in jobs
+        for job in jobs[pair]
+        if job.reads
     ]
     row_bytes += max(saved, default=0)
     budget = memory or MEMORY
@@ -173,15 +181,18 @@ def make_plan(
         columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
         depth=depth,
     )
-    by_length: dict[int, list[int]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for pair, profile in enumerate(profiles):
-        by_length[profile.length].append(pair)
-    reads_of = [profile.reads for profile in profiles]
-    groups = tuple(
-        g
-        for length, pairs in sorted(by_length.items())
-        for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
-    )
+        sides = profile.alignment.clean, profile.alignment.corrupted
+        alike[sides[0].length, sides[1].length, profile.scored, profile.seen].append(pair)
+    together = sorted(alike.items(), key=lambda item: item[0][:2])
+    groups = tuple(g for _, pairs in together for g in packer.groups(pairs, profiles, jobs))
+    uneven = sum(not profile.shared for profile in profiles)
+    if uneven:
+        notes.append(
+            f"{plural(uneven, 'pair')} of prompts that differ in length, or in where metrics read: their worlds run "
+            "first, by themselves, and a batch has rows of clean or of corrupted prompts alone"
+        )
     steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
@@ -233,11 +244,12 @@ def _estimate(
             if batch.table is None:
                 shapes.append(sum(job.seats for job in batch.jobs) + 1)
                 continue
+            here = group.of(packer.root(batch.jobs[0]))
             inside = batch.table.shape[batch.table.first : -1]
-            forwards += sum(lanes * slots for lanes, slots in inside) / (group.length * depth)
+            forwards += sum(lanes * slots for lanes, slots in inside) / (here.length * depth)
             seconds += costs.seconds(batch.table)
-            logits = len(group.reads) * (packer.columns or architecture.vocab)
-            taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, group.seen)
+            logits = len(here.reads) * (packer.columns or architecture.vocab)
+            taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, here.seen)
             largest = max(largest, taken)
         forwards += sum(shapes) * computed
         seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
@@ -269,7 +281,7 @@ def _sample(
         writes, _ = low.unpruned().row(rows[number])
         one = _job(number, pair, rows[number].base, writes)
         # What stands above all that is read has no place in a forward that ends there.
-        if layers_needed(low.architecture, low.targets, [one]) <= until:
+        if layers_needed(low.architecture, low.targets[low.root(rows[number].base)], [one]) <= until:
             chosen += [one] if writes and not {w.component for w in writes} & EAGER - seen else []
             break
     return tuple(chosen)
@@ -313,19 +325,42 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
 
 
 def _profile(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
-    length = encoded.lengths[pair]
-    reads: set[int] = set()
-    seen = []
+    """What the metrics read of a pair, in both of its prompts.
+
+    Raises:
+        MetricError: A metric reads what the pair does not have.
+    """
+    alignment = encoded.alignments[pair]
+    sides = [alignment.clean, alignment.corrupted][: len(encoded.worlds)]
+    found = [_read_of(architecture, encoded, metrics, pair, side) for side in sides]
+    for metric in metrics if len(sides) > 1 else ():
+        counts = [len(scored_at(metric, side) or ()) for side in sides]
+        if metric.site is None and counts[0] != counts[1] and {"clean", "corrupted"} & set(metric.needs):
+            raise MetricError(
+                f"Metric {metric.name!r} compares runs of pair {pair} at {counts[0]} clean and {counts[1]} corrupted "
+                f"positions ({metric.positions}). Read single positions, `:`, or spans of equally many tokens."
+            )
+    (scored, seen), (other, other_seen) = found[0], found[-1]
+    # The decoder's tokens are the same on both sides.
+    differing = () if encoded.encoder else encoded.differing(pair)
+    return Profile(alignment, differing, (scored, other), (seen, other_seen), encoded=bool(encoded.encoder))
+
+
+def _read_of(
+    architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int, side: Side
+) -> tuple[tuple[tuple[int, ...], ...], tuple[Read, ...]]:
+    """Of one prompt, the positions whose logits each metric reads, and the activations that metrics read."""
+    length, scored, seen = side.length, [], []
     for number, metric in enumerate(metrics):
         if metric.site is not None:
             try:
-                seen.append(read_at(number, metric.site, None, architecture, length))
+                seen.append(read_at(number, metric.site, None, architecture, side))
             except SiteError:
                 raise MetricError(
                     f"Metric {metric.name!r} reads {metric.site}, which pair {pair} does not have ({length} tokens)."
                 ) from None
             continue
-        found = metric.positions.resolve(length)
+        found = scored_at(metric, side)
         if not found:
             raise MetricError(
                 f"Metric {metric.name!r} reads position {metric.positions}, which pair {pair} does not have "
@@ -342,11 +377,15 @@ def _profile(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[M
                 f"Metric {metric.name!r} reads the loss on the answer, and pair {pair} has several. Give it one, or "
                 f"read other positions: tp.{metric.name}.at(slice(0, -1))."
             )
+        lost = [p for p in found if "next" in metric.needs and encoded.following(pair, side.world, p) is None]
+        if lost:
+            raise MetricError(
+                f"Metric {metric.name!r} reads the loss on the clean prompt's next token, and position {lost[0]} of "
+                f"the corrupted prompt of pair {pair} has no partner there. Read `:`: those positions that have one."
+            )
         if len(set(found)) < len(found):
             raise MetricError(
                 f"Metric {metric.name!r} reads a position twice in pair {pair}: {metric.positions} of {length}."
             )
-        reads.update(found)
-    if encoded.encoder:  # the decoder's tokens are the same on both sides
-        return Profile(length, (), tuple(sorted(reads)), tuple(seen), encoded=True)
-    return Profile(length, encoded.differing(pair), tuple(sorted(reads)), tuple(seen))
+        scored.append(found)
+    return tuple(scored), tuple(seen)

@@ -43,8 +43,8 @@ from tracepatch.results import Result, provenance, to_result
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
-from tracepatch.sites import UNITS, component
-from tracepatch.sources import OTHER, WorldName
+from tracepatch.sites import PLACES, UNITS, Component, component, select
+from tracepatch.sources import OTHER, Function, WorldName, as_source
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
 from tracepatch.worlds import located
@@ -86,7 +86,7 @@ class Patching(Recorder):
         self.seen = tuple(one.site for one in self.metrics if one.site is not None)
         device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:
-            require_measure(one, self.architecture.vocab, self.lengths, self._shape, device)
+            require_measure(one, self.architecture.vocab, self.sides, self._shape, device)
         memory = room_of(model) if memory is None else memory
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
@@ -193,7 +193,7 @@ class Patching(Recorder):
         if plan.jobs and not stored and not plan.remote:  # a queue says nothing of the model
             _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
         self._measured, self._journal = measured, None
-        hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
+        hand_out(plan.rows, measured.saved, self.architecture, self.encoded, self._roots)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
     def partial(self) -> Result:
@@ -213,6 +213,11 @@ class Patching(Recorder):
                 self._tell(journal, journal.load())
             measured = so_far(self.model, self.architecture, self.encoded, plan, journal)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
+
+    @property
+    def _roots(self) -> dict[WorldName, WorldName]:
+        """Edited world → the world whose prompts it has."""
+        return {name: world.root for name, world in self.edited.items()}
 
     def _new_journal(self) -> Journal:
         return Journal(self.plan, self.model, self.encoded, self._directory, self._checks)
@@ -236,7 +241,8 @@ class Patching(Recorder):
         if self._measured is None:
             raise RecipeError("Nothing has run yet: what rows save is there after p.run().")
         attrs = provenance(self.model, self.encoded, self.plan, self._measured)
-        return together(self.plan.rows, self._measured.saved, self.architecture, self.encoded, attrs)
+        given = self.architecture, self.encoded, self._roots
+        return together(self.plan.rows, self._measured.saved, *given, attrs)
 
 
 def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:
@@ -334,13 +340,17 @@ def patch(
         components: One component, or several with the same dims.
         metric: What is read.
         by: The dims to run over; positions, heads and neurons that are left out are patched whole. By default layer ×
-            pos, for heads layer × head, for neurons layer × neuron.
+            pos, for heads layer × head, for neurons layer × neuron. ``span`` instead of ``pos`` runs over the named
+            spans of the pairs.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
         source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
         only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.
+
+    Where the positions of a pair's prompts do not correspond one to one (``align=…`` of ``tp.Pairs``), positions are
+    those of the run that is edited, and what is written is their partners' value.
 
     Returns:
         The result, with a dim for each of ``by``, and ``component`` where there are several.
@@ -363,23 +373,43 @@ def patch(
         raise RecipeError(
             f"{', '.join(names)} have different dims: patch them one by one, or pass by=('layer', 'pos')."
         )
+    # What is the same for both prompts has no partner to come from.
+    given = None if source is None else as_source(source)
+    crossing = given is None or (isinstance(given, Function) and given.arguments > 1)
     with Patching(model, pairs, metric, **options) as p:
         for name in names:
             kind = component(name)
             dims = _default_by(kind.index) if by is None else (by,) if isinstance(by, str) else tuple(by)
-            chosen = only or {}
+            chosen = _partnered(p, only or {}, base) if crossing else dict(only or {})
             if kind.layered and "layer" not in dims and not isinstance(chosen.get("layer"), int):
                 raise RecipeError(
                     f"Patch {name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
                 )
-            for index in p.grid(name, dims, **chosen):
+            for index in p.grid(name, dims, base=getattr(p, base), aligned=crossing, **chosen):
                 labels: dict[str, Any] = dict(zip(dims, index, strict=True))
-                site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)
+                site = tuple(_picked(dim, kind, labels, chosen) for dim in kind.index)
                 named = {"component": name} if len(names) > 1 else {}
                 with p.row(**named, **labels):
                     target = getattr(getattr(p, base), name)
                     target[site] = getattr(getattr(p, OTHER[base]), name)[site] if source is None else source
     return p.run(progress)
+
+
+def _picked(dim: str, kind: Component, labels: dict[str, Any], chosen: dict[str, Any]) -> Any:
+    """The index along a dim of a component: that of the row, or what all rows keep to."""
+    names = (dim, "span") if dim == kind.place else (dim,)
+    found = [where[name] for where in (labels, chosen) for name in names if name in where]
+    return found[0] if found else slice(None)
+
+
+def _partnered(p: Patching, chosen: dict[str, Any], base: WorldName) -> dict[str, Any]:
+    """Positions of the base that all rows keep to, as ones that mean their partners in the other prompt."""
+    if not p.encoded.mapped:
+        return chosen
+    whole = {dim: given for dim, given in chosen.items() if dim in PLACES and not isinstance(given, (slice, str))}
+    counted = {dim: select(given, dim) for dim, given in whole.items()}
+    moved = {dim for dim, s in counted.items() if not s.of and s.items is not None and min(s.items) >= 0}
+    return chosen | {dim: p.aligned(whole[dim], of=getattr(p, base)) for dim in moved}
 
 
 def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
