@@ -16,7 +16,7 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
 ``program``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``, ``spans``, ``checklist``,
-``given``, ``prompts``, ``templates``, ``sources``, ``metrics``, ``calls``, ``modules``,
+``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``sources``, ``metrics``, ``calls``, ``modules``,
 ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``,
 ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
 ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
@@ -27,7 +27,7 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, models, plots, toys
+from tracepatch import errors, models, plots, tasks, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.combining import concat, over_pairs
@@ -71,5 +71,6 @@ __all__ = [
     "rank",
     "recipe",
     "save_result",
+    "tasks",
     "toys",
 ]
