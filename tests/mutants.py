@@ -38,6 +38,7 @@ FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
 ALIGNED = ("test_alignment.py",)
+TEMPLATES = ("test_templates.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -93,7 +94,7 @@ MUTANTS = (
     Mutant("the first layer is taken to see no encoder", "experiments", "streams(module, stack, first, other)", "streams(module, stack, first, encoder)", ENCODER),
     Mutant("what an encoder reads has no end", "tokens", "        ids += policy.suffix\n", "        pass\n", ENCODER),
     Mutant("a decoder starts without its start token", "tokens", "return ids if ids[:1] == (start,) else (start, *ids)", "return ids or (start,)", ENCODER),
-    Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
+    Mutant("both roles keep the old answers", "prompts", "            answer=(*self.answer, *self.wrong),\n            wrong=(*self.wrong, *self.answer),", "            answer=(*self.answer, *self.answer),\n            wrong=(*self.wrong, *self.wrong),", ("test_prompts.py",)),
     Mutant("a patch is a zero ablation", "recipe", "[site] if source is None else source", "[site] * 0 if source is None else source", ("test_faults.py",)),
     Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
@@ -158,6 +159,18 @@ MUTANTS = (
     Mutant("worlds of several lengths are cut to the shortest", "program", "found = values[0].new_zeros(sum(map(len, values)), *shape)", "return torch.cat([value[:, : min(len(v[0]) for v in values)] for value in values])", ALIGNED),
     Mutant("rotated queries are moved", "trials", "if here and there and here != there:", "if False:", ALIGNED),
     Mutant("the loss after a position is on its own next token", "tokens", 'there = position if world == "clean" else', "there = position if True else", ALIGNED),
+    Mutant("a span takes the token behind it", "spans", "if a < end and b > start]", "if a <= end and b > start]", TEMPLATES),
+    Mutant("a span begins with the blank in front of it", "spans", "            while len(at) > 1 and not", "            while False and not", TEMPLATES),
+    Mutant("the tokens in front of a prompt do not count for its spans", "spans", "first = len(ids) - len(offsets)", "first = 0", TEMPLATES),
+    Mutant("slots stand where they do in the template", "templates", "(len(text), len(text) + len(given[name]))", "(len(text), len(text) + len(name))", TEMPLATES),
+    Mutant("a grid of spans is one of positions", "recipe", '(dim, "span") if dim == kind.place', '(dim,) if dim == kind.place', TEMPLATES),
+    Mutant("a wrong year is a right one", "tasks", "[n for n in every if n > year[:width]]", "[n for n in every if n >= year[:width]]", ("test_tasks.py",)),
+    Mutant("words of several tokens are answers", "tasks", 'one_token(tokenizer, (f" {word}" for word in given), after="the")', '[f" {word}" for word in given]', ("test_tasks.py",)),
+    Mutant("the queries of induction are those of its keys", "tasks", '"A": drawn[a], "B": drawn[b]', '"A": drawn[b], "B": drawn[a]', ("test_tasks.py",)),
+    Mutant("a token is replaced by itself", "corruptions", "if token != own[p]])", "if token == own[p]])", ("test_corruptions.py",)),
+    Mutant("exchanged words leave the spans where they were", "corruptions", "(moved(start), moved(stop))", "(start, stop)", ("test_corruptions.py",)),
+    Mutant("corruptions of one prompt are those of another", "combining", "grid[labels.index(name), prompt] = i", "grid[labels.index(name), prompt - 1] = i", ("test_corruptions.py",)),
+    Mutant("opposite signs agree", "combining", ".where(~(up & down), 3)", "", ("test_corruptions.py",)),
     Mutant("a form that was not tried is taken", "forms", "    if wanted in found.refused:", "    if False:", FORMS),
     Mutant("worlds of the group before are still known", "program", '    if kind == "forget":\n        return known.clear()', '    if kind == "forget":\n        return None', REMOTE),
     Mutant("equal tensors of other shapes are one", "requests", "        key = kind, tuple(value.shape), content", "        key = kind, content", REMOTE),

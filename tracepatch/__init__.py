@@ -16,10 +16,10 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
 ``program``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``, ``spans``, ``checklist``,
-``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``sources``, ``metrics``, ``calls``, ``modules``,
-``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``,
-``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
-``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
+``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``corruptions``, ``sources``, ``metrics``, ``calls``,
+``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``,
+``worlds``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
+``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
 ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
 ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
 ``panels``, ``plots``, ``toys``, ``__main__``.
@@ -27,10 +27,10 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, models, plots, tasks, toys
+from tracepatch import corruptions, errors, models, plots, tasks, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
-from tracepatch.combining import concat, over_pairs
+from tracepatch.combining import agreement, by_corruption, concat, over_pairs
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -51,7 +51,10 @@ __all__ = [
     "Status",
     "Template",
     "adopt",
+    "agreement",
+    "by_corruption",
     "concat",
+    "corruptions",
     "cross_entropy",
     "errors",
     "kl",

@@ -531,6 +531,7 @@ class Architecture:
             f"{str(self.dtype).removeprefix('torch.')}",
             f"  embed      {self.embed}",
         ]
+        causal = "a changed last token moves nothing before it" + ("" if self.extends else ", but one token more may")
         if self.twin:
             lines.insert(1, f"  proved on a twin with random weights in float32, shrunken: {self.twin}")
         if self.encodes:
@@ -541,8 +542,7 @@ class Architecture:
         lines += [
             f"  final norm {self.final_norm or 'none'}, unembedding {self.unembed}",
             f"  residual sum: closes bitwise in {exact} of {len(self)} layers, largest error {worst:.2g}",
-            "  causal: "
-            f"{'yes (a changed last token moves nothing before it)' if self.causal else 'NO: nothing is pruned'}",
+            f"  causal: {f'yes ({causal})' if self.causal else 'NO: nothing is pruned'}",
             f"  step-by-step attention differs from the default by {self.eager_error:.2g} in the logits",
         ]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from tracepatch.tokens import (
     shown,
 )
 
+BY_PAIR = ("clean", "corrupted", "answer", "wrong", "decoder", "corruption")
+
 
 @dataclass(frozen=True, init=False)
 class Pairs:
@@ -61,6 +63,7 @@ class Pairs:
             they do), or for each pair a map of clean to corrupted positions, counted with the BOS token if there is
             one.
         spans: For the clean and for the corrupted prompts, per pair: its named spans.
+        corruption: Per pair, what its corruption is called, where clean prompts have several (``corruptions``).
     """
 
     clean: tuple[Prompt, ...]
@@ -73,6 +76,7 @@ class Pairs:
     decoder: tuple[Prompt, ...] | None
     align: Way | Maps | None
     spans: tuple[tuple[Marks, ...], ...]
+    corruption: tuple[str, ...]
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class Pairs:
         decoder: Prompts | None = None,
         align: Way | Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
         spans: Mapping[str, Any] | None = None,
+        corruption: str | Sequence[str] | None = None,
     ) -> None:
         sides = {"clean": prompts_of(clean, "clean")}
         if corrupted is not None:
@@ -94,8 +99,9 @@ class Pairs:
         count = len(sides["clean"])
         if decoder is not None:
             sides["decoder"] = prompts_of([decoder] * count if isinstance(decoder, str) else decoder, "decoder")
+        names = (corruption,) * count if isinstance(corruption, str) else tuple(corruption or ())
         answers = {"answer": answers_of(answer, count, "answer"), "wrong": answers_of(wrong, count, "wrong")}
-        counts = {k: len(v) for k, v in sides.items()} | {k: len(v) for k, v in answers.items()}
+        counts = {k: len(v) for k, v in (sides | answers | ({"corruption": names} if names else {})).items()}
         if len(set(counts.values())) > 1:
             raise PromptError(
                 "Every pair needs one entry in each list; there are "
@@ -104,7 +110,7 @@ class Pairs:
             )
         _put(self, clean=sides["clean"], corrupted=sides.get("corrupted"), bos=bos, name=name, seed=seed, **answers)
         marks = () if spans is None else marked(spans, sides["clean"], sides.get("corrupted"))
-        _put(self, decoder=sides.get("decoder"), align=aligned_by(align, count), spans=marks)
+        _put(self, decoder=sides.get("decoder"), align=aligned_by(align, count), spans=marks, corruption=names)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -114,19 +120,13 @@ class Pairs:
         picked = select(index, "pair").resolve(len(self))
         if not picked:
             raise PromptError(f"There are {len(self)} pairs, 0 to {len(self) - 1}; {index!r} picks none, or others.")
-        found = Pairs(
-            [self.clean[i] for i in picked],
-            None if self.corrupted is None else [self.corrupted[i] for i in picked],
-            [self.answer[i] for i in picked],
-            [self.wrong[i] for i in picked],
-            bos=self.bos,
-            name=self.name,
-            seed=self.seed,
-            decoder=None if self.decoder is None else [self.decoder[i] for i in picked],
-        )
-        align = tuple(self.align[i] for i in picked) if isinstance(self.align, tuple) else self.align
-        _put(found, align=align, spans=tuple(tuple(side[i] for i in picked) for side in self.spans))
-        return found
+
+        def some(entries: Any) -> Any:
+            return entries and tuple(entries[i] for i in picked)
+
+        own = {name: some(getattr(self, name)) for name in BY_PAIR}
+        align = some(self.align) if isinstance(self.align, tuple) else self.align
+        return revised(self, **own, align=align, spans=tuple(map(some, self.spans)))
 
     def __str__(self) -> str:
         corrupted = "without corrupted prompts" if self.corrupted is None else "with corrupted prompts"
@@ -148,38 +148,25 @@ class Pairs:
         """
         if not isinstance(other, Pairs):
             return NotImplemented
+        maps = isinstance(self.align, tuple) and isinstance(other.align, tuple)
         apart = [name for name in ("bos", "align") if getattr(self, name) != getattr(other, name)]
-        if isinstance(self.align, tuple) and isinstance(other.align, tuple):
-            apart = [name for name in apart if name != "align"]
-        apart += [
-            name for name in ("corrupted", "decoder") if (getattr(self, name) is None) != (getattr(other, name) is None)
-        ]
+        apart = [name for name in apart if name != "align" or not maps]
+        has = ("corrupted", "decoder")
+        apart += [name for name in has if (getattr(self, name) is None) != (getattr(other, name) is None)]
         if apart:
             raise PromptError(f"{self.name} and {other.name} cannot be one set: they differ in {', '.join(apart)}.")
-        both = {
-            name: (*(getattr(self, name) or ()), *(getattr(other, name) or ())) for name in ("corrupted", "decoder")
-        }
-        found = Pairs(
-            (*self.clean, *other.clean),
-            None if self.corrupted is None else both["corrupted"],
-            (*self.answer, *other.answer),
-            (*self.wrong, *other.wrong),
-            bos=self.bos,
+        count, both = 1 if self.corrupted is None else 2, (self, other)
+        marks = [pairs.spans or (((),) * len(pairs),) * count for pairs in both]
+        names = [pairs.corruption or ("as given",) * len(pairs) for pairs in both]
+        return revised(
+            self,
+            **{name: getattr(self, name) and (*getattr(self, name), *getattr(other, name)) for name in BY_PAIR[:-1]},
+            align=(*self.align, *other.align) if maps else self.align,  # type: ignore[misc]  # maps
+            spans=tuple((*one, *two) for one, two in zip(*marks, strict=True)) if self.spans or other.spans else (),
+            corruption=(*names[0], *names[1]) if self.corruption or other.corruption else (),
             name=self.name if self.name == other.name else f"{self.name} and {other.name}",
             seed=self.seed if self.seed == other.seed else None,
-            decoder=None if self.decoder is None else both["decoder"],
         )
-        align = (
-            (*self.align, *other.align)
-            if isinstance(self.align, tuple) and isinstance(other.align, tuple)
-            else self.align
-        )
-        marks = [
-            pairs.spans or ((((),) * len(pairs),) * (1 if self.corrupted is None else 2)) for pairs in (self, other)
-        ]
-        spans = tuple((*one, *two) for one, two in zip(*marks, strict=True)) if self.spans or other.spans else ()
-        _put(found, align=align, spans=spans)
-        return found
 
     def both_roles(self) -> Pairs:
         """These pairs, then the same with clean and corrupted, answer and wrong, exchanged.
@@ -189,26 +176,19 @@ class Pairs:
         """
         if self.corrupted is None:
             raise PromptError("These pairs have no corrupted prompts, so there are no roles to exchange.")
-        found = Pairs(
-            [*self.clean, *self.corrupted],
-            [*self.corrupted, *self.clean],
-            [*self.answer, *self.wrong],
-            [*self.wrong, *self.answer],
-            bos=self.bos,
+        maps = self.align if isinstance(self.align, tuple) else ()
+        return revised(
+            self,
+            clean=(*self.clean, *self.corrupted),
+            corrupted=(*self.corrupted, *self.clean),
+            answer=(*self.answer, *self.wrong),
+            wrong=(*self.wrong, *self.answer),
+            decoder=self.decoder and (*self.decoder, *self.decoder),
+            align=(*maps, *(tuple((b, a) for a, b in links) for links in maps)) or self.align,
+            spans=tuple((*one, *two) for one, two in zip(self.spans, self.spans[::-1], strict=True)),
+            corruption=(*self.corruption, *self.corruption),
             name=f"{self.name}, both roles",
-            seed=self.seed,
-            decoder=None if self.decoder is None else [*self.decoder, *self.decoder],
         )
-        back = (
-            () if not isinstance(self.align, tuple) else tuple(tuple((b, a) for a, b in links) for links in self.align)
-        )
-        align = (*self.align, *back) if isinstance(self.align, tuple) else self.align
-        _put(
-            found,
-            align=align,
-            spans=tuple((*one, *other) for one, other in zip(self.spans, self.spans[::-1], strict=True)),
-        )
-        return found
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, start: int | None = None) -> EncodedPairs:
         """The pairs as token ids.
@@ -259,6 +239,13 @@ class Pairs:
         ]
         texts_of = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
         alignments, unaligned = aligned(tokenizer, texts_of, ids, self.spans, self.align) if start is None else ((), ())
+        way = (
+            "by a map"
+            if isinstance(self.align, tuple)
+            else f"by {self.align}"
+            if self.align
+            else "position by position"
+        )
         return EncodedPairs(
             clean_prompts=self.clean,
             corrupted_prompts=self.corrupted or (),
@@ -274,6 +261,8 @@ class Pairs:
             decoder_prompts=self.decoder or (),
             alignments=alignments,
             unaligned=unaligned,
+            corruption=self.corruption,
+            align=way,
         )
 
     def check(self, model: Model) -> Checklist:
@@ -367,10 +356,10 @@ class Pairs:
         return cls.from_frame({key: [row.get(key) for row in rows] for key in keys}, **{"name": source.stem, **options})
 
 
-def with_spans(pairs: Pairs, spans: tuple[tuple[Marks, ...], ...]) -> Pairs:
-    """The same pairs with these spans, for the clean and for the corrupted prompts."""
-    found = pairs[:]
-    _put(found, spans=spans)
+def revised(pairs: Pairs, **changed: Any) -> Pairs:
+    """The same set with something else in it, which is known to be sound: attributes by their names."""
+    found = object.__new__(Pairs)
+    _put(found, **{field.name: getattr(pairs, field.name) for field in fields(pairs)} | changed)
     return found
 
 

@@ -198,6 +198,8 @@ def pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
     }
     if encoded.corrupted is not None:
         coords["corrupted_prompt"] = ("pair", [_text(encoded, p) for p in encoded.corrupted_prompts])
+    if encoded.corruption:
+        coords["corruption"] = ("pair", list(encoded.corruption))
     if encoded.decoder_prompts:
         coords["decoder_prompt"] = ("pair", [_text(encoded, p) for p in encoded.decoder_prompts])
     for name, ids in (("answer", encoded.answer), ("wrong", encoded.wrong)):
@@ -317,6 +319,7 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "fingerprint": fingerprint(model),
         "pairs": encoded.name,
         "bos": str(encoded.bos),
+        "align": encoded.align,
         "seed": "none" if encoded.seed is None else encoded.seed,
         "versions": json.dumps(versions()),
         "plan": plan.explain(),

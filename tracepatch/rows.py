@@ -22,7 +22,16 @@ RESERVED = frozenset(
     (
         *("pair", "metric", "model", "row", "rows", "depth", "status"),
         *("effect", "normalized", "value", "base", "clean", "corrupted"),
-        *("token", "corrupted_token", "answer", "wrong", "clean_prompt", "corrupted_prompt", "decoder_prompt"),
+        *(
+            "token",
+            "corrupted_token",
+            "answer",
+            "wrong",
+            "clean_prompt",
+            "corrupted_prompt",
+            "decoder_prompt",
+            "corruption",
+        ),
     )
 )
 

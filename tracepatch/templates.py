@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from tracepatch.alignment import END
 from tracepatch.errors import PromptError, listing
-from tracepatch.prompts import Pairs, with_spans
+from tracepatch.prompts import Pairs, revised
 from tracepatch.spans import Marks
 from tracepatch.tokens import Answer
 
@@ -146,7 +146,7 @@ class Template:
         texts = [[one.text for one in side] for side in filled]
         answers = [self._answers(given, rows) for given in (answer, wrong)]
         found = Pairs(texts[0], None if corrupted is None else texts[1], *answers, align=align, **options)
-        return with_spans(found, tuple(tuple(one.marks for one in side) for side in filled))
+        return revised(found, spans=tuple(tuple(one.marks for one in side) for side in filled))
 
     def _answers(self, given: Any, rows: Sequence[Words]) -> Any:
         """Answers of each pair, where they are written with slots."""

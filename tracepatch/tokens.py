@@ -63,6 +63,8 @@ class EncodedPairs:
         alignments: Per pair, which positions of its prompts correspond, and its spans; position by position, if none
             are given.
         unaligned: Why pairs could not be aligned as asked, a line for each.
+        corruption: Per pair, what its corruption is called; empty where they have no names.
+        align: How the positions of a pair's prompts correspond, in a word.
     """
 
     clean_prompts: tuple[Prompt, ...]
@@ -79,6 +81,8 @@ class EncodedPairs:
     decoder_prompts: tuple[Prompt, ...] = ()
     alignments: tuple[Alignment, ...] = ()
     unaligned: tuple[str, ...] = ()
+    corruption: tuple[str, ...] = ()
+    align: str = "position by position"
 
     def __post_init__(self) -> None:
         if not self.alignments:
