@@ -71,6 +71,24 @@ def attending(edit: Any, live: Tensor, value: Tensor) -> Edit:
     return Edit(site.component, site.layer, value, positions=at[1], unit=at[0], sources=at[2], mode=mode)
 
 
+def aligned(found: list[Tensor], select: Select, dim: int, length: int) -> Tensor:
+    """The mean of values of prompts of unequal length along a dim, as the pair's own index has them.
+
+    Slices that begin at the end line up there, all others at the start: what is left is as long as the pair's.
+    """
+    if select.items is not None:
+        return torch.stack(found).mean(0)
+    at_end, longest = (select.bounds[0] or 0) < 0, max(one.shape[dim] for one in found)
+    wide = []
+    for one in found:
+        shape = list(one.shape)
+        shape[dim] = longest - one.shape[dim]
+        gap = torch.full(shape, torch.nan, dtype=one.dtype)
+        wide.append(torch.cat([gap, one] if at_end else [one, gap], dim))
+    mean, count = torch.stack(wide).nanmean(0), len(range(length)[slice(*select.bounds)])
+    return mean.narrow(dim, longest - count if at_end else 0, count)
+
+
 class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
@@ -80,6 +98,7 @@ class Slow:
         encoded: EncodedPairs,
         eager: bool = False,
         edited: Mapping[str, EditedWorld] | None = None,
+        references: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoded, module = encoded, untouched(model)
         if eager:
@@ -95,6 +114,8 @@ class Slow:
             self.references = dict.fromkeys(self.ids, Reference(module))
         self.reference = next(iter(self.references.values()))
         self.values = {key: self.references[key].values(ids) for key, ids in self.ids.items()}
+        self.worlds, self.module = references or {}, module
+        self.prompts: dict[tuple[str, int], Any] = {}  # of references: the values of each prompt, alone
         self.standing: dict[tuple[str, int], list[Edit]] = {key: [] for key in self.ids}
         for world in (edited or {}).values():
             for pair in range(len(encoded)):
@@ -121,16 +142,17 @@ class Slow:
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
-                place = one_name(part.site.component, part.site.layer, self.reference.layers)
-                world = self.values[part.world, pair][place]
-                term = pick(world, part.site, world.ndim == 3 or part.site.component in SPLIT)
+                term = self.value(part, pair, len(live) if site.component not in ATTENDING else live.shape[-1])
+                if part.world in self.worlds and self.worlds[part.world].over and not site.pos.scalar:
+                    term = term[None]
                 value = value + factor * (
                     term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term
                 )
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
             for factor, noise in source.noise:
-                value = value + factor * noise.draw(f"pair {pair}, {site}", target.shape)
+                unit = 1.0 if noise.unit is None else self.picks(noise.unit).std()
+                value = value + factor * unit * noise.draw(f"pair {pair}, {site}", target.shape)
             value = value.expand(target.shape)
             if site.component in ATTENDING:
                 found.append(attending(edit, live, value))
@@ -145,6 +167,39 @@ class Slow:
                 Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set")
             )
         return found
+
+    def value(self, part: Any, pair: int, length: int) -> Tensor:
+        """What a value of a world, or of a reference, is in a pair of so many tokens."""
+        place = one_name(part.site.component, part.site.layer, self.reference.layers)
+        if part.world not in self.worlds:
+            world = self.values[part.world, pair][place]
+            return pick(world, part.site, world.ndim == 3 or part.site.component in SPLIT)
+        world = self.worlds[part.world]
+        own = [i for i in range(len(world.ids)) if world.rows[i] == world.row_of[pair]]
+        found = [one for i in own if (one := self.picked(world, i, part.site)) is not None]
+        if world.over:
+            return torch.cat([one[None] if part.site.pos.scalar else one for one in found]).mean(0)
+        if part.site.component not in ATTENDING:
+            return aligned(found, part.site.pos, 0, length)
+        assert len({one.shape for one in found}) == 1, "the oracle lines weights up for prompts of one length only"
+        return torch.stack(found).mean(0)
+
+    def picked(self, world: Any, number: int, site: Site) -> Tensor | None:
+        """What a site is in one prompt of a reference; ``None`` where it lacks the positions."""
+        if (world.name, number) not in self.prompts:
+            ids = torch.tensor(world.ids[number])
+            runs = Reference(self.module, torch.tensor(world.encoder[number])) if world.encoder else self.reference
+            self.prompts[world.name, number] = runs.values(ids)
+        value = self.prompts[world.name, number][one_name(site.component, site.layer, self.reference.layers)]
+        if not site.pos.resolve(len(world.ids[number])):
+            return None
+        return pick(value, site, value.ndim == 3 or site.component in SPLIT)
+
+    def picks(self, unit: Any) -> Tensor:
+        """All numbers of a value in all prompts of a reference."""
+        world = self.worlds[unit.world]
+        found = [self.picked(world, i, unit.site) for i in range(len(world.ids))]
+        return torch.cat([one.flatten() for one in found if one is not None])
 
     def logits(self, row: Row, pair: int) -> Tensor:
         """The logits [pos, vocab] of a row."""

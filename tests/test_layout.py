@@ -20,8 +20,9 @@ MAY_IMPORT_NNSIGHT = {"models", "requests", "trace"}
 SHIPPED = {
     "writing": set(),
     "masks": set(),
+    "tallies": set(),
     "trace": {"tracepatch.writing", "tracepatch.masks"},
-    "program": {"tracepatch.trace"},
+    "program": {"tracepatch.tallies", "tracepatch.trace"},
 }
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",

@@ -14,14 +14,14 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``trace``,
-``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``,
-``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
-``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``,
-``panels``, ``plots``, ``toys``, ``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``tallies``,
+``trace``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``,
+``references``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``,
+``architecture``, ``rows``, ``trials``, ``worlds``, ``draws``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
+``reach``, ``lowering``, ``entrance``, ``packing``, ``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``,
+``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``,
+``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``,
+``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -29,12 +29,13 @@ __version__ = "0.1.0"  # before the imports: provenance records it
 from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
-from tracepatch.combining import concat, over_pairs
+from tracepatch.combining import concat, over_draws, over_pairs
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.references import mean, resample
 from tracepatch.sites import COMPONENTS
 from tracepatch.tokens import one_token
 
@@ -56,10 +57,12 @@ __all__ = [
     "log_prob",
     "logit",
     "logit_diff",
+    "mean",
     "metric",
     "models",
     "one_token",
     "open_result",
+    "over_draws",
     "over_pairs",
     "patch",
     "patching",
@@ -67,6 +70,7 @@ __all__ = [
     "prob",
     "rank",
     "recipe",
+    "resample",
     "save_result",
     "toys",
 ]

@@ -105,7 +105,9 @@ class _Checks:
         if len(numbers):
             rows = [replace(self.plan.rows[number], saves=[]) for number in numbers]
             # Without pruning, rows are measured that had to be without effect.
-            plan = make_plan(self.architecture, self.encoded, rows, self.plan.metrics, edited=self.plan.edited)
+            edited, references = self.plan.edited, self.plan.references
+            given = self.architecture, self.encoded, rows, self.plan.metrics
+            plan = make_plan(*given, edited=edited, references=references)
             inert = np.isin(plan.proofs, PROVED)
             inert |= np.array([[_own(row)] for row in rows])
             took[numbers] &= ~(inert & still[numbers])

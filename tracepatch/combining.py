@@ -23,6 +23,30 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     require_dataset(effects)
     if "pair" not in effects["effect"].dims:
         return effects
+    mean = _over(effects, "pair")
+    for name in (str(n) for n in effects.coords if str(n).endswith("token")):
+        if name in effects.coords and "pair" in effects[name].dims:
+            first = effects[name].isel(pair=0, drop=True)
+            shared = (effects[name] == first).all("pair")
+            marked = np.where(shared.values, first.values, np.char.add(first.values.astype(str), "…"))
+            mean = mean.assign_coords({name: (first.dims, marked)})
+    return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
+
+
+def over_draws(effects: xr.Dataset) -> xr.Dataset:
+    """The same result averaged over draws of noise, or of prompts: ``normalized`` is again a ratio of means.
+
+    Before or after ``over_pairs``: means of the metric, in its unit, are taken in any order. A result without draws
+    comes back as it is.
+    """
+    require_dataset(effects)
+    if "draw" not in effects["effect"].dims:
+        return effects
+    return _over(effects, "draw").assign_attrs({**effects.attrs, "averaged_draws": effects.sizes["draw"]})
+
+
+def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
+    """Averaged over a dim of the effects."""
     numeric = [
         v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
     ]
@@ -31,27 +55,23 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     if not present.all():  # where a pair has no such cell, its baselines do not count either
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
-    mean = chosen.mean("pair", keep_attrs=True)
+    mean = chosen.mean(dim, keep_attrs=True)
     if "normalized" in effects:
         gap = (effects["clean"] - effects[effects["normalized"].attrs.get("over", "corrupted")]).where(present)
-        gap = gap.mean("pair")
+        gap = gap.mean(dim)
         mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
         mean["normalized"].attrs = dict(effects["normalized"].attrs)
     status = effects["status"]
-    measured, proved = ((status == s).any("pair") for s in (Status.MEASURED, Status.PROVED_ZERO))
+    if dim not in status.dims:
+        return mean.assign(status=status)
+    measured, proved = ((status == s).any(dim) for s in (Status.MEASURED, Status.PROVED_ZERO))
     # A mean is a proved zero if nothing in it was measured.
     combined = measured * int(Status.MEASURED) + (proved & ~measured) * int(Status.PROVED_ZERO)
-    pending = (status == Status.PENDING).any("pair") & ~measured & ~proved  # else it is a mean of what there is
+    pending = (status == Status.PENDING).any(dim) & ~measured & ~proved  # else it is a mean of what there is
     combined = combined + pending * int(Status.PENDING)
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
-    for name in (str(n) for n in effects.coords if str(n).endswith("token")):
-        if name in effects.coords and "pair" in effects[name].dims:
-            first = effects[name].isel(pair=0, drop=True)
-            shared = (effects[name] == first).all("pair")
-            marked = np.where(shared.values, first.values, np.char.add(first.values.astype(str), "…"))
-            mean = mean.assign_coords({name: (first.dims, marked)})
-    return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
+    return mean
 
 
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:

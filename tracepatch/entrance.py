@@ -40,9 +40,8 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
     late = [w for w in job.writes if w.standing and w.layer >= birth - 1 and looks_back(w)]
     if any(min(w.positions) < start or (w.function is not None and max(w.positions) >= end) for w in late):
         return "edit a world of edited keys or values, or of functions that reach over positions"
-    inside = [
-        p for w in own if w.component != "logits" for p in (*w.positions, *(p for t in w.terms for p in t.positions))
-    ]
+    inside = [p for w in own if w.component != "logits" for p in w.positions]
+    inside += [p for w in own if w.component != "logits" for t in w.terms if t.tally is None for p in t.positions]
     if max(inside, default=0) >= end:
         return "edit or take positions after the last one that is read"
     since = next(i for i, w in enumerate(job.writes) if not w.standing)

@@ -27,7 +27,7 @@ from tracepatch.remote import There
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Runner, Step, Taken
 from tracepatch.tokens import EncodedPairs
-from tracepatch.traced import Call, Tracer
+from tracepatch.traced import Call, Tracer, unpatched
 
 STEADY = 8  # times the last bit, or the drift of the unpatched witness, that a row without effect may be off
 
@@ -157,9 +157,9 @@ class _Run:
         late = [m for m in self.plan.metrics if _references(m)]  # a divergence needs the clean logits first
         direct = [m for m in self.plan.metrics if not _references(m)]
         at_once = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
-        ops: list[tuple[tuple[Any, ...], Call | None]] = []
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(op, None) for op in self.tracer.surveys()]
         largest = 0
-        for jobs in (_pristine(group, self.plan), *group.edited):  # an edited world takes values of those before it
+        for jobs in self.tracer.stages(group):
             split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), at_once)
             largest = max(largest, *map(len, split))
             for part in split:
@@ -187,7 +187,7 @@ class _Run:
         else:
             base, pair = batch.jobs[0].base, batch.jobs[0].pair
             edited = (job for world in group.edited for job in world if (job.base, job.pair) == (base, pair))
-            everyone = (next(edited, _unpatched(pair, base)), *batch.jobs)
+            everyone = (next(edited, unpatched(pair, base)), *batch.jobs)
         rides = batch.computes_worlds
         keep = sorted(group.needed) if rides else ()
         call = self.tracer.call(
@@ -198,7 +198,8 @@ class _Run:
             several = halves(batch) if len(batch.jobs) > 1 else ()
             return [self._batch(group, half, digest) for half in several]
 
-        ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(op, None) for op in self.tracer.surveys() if rides]
+        ops += [(("wires", *call.wires), None)] if call.wires else []
         ops.append((("run", call.run, "worlds" if rides else ""), call))
         return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch)
 
@@ -232,7 +233,7 @@ class _Run:
     def _failed(self, ops: Sequence[tuple[Any, Call | None]], number: int, error: Exception) -> MeasurementError:
         before, after = reversed(ops[: number + 1]), ops[number:]
         call = next(call for _, call in itertools.chain(before, after) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
     # --------------------------------------------------------------------------------------------- what came of it
 
@@ -259,10 +260,11 @@ class _Run:
     def _read_worlds(self, group: Group, taken: list[Taken]) -> None:
         ((step, found),) = taken
         scores: list[torch.Tensor] = []
-        stages = iter((_pristine(group, self.plan), *group.edited))
+        stages = iter(self.tracer.stages(group))
         for (op, call), given in zip(step.ops, found, strict=True):
             if call is not None:
                 scores.append(self.tracer.outcome(call, *given).scores)
+            if op[0] != "join":
                 continue
             order = op[1]
             together = torch.cat(scores) if order is None else torch.cat(scores)[order]
@@ -384,14 +386,6 @@ def _judged(part: Batch, spoilt: list[Batch], taken: list[Taken]) -> None:
     """Adds a batch to the spoilt ones if it gave numbers that are not finite."""
     if not all(bool(found[-1][0].isfinite().all()) for _, found in taken):
         spoilt.append(part)
-
-
-def _pristine(group: Group, plan: Plan) -> list[Job]:
-    return [_unpatched(pair, world) for pair in group.pairs for world in plan.worlds]
-
-
-def _unpatched(pair: int, world: WorldName) -> Job:
-    return Job(-1, pair, world, (), 0, 0)
 
 
 def _references(metric: Metric) -> bool:

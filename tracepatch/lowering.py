@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
 from tracepatch.reach import LAST, canonical, indices, of_logits, reaches, read_at
+from tracepatch.references import ReferenceWorld, Tally
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
@@ -70,11 +71,12 @@ class Lowering:
         prune: bool,
         worlds: tuple[WorldName, ...],
         edited: Mapping[WorldName, EditedWorld] | None = None,
+        references: Mapping[WorldName, ReferenceWorld] | None = None,
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
         self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
-        self.edited = edited or {}
+        self.edited, self.references = edited or {}, references or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
         # The first position that a world's standing edits touch.
         self.first_edit = {
@@ -84,7 +86,7 @@ class Lowering:
 
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
-        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited)
+        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited, self.references)
 
     def world(self, name: WorldName) -> tuple[Write, ...]:
         """The writes of an edited world, those of the worlds below it first.
@@ -159,22 +161,24 @@ class Lowering:
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source, kind = edit.site, edit.source, component(edit.site.component)
-        positions, units, srcs = self._indices(site)
-        constant = None
+        own = positions, units, srcs = self._indices(site)
+        constant: Constant | None = None
+        spread: tuple[tuple[Tally, Constant], ...] = ()
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [(positions, units, srcs) if v.site == site else self._indices(v.site) for _, v in values]
+            values = list(source.terms().values)
+            constant, spread = self._fixed(site, source.terms())
+        taken = [self._taken(v, site, own) for _, v in values]
         by_unit = kind.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _ in places)):
+        if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _, _ in taken)):
             units = tuple(range(self.architecture.units(site.component, site.layer)))
-        if srcs is None and any(attended is not None for _, _, attended in places):
+        if srcs is None and any(attended is not None for _, _, attended, _ in taken):
             srcs = tuple(range(self.profile.length))
         terms = []
-        for (factor, value), (here, heads, attended) in zip(values, places, strict=True):
+        for (factor, value), (here, heads, attended, tally) in zip(values, taken, strict=True):
             if units is not None and heads is None and component(value.site.component).unit:
                 heads = tuple(range(self.architecture.units(value.site.component, value.site.layer)))
             if srcs is not None and attended is None and component(value.site.component).attends:
@@ -182,7 +186,9 @@ class Lowering:
             name, layer = canonical(value.site, self.depth)
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
-            terms.append(Term(factor, value.world, name, layer, here, heads, attended))
+            if tally is not None:
+                tally = replace(tally, component=name, layer=layer)
+            terms.append(Term(factor, value.world, name, layer, here, heads, attended, tally))
         return Write(
             *(("logits", self.depth) if site.component == "logits" else canonical(site, self.depth)),
             positions=positions,
@@ -197,21 +203,47 @@ class Lowering:
             srcs=srcs,
             renormalize=edit.renormalize,
             standing=standing,
+            spread=spread,
         )
 
-    def _constant(self, site: Site, source: Sum) -> Constant | None:
-        """The constant summand, with the noise drawn."""
+    def _taken(
+        self, value: Value, target: Site, own: tuple[Any, Any, Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None, Tally | None]:
+        """Where a value stands: positions, units and sources, and the table of a reference world that it is in."""
+        if value.world in self.references:
+            positions, srcs, tally = self.references[value.world].located(value.site, self.profile.length)
+            return positions, self._units(value.site), srcs, tally
+        return *(own if value.site == target else self._indices(value.site)), None
+
+    def _fixed(self, site: Site, source: Sum) -> tuple[Constant | None, tuple[tuple[Tally, Constant], ...]]:
+        """The constant summand, with the noise drawn; and the noise whose unit is known only in the run."""
         if not source.noise:
-            return source.constant
+            return source.constant, ()
         architecture, name, layer = self.architecture, site.component, site.layer
         dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
         if dims is None:
             raise SiteError(str(site))
         shape = [size for _, size in dims]
         total = torch.zeros(shape) if source.constant is None else source.constant.tensor
+        spread = []
         for factor, noise in source.noise:
-            total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
-        return Constant.of(total)
+            drawn = factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
+            if noise.unit is None:
+                total = total + drawn
+            elif factor * noise.scale:
+                spread.append((self._tally_of(noise.unit), Constant.of(drawn)))
+        plain = source.constant is None and all(noise.unit is not None for _, noise in source.noise)
+        return None if plain and spread else Constant.of(total), tuple(spread)
+
+    def _tally_of(self, unit: Value) -> Tally:
+        """What the standard deviation of some values is known by."""
+        name, layer = canonical(unit.site, self.depth)
+        if name in SPLIT_READERS:
+            return Tally(unit.world, "attn_in", layer, unit.site.pos, spread=True)
+        return Tally(unit.world, name, layer, unit.site.pos, None, unit.site.unit, spread=True)
+
+    def _units(self, site: Site) -> tuple[int, ...] | None:
+        return None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
 
     def _indices(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
         return indices(site, self.architecture, self.profile.length)
@@ -225,24 +257,27 @@ class Lowering:
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)
         here = name, write.layer, units, write.srcs
+        if write.spread:
+            return False
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            if term.factor == 1 and (term.component, term.layer, term.units, term.srcs) == here:
+            plain = term.factor == 1 and term.tally is None
+            if plain and (term.component, term.layer, term.units, term.srcs) == here:
                 same_place = term.positions[min(i, len(term.positions) - 1)] == position
                 return same_place and self._agrees(term.world, base, term.component, term.layer, position)
         left: dict[tuple[Any, ...], float] = defaultdict(float)
         for term in write.terms:
             p = term.positions[min(i, len(term.positions) - 1)]
             world = base if self._agrees(term.world, base, term.component, term.layer, p) else term.world
-            left[world, p, term.component, term.layer, term.units, term.srcs] += term.factor
+            left[world, p, term.component, term.layer, term.units, term.srcs, term.tally] += term.factor
         if not write.add:
-            left[base, position, *here] -= 1.0
+            left[base, position, *here, None] -= 1.0
         return not any(left.values()) and (write.constant is None or not bool(write.constant.tensor.any()))
 
     def _agrees(self, one: WorldName, other: WorldName, name: str, layer: int, position: int) -> bool:
         """Whether two worlds have the same value there."""
-        if one == other:
-            return True
+        if one == other or one in self.references:
+            return one == other
         length = self.profile.length
         if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
             return False

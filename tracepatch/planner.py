@@ -32,8 +32,10 @@ from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.reach import layers_needed, read_at
+from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import WorldName, summed
+from tracepatch.surveys import cost, surveys
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -60,6 +62,7 @@ def make_plan(
     device: str = "cpu",
     pace: float | None = None,
     ends: str = "",
+    references: Sequence[ReferenceWorld] = (),
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -81,6 +84,7 @@ def make_plan(
         device: The type of device that it runs on.
         pace: How many times longer than estimated a run of this model took here, if there was one.
         ends: Why a forward of the model cannot end below its last layer, in words; empty if it can.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There are no rows.
@@ -116,7 +120,10 @@ def make_plan(
         )
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
-    lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
+    others = {world.name: world for world in references}
+    lowering = {
+        profile: Lowering(architecture, profile, prune, worlds, named, others) for profile in dict.fromkeys(profiles)
+    }
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     saving = {
         profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
@@ -149,6 +156,7 @@ def make_plan(
     until = len(architecture) + 1 if ends else until
     depth = min(until, len(architecture))
     sample = _sample(lowering, profiles, rows, jobs, proofs, until)
+    measured += sample
     row_bytes = max(
         flat_bytes(architecture, p.length, len(p.reads)) + saved_bytes(architecture, p.seen, p.length) for p in lowering
     ) + encoder_bytes(architecture, encoded)
@@ -177,12 +185,16 @@ def make_plan(
     for pair, profile in enumerate(profiles):
         by_length[profile.length].append(pair)
     reads_of = [profile.reads for profile in profiles]
+    at_once = max(1, int(budget // 2 // max(1, row_bytes)))
+    surveyed = tuple(surveys(architecture, references, measured, at_once, not ends))
     groups = tuple(
         g
         for length, pairs in sorted(by_length.items())
         for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
     )
-    steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
+    steps = sum(1 + len(group.batches) for group in groups) + bool(sample) + sum(len(s.runs) for s in surveyed)
+    beside = len(groups) * sum(n for s in surveyed for n in s.world.lengths)
+    columns = sum(1 + len(m.parts) for m in metrics)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
@@ -198,12 +210,14 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
-        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics), steps) if remote else None,
+        traffic=traffic(measured, encoded.lengths, columns, steps, beside) if remote else None,
         edited=tuple(edited),
         sample=sample,
-        estimate=_estimate(architecture, packer, groups, worlds, pace),
+        estimate=_estimate(architecture, packer, groups, worlds, pace, surveyed),
         slower=tuple(packer.slower(why)),
         until=until,
+        references=tuple(references),
+        surveys=surveyed,
     )
     check(plan)
     return plan
@@ -222,6 +236,7 @@ def _estimate(
     groups: Sequence[Group],
     worlds: tuple[WorldName, ...],
     pace: float | None,
+    surveyed: Sequence[Survey],
 ) -> Estimate:
     """What the runs of a plan cost, by their shapes."""
     depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
@@ -242,6 +257,11 @@ def _estimate(
         forwards += sum(shapes) * computed
         seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
         largest = max(largest, max(shapes, default=0) * costs.row_bytes)
+    for survey in surveyed:
+        forwards += cost(architecture, survey)
+        for run in survey.runs:
+            length, until = len(survey.world.ids[run[0]]), min(survey.until, depth)
+            seconds += costs.flat_seconds(len(run), length, until)
     return Estimate(forwards, largest, seconds * (pace or 1), pace)
 
 
@@ -276,7 +296,8 @@ def _sample(
 
 
 def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, Function) and bool(edit.source.terms().noise)
+    total = summed(edit.source)
+    return total is not None and bool(total.noise)
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:

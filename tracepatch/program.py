@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from tracepatch.tallies import add, finish
 from tracepatch.trace import forward, raw, sandboxed, scored, wires
+
+LASTING = ("wires", "tally", "tallied")  # the same for all groups of pairs
 
 
 def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
@@ -22,7 +25,9 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
         model: The nnsight model.
         op: ``("run", run, into)``, a traced forward, whose kept values become what is known (``"worlds"``), a piece of
             it (``"piece"``), or nothing; ``("join", …)``, which puts pieces together; ``("wires", …)``, which looks
-            what blocks take from outside; ``("raw", …)``, a forward in which a function acts; or ``("forget",)``.
+            what blocks take from outside; ``("raw", …)``, a forward in which a function acts; ``("add", …)``, a forward
+            of prompts of a reference, and ``("finish", …)`` once all of them have run; or ``("forget",)``, after which
+            only what lasts is known.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``; changed in place.
 
     Returns:
@@ -43,10 +48,27 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
     if kind == "join":
         return joined(known, *given)
     if kind == "forget":
-        return known.clear()
+        for key in [key for key in known if key[0] not in LASTING]:
+            del known[key]
+        return None
+    if kind in ("add", "finish"):
+        return referred(model, op, known)
     if kind == "wires":
         return wires(model, known, *given)
     return raw(model, known, *given)
+
+
+def referred(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> None:
+    """A forward of prompts of a reference, or the end of them; nothing where they have run before."""
+    kind, name, *given = op
+    if ("tallied", name) in known:
+        return
+    if kind == "add":
+        run, rows, moves = given
+        kept, _ = forward(model, run, known)
+        add(known, kept, rows, moves)
+    else:
+        finish(known, name, *given)
 
 
 def program(model: Any, tree: Any, numbers: tuple[torch.Tensor, ...], first: int, seconds: float) -> dict[str, Any]:

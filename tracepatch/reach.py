@@ -128,5 +128,5 @@ def layers_needed(architecture: Architecture, reads: Iterable[Read], jobs: Itera
     jobs = list(jobs)
     reached = {(read.component, read.layer) for read in (*reads, *(r for job in jobs for r in job.reads))}
     reached |= {(w.component, w.layer) for job in jobs for w in job.writes}
-    reached |= {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+    reached |= {key for job in jobs for w in job.writes for key in w.needed}
     return max(1, *(layers_of(architecture, name, layer) for name, layer in reached))

@@ -38,6 +38,7 @@ from tracepatch.planner import make_plan
 from tracepatch.progress import bar
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
+from tracepatch.references import Reference
 from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
 from tracepatch.saves import hand_out, together
@@ -47,7 +48,7 @@ from tracepatch.sites import UNITS, component
 from tracepatch.sources import OTHER, WorldName
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
-from tracepatch.worlds import located
+from tracepatch.worlds import World, located
 
 Direction: TypeAlias = Literal["denoising", "noising"]
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
@@ -142,7 +143,8 @@ class Patching(Recorder):
             why=why,
             device=device_of(self.model).type,
             pace=_PACES.get(self.model),
-            ends="" if of_logits else unending(self.model, self.architecture),
+            ends="" if of_logits and not self.references else unending(self.model, self.architecture),
+            references=tuple(self.references.values()),
             **self._limits,
         )
         if plan.remote:
@@ -337,7 +339,8 @@ def patch(
             pos, for heads layer × head, for neurons layer × neuron.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
-        source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
+        source: Something else to write: ``0``, a tensor, ``tp.mean(prompts)`` or ``tp.resample(prompts)``; the
+            direction still says which run is edited.
         only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.
@@ -378,7 +381,9 @@ def patch(
                 named = {"component": name} if len(names) > 1 else {}
                 with p.row(**named, **labels):
                     target = getattr(getattr(p, base), name)
-                    target[site] = getattr(getattr(p, OTHER[base]), name)[site] if source is None else source
+                    given = p.reference(source) if isinstance(source, Reference) else source
+                    taken = getattr(p, OTHER[base]) if given is None else given
+                    target[site] = getattr(taken, name)[site] if isinstance(taken, World) else taken
     return p.run(progress)
 
 

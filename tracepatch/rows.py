@@ -13,7 +13,7 @@ import xarray as xr
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
 from tracepatch.sites import UNITS, Select, Site, component
-from tracepatch.sources import Function, Source, WorldName
+from tracepatch.sources import Function, Source, WorldName, summed
 
 Label: TypeAlias = int | float | str
 # Names that results use themselves.
@@ -42,7 +42,8 @@ class Edit:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The fixed tensor that it writes, alone or in a sum; ``None`` if there is none, or it is one number."""
-        constant = None if isinstance(self.source, Function) else self.source.terms().constant
+        total = summed(self.source)
+        constant = None if total is None else total.constant
         return None if constant is None or not constant.tensor.shape else constant.tensor
 
 
@@ -73,6 +74,8 @@ class EditedWorld(Edits):
         root: The pristine world below all edited ones: its prompts.
         edits: What always happens in it, in the order of recording.
         used: Whether a row or another world has used it, after which it cannot change.
+        origin: The world that it is a further draw of; empty for one that was recorded.
+        draw: Which draw of it.
     """
 
     name: WorldName
@@ -80,6 +83,8 @@ class EditedWorld(Edits):
     root: WorldName
     edits: list[Edit] = field(default_factory=list)
     used: bool = False
+    origin: WorldName = ""
+    draw: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))

@@ -17,7 +17,7 @@ from tracepatch.metrics import Metric
 from tracepatch.readings import READINGS, Read
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Value, WorldName, summed
 from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
@@ -269,9 +269,13 @@ class _Script:
 
 def _sources(edits: Iterable[Edit]) -> set[WorldName]:
     """The worlds whose values edits take."""
-    return {v.world for e in edits if not isinstance(e.source, Function) for _, v in e.source.terms().values}
+    return {v.world for e in edits for _, v in _values(e)}
 
 
 def _sites(edit: Edit) -> list[Site]:
-    values = () if isinstance(edit.source, Function) else edit.source.terms().values
-    return [edit.site, *(value.site for _, value in values)]
+    return [edit.site, *(value.site for _, value in _values(edit))]
+
+
+def _values(edit: Edit) -> tuple[tuple[float, Value], ...]:
+    total = summed(edit.source)
+    return () if total is None else total.values

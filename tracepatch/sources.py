@@ -115,15 +115,21 @@ class Noise(Source):
     """Gaussian noise: drawn anew for each pair and site, and the same each time for the same seed.
 
     Attributes:
-        scale: Its standard deviation, in the activation's own unit.
+        scale: Its standard deviation, in the activation's own unit, or in that of ``unit``.
         seed: Which draw.
+        unit: What the scale is a multiple of the standard deviation of; ``None`` where it is a number as it stands.
+        draws: How often it is drawn, in rows of their own.
+        number: Which of these draws it is.
     """
 
     scale: float
     seed: int
+    unit: Value | None = None
+    draws: int = 1
+    number: int = 0
 
     @classmethod
-    def of(cls, scale: Any, seed: Any) -> Noise:
+    def of(cls, scale: Any, seed: Any, unit: Value | None = None, draws: int = 1) -> Noise:
         """Noise as a user asks for it.
 
         Raises:
@@ -131,26 +137,49 @@ class Noise(Source):
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
             raise RecipeError(f"gaussian takes a standard deviation, 0 or more, not {scale!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise RecipeError(f"The seed of gaussian is an integer, not {seed!r}.")
-        return cls(float(scale), seed)
+        return cls(float(scale), require_seed("gaussian", seed), unit, require_draws("gaussian", draws))
 
     def terms(self) -> Sum:
         """The noise alone."""
         return Sum((), None, ((1.0, self),))
 
     def draw(self, place: str, shape: Sequence[int]) -> torch.Tensor:
-        """The noise of a shape at a place (any text), in float32."""
+        """The noise of a shape at a place (any text), in float32; without its unit where it has one."""
         generator = torch.Generator().manual_seed(self.seed_at(place, shape))
         return self.scale * torch.randn(tuple(shape), generator=generator)
 
     def seed_at(self, place: str, shape: Sequence[int]) -> int:
         """The generator's seed for a shape at a place."""
-        digest = hashlib.blake2b(f"{self.seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
+        seed = f"{self.seed}" if self.number == 0 else f"{self.seed}, draw {self.number}"
+        digest = hashlib.blake2b(f"{seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big")
 
     def __str__(self) -> str:
-        return f"gaussian({self.scale:g}, seed={self.seed})"
+        of = "" if self.unit is None else f" × std of {self.unit}"
+        drawn = f", draw {self.number} of 0 to {self.draws - 1}" if self.draws > 1 else ""
+        return f"gaussian({self.scale:g}{of}, seed={self.seed}{drawn})"
+
+
+def require_seed(who: str, seed: Any) -> int:
+    """A seed as a user gives it.
+
+    Raises:
+        RecipeError: It is no integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise RecipeError(f"The seed of {who} is an integer, not {seed!r}.")
+    return seed
+
+
+def require_draws(who: str, draws: Any) -> int:
+    """A number of draws as a user gives it.
+
+    Raises:
+        RecipeError: It is no number of them.
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise RecipeError(f"draws of {who} is how often to draw, 1 or more, not {draws!r}.")
+    return draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +224,11 @@ class Increment:
 
     target: Source
     source: Source
+
+
+def summed(source: Source) -> Sum | None:
+    """What is written as a sum; ``None`` of a function, of which that is not known before the run."""
+    return None if isinstance(source, Function) else source.terms()
 
 
 def as_source(given: Any) -> Source:

@@ -7,7 +7,8 @@ stands before that in a cache of the worlds. What a metric is given does not dep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ from tracepatch.masks import positions
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.models import Model, module_of
 from tracepatch.plan import Group, Plan
+from tracepatch.references import ReferenceWorld, Survey, Tally
 from tracepatch.shadows import shadow_columns
+from tracepatch.sites import Select
 from tracepatch.sources import WorldName
 from tracepatch.table import Run, Table
 from tracepatch.tokens import EncodedPairs
@@ -108,7 +111,7 @@ class Tracer:
             keep_logits: Whether to keep the logits at the reads too.
             keep_past: Whether to keep the worlds' keys and values too.
         """
-        seats = Seats({run: i for i, run in enumerate(self.order(group))}, group.length, table)
+        seats = Seats(self.places(group), group.length, table)
         writes = columns(jobs, self.architecture, seats)
         reads, saving = read_columns(jobs)
         seen = looked(self.architecture, group.seen, jobs, table, seats.world_of, group.length)
@@ -150,6 +153,50 @@ class Tracer:
             places=tuple(path for (path, *_), _ in visited) or tuple(s.path for s in self.architecture.layers),
         )
 
+    def stages(self, group: Group) -> list[list[Job]]:
+        """Runs of worlds that need not wait for each other: pristine ones, then edited ones after those they take."""
+        found = [[unpatched(pair, world) for pair in group.pairs for world in self.plan.worlds]]
+        for world in group.edited:
+            taken = {t.world for job in world for w in job.writes for t in w.terms}
+            if len(found) == 1 or taken & {job.base for job in found[-1]}:
+                found.append([])
+            found[-1] += world
+        return found
+
+    def surveys(self) -> Iterator[tuple[Any, ...]]:
+        """The operations that make the tables of all references; see ``program.operate``."""
+        return itertools.chain.from_iterable(map(self._survey, self.plan.surveys))
+
+    def _survey(self, survey: Survey) -> Iterator[tuple[Any, ...]]:
+        world, keep = survey.world, {(t.component, t.layer) for t in survey.tallies}
+        for numbers in survey.runs:
+            ids = torch.tensor([world.ids[i] for i in numbers])
+            inputs = trace.named(ids, torch.tensor([world.encoder[i] for i in numbers]) if world.encoder else None)
+            if survey.until > len(self.architecture) and self.architecture.keeps_logits:
+                inputs |= {"logits_to_keep": torch.tensor([-1])}
+            visited = stops(self.architecture, keep, {}, seats=Seats({}, ids.shape[1]), until=survey.until)
+            moves = tuple(m for t in survey.tallies if (m := self._move(world, t, ids.shape[1])) is not None)
+            rows = torch.tensor([world.rows[i] for i in numbers])
+            yield "add", world.name, (inputs, visited, ("none", None), *trace.PLAIN), rows, moves
+        yield "finish", world.name, tuple(tally.key for tally in survey.tallies)
+
+    def _move(self, world: ReferenceWorld, tally: Tally, length: int) -> tuple[Any, ...] | None:
+        """What of prompts of so many tokens goes where in a table, see ``tallies``; ``None`` if nothing does."""
+        place = tally.key, (tally.component, tally.layer)
+        if tally.spread:
+            assert isinstance(tally.along, Select)
+            here = tally.along.resolve(length)
+            count = self.architecture.units(tally.component, min(tally.layer, len(self.architecture) - 1))
+            units = None if tally.unit.all else torch.tensor(tally.unit.resolve(count))
+            return (*place, torch.tensor(here), None, units, ()) if here else None
+        ways = [world.picked(tally.along, length)] + ([] if tally.src is None else [world.picked(tally.src, length)])
+        if not all(here for here, _ in ways):
+            return None
+        taken, put = ([torch.tensor(part) for part in parts] for parts in zip(*ways, strict=True))
+        shape = 1 + max(world.rows), *(world.room(way) for way in (tally.along, tally.src) if way is not None)
+        one = tally.src is None
+        return (*place, taken[0] if one else tuple(taken), put[0] if one else tuple(put), None, shape)
+
     def outcome(self, call: Call, scores: torch.Tensor, told: dict[Any, Any]) -> Outcome:
         """What a traced run gave, as ``program.operate`` returned it.
 
@@ -164,8 +211,10 @@ class Tracer:
         fired = require_fired(self.plan.rows, call.group, call.jobs, told, call.ran) if self.checks else 0
         return Outcome(scores, fired if call.jobs[-1].row >= 0 else 0, saved)
 
-    def failed(self, call: Call, error: Exception) -> MeasurementError:
+    def failed(self, call: Call, error: Exception, op: tuple[Any, ...]) -> MeasurementError:
         """An error of a traced run in words: where, for which rows, and what to do."""
+        if op[0] == "add":
+            return MeasurementError(failure(error, call.places, f"  prompts of {op[1]}", len(op[3])))
         of = named(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
         return MeasurementError(failure(error, call.places, of, call.ran[-1]))
 
@@ -173,6 +222,12 @@ class Tracer:
         """The runs whose values are kept, as they stand in what is known."""
         pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
         return pristine + [(job.pair, job.base) for world in group.edited for job in world]
+
+    def places(self, group: Group) -> dict[Run, int]:
+        """Where the values of each pair's worlds stand in what is known: of a reference world, in its own tables."""
+        found = {run: i for i, run in enumerate(self.order(group))}
+        worlds = [survey.world for survey in self.plan.surveys]
+        return found | {(pair, world.name): world.row_of[pair] for pair in group.pairs for world in worlds}
 
     def root(self, job: Job) -> WorldName:
         """The pristine world whose prompts a run has."""
@@ -289,3 +344,8 @@ class Tracer:
             return torch.tensor(follow)
         order = {run: i for i, run in enumerate(self.order(group))}
         return "reference", torch.tensor([order[row.pair, need] for row in rows])
+
+
+def unpatched(pair: int, world: WorldName) -> Job:
+    """The run of a world as it is."""
+    return Job(-1, pair, world, (), 0, 0)

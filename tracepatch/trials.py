@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError
+from tracepatch.errors import RecipeError, SiteError
 from tracepatch.metrics import Metric, require_sound
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
 from tracepatch.sources import Function, Sum, Value, WorldName
@@ -144,25 +145,49 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-def require_fit(site: Site, source: Sum, length: int, shape: Callable[[Site], Dims | None]) -> None:
+def require_fit(
+    site: Site,
+    source: Sum,
+    length: int,
+    shape: Callable[[Site], Dims | None],
+    references: Mapping[WorldName, ReferenceWorld],
+) -> None:
     """Refuses values and tensors that do not fit a site in prompts of some length.
 
     Raises:
-        RecipeError: With the dims of both.
+        RecipeError: With the dims of both, or with the positions that a reference lacks.
     """
     target = shape(site)
     if target is None:
         return
     for _, value in source.values:
-        _require_value(site, value, length, dict(target), shape(value.site))
+        dims = shape(value.site)
+        if value.world in references and dims is not None:
+            dims = _given_by(references[value.world], value, length, dims)
+        _require_value(site, value, length, dict(target), dims)
     if source.constant is None:
         return
     given = tuple(source.constant.tensor.shape)
     if not fits(given, tuple(n for _, n in target)):
-        dims = ", ".join(f"{dim} {n}" for dim, n in target)
+        wanted = ", ".join(f"{dim} {n}" for dim, n in target)
         raise RecipeError(
-            f"A tensor of shape {list(given)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+            f"A tensor of shape {list(given)} does not fit {site}, which is [{wanted}] in prompts of {length} tokens."
         )
+
+
+def _given_by(world: ReferenceWorld, value: Value, length: int, dims: Dims) -> Dims:
+    """The dims of a reference's value, for prompts of some length."""
+    kind = component(value.site.component)
+    if kind.name == "logits" or (world.over and kind.attends):
+        raise RecipeError(
+            f"{value} cannot be a source: a reference has no mean of logits, and of scores and patterns none over "
+            "positions. Write a tensor, or take the mean position by position."
+        )
+    try:
+        world.located(value.site, length)
+    except SiteError as error:
+        raise RecipeError(f"{value} cannot be a source: {error}.") from None
+    return tuple(dim for dim in dims if not (world.over and dim[0] == "pos"))
 
 
 def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
@@ -181,7 +206,13 @@ def _require_value(site: Site, value: Value, length: int, target: dict[str, int]
             )
 
 
-def require_unmoved(site: Site, source: Sum, length: int, architecture: Architecture) -> None:
+def require_unmoved(
+    site: Site,
+    source: Sum,
+    length: int,
+    architecture: Architecture,
+    references: Mapping[WorldName, ReferenceWorld],
+) -> None:
     """Refuses rotated queries and keys at another position than their own.
 
     Raises:
@@ -191,7 +222,9 @@ def require_unmoved(site: Site, source: Sum, length: int, architecture: Architec
         if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
             continue
         here, there = site.pos.resolve(length), value.site.pos.resolve(length)
-        if here and there and here != there:
+        reference = references.get(value.world)
+        moved = reference is not None and reference.moves(value.site, length)
+        if here and there and (here != there or moved):
             raise RecipeError(
                 f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
                 f"something else elsewhere. Move what they are made of: {site.component}_in."

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import EditedWorld, Row
 from tracepatch.sites import (
     ALL,
@@ -35,12 +36,14 @@ class Records(Protocol):
         architecture: Of the model.
         encoded: The pairs, as tokens.
         edited: The edited worlds, by name.
+        references: The reference worlds, by name.
         opened: The row that is being written down, if any.
     """
 
     architecture: Architecture
     encoded: EncodedPairs
     edited: dict[WorldName, EditedWorld]
+    references: dict[WorldName, ReferenceWorld]
     opened: Row | None
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
@@ -167,10 +170,12 @@ class Activations:
                 f"{self.kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
             )
         site = Site(self.kind.name, layers.items[0], *picked)
-        return located(site, self.recorder.architecture, self.recorder.encoded)
+        return located(
+            site, self.recorder.architecture, self.recorder.references.get(self.world, self.recorder.encoded)
+        )
 
 
-def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Site:
+def located(site: Site, architecture: Architecture, prompts: EncodedPairs | ReferenceWorld) -> Site:
     """A site as it was written, in one model and for some prompts: with its layer counted from 0.
 
     Raises:
@@ -185,5 +190,5 @@ def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Si
     if kind.unit:
         units_of(kind, layer, site.unit, architecture.units(kind.name, layer))
     site = replace(site, layer=layer)
-    encoded.require_positions(site)
+    prompts.require_positions(site)
     return site

@@ -305,6 +305,10 @@ def written(
     total = None if constant is None else constant.to(like.device, like.dtype)
     for factor, name, cells, lift in terms:
         table = known[name]
+        if cells is None:  # one number, times fixed ones
+            value = factor.to(like.device) * table.to(like.device)
+            total = value.to(like.dtype) if total is None else total + value.to(like.dtype)
+            continue
         value = table[on(table.device, cells)].to(like.device)
         value = value.unsqueeze(1) if lift else value
         value = value if factor == 1 else value * factor
