@@ -37,6 +37,7 @@ WORLDS = ("test_worlds.py",)
 FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
+REFERENCES = ("test_references.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -59,7 +60,7 @@ MUTANTS = (
     Mutant("a head's bias counts for every head", "writing", "    found: torch.Tensor = project(flat) - project(torch.zeros_like(flat[..., :1, :] if flat.ndim > 2 else flat[:1]))", "    found: torch.Tensor = project(flat)"),
     Mutant("the post-norm after a head is ignored", "writing", "    return found if weight is None else found * weight", "    return found"),
     Mutant("the stream between attention and MLP leaves attention out", "writing", "        middle = entering + (x if scale == 1 else x * scale)", "        middle = entering + 0 * x"),
-    Mutant("worlds are exchanged", "traced", "seats = Seats({run: i for i, run in enumerate(self.order(group))}", "seats = Seats({run: i ^ 1 for i, run in enumerate(self.order(group))}"),
+    Mutant("worlds are exchanged", "traced", "found = {run: i for i, run in enumerate(self.order(group))}", "found = {run: i ^ 1 for i, run in enumerate(self.order(group))}"),
     Mutant("pairs are exchanged", "layout", "found[0].append(seats.world_of[job.pair, term.world])", "found[0].append(seats.world_of[members[0][2].pair, term.world])"),
     Mutant("heads are exchanged", "layout", "cells[2].append(write.units[j])", "cells[2].append(write.units[-1 - j])"),
     Mutant("attention counts before its post-norm", "probe", "        self.candidates = list({id(c): c for c in pool}.values())", "        self.candidates = pool[:1]", ("test_architecture.py",)),
@@ -79,7 +80,7 @@ MUTANTS = (
     Mutant("a script forgets multipliers when it writes", "spelling", "    value += _over(scale or place.scale)\n", "", ("test_scripts.py",)),
     Mutant("a script sets where a row adds", "forwards", "{'+=' if edit.add and not together else '='}", "=", ("test_scripts.py",)),
     Mutant("a script visits places in the order of the edits", "forwards", "sorted(visits, key=lambda visit: visit[0])", "visits", ("test_scripts.py",)),
-    Mutant("heads and positions of a source fall together in a script", "forwards", " and len(positions) > 1", " and False", ("test_scripts.py",)),
+    Mutant("heads and positions of a source fall together in a script", "forwards", "not target.unit.scalar and several", "False", ("test_scripts.py",)),
     Mutant("a script writes masked keys", "spelling", "torch.where({allowed}, {name}, {found})", "{name}", ("test_scripts.py",)),
     Mutant("a script's norm keeps the mean", "spelling", "x = x - x.mean(-1, keepdim=True)", "pass", ("test_scripts.py",)),
     Mutant("a script reads all heads' streams in one row", "forwards", "None if same[i] else unit", "None", ("test_scripts.py",)),
@@ -93,8 +94,8 @@ MUTANTS = (
     Mutant("what an encoder reads has no end", "tokens", "        ids += policy.suffix\n", "        pass\n", ENCODER),
     Mutant("a decoder starts without its start token", "tokens", "return ids if ids[:1] == (start,) else (start, *ids)", "return ids or (start,)", ENCODER),
     Mutant("both roles keep the old answers", "prompts", "            [*self.answer, *self.wrong],\n            [*self.wrong, *self.answer],", "            [*self.answer, *self.answer],\n            [*self.wrong, *self.wrong],", ("test_prompts.py",)),
-    Mutant("a patch is a zero ablation", "recipe", "[site] if source is None else source", "[site] * 0 if source is None else source", ("test_faults.py",)),
-    Mutant("a zero ablation is a patch", "recipe", "[site] if source is None else source", "[site]", ("test_faults.py",)),
+    Mutant("a patch is a zero ablation", "recipe", "getattr(taken, name)[site] if", "getattr(taken, name)[site] * 0 if", ("test_faults.py",)),
+    Mutant("a zero ablation is a patch", "recipe", "taken = getattr(p, OTHER[base]) if given is None else given", "taken = getattr(p, OTHER[base])", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
     Mutant("layers are read by one digit", "writing", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
     Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
@@ -133,7 +134,7 @@ MUTANTS = (
     Mutant("functions above the last MLP see tokens without it", "climb", "inside = inside or any(w[4] is not None", "inside = inside or any(False and w[4] is not None", FORMS),
     Mutant("a row takes a lane of the other world", "table", "lane = min(lanes_of[job.pair, job.base], key=fill.__getitem__)", "lane = min(lanes_of[job.pair, 'clean'] or lanes_of[job.pair, job.base], key=fill.__getitem__)", FORMS),
     Mutant("the second world of a pair starts late", "packing", "start = min((*self.encoded.differing(pair), end))", "start = max((*self.encoded.differing(pair), 0))", FORMS),
-    Mutant("a source that has not passed by is written in the run that computes it", "packing", "or t.layer < w.layer for w in", "or True for w in", FORMS),
+    Mutant("a source that has not passed by is written in the run that computes it", "packing", "or layer < w.layer for w in", "or True for w in", FORMS),
     Mutant("cached keys are those before an edit of them", "entrance", "    return write.component in CACHED or (", "    return (", FORMS),
     Mutant("standing edits before a staggered row are forgotten", "packing", "min(reads, default=length) if self.form == \"staggered\" else length)", "length)", FORMS),
     Mutant("what an MLP wrote before stays under a row born above it", "entrance", "taken = () if one.add else (", "taken = () if True else (", FORMS),
@@ -147,7 +148,7 @@ MUTANTS = (
     Mutant("a metric reads keys where they would stand without a cache", "climb", "table.prefix + slot if own else slot", "slot", LOOKS),
     Mutant("what is read does not count for what is kept in a folder", "journal", '{"row", "pair", "pairs", "lanes", "paths"}', '{"row", "pair", "pairs", "lanes", "paths", "site", "seen"}', LOOKS),
     Mutant("a form that was not tried is taken", "forms", "    if wanted in found.refused:", "    if False:", FORMS),
-    Mutant("worlds of the group before are still known", "program", '    if kind == "forget":\n        return known.clear()', '    if kind == "forget":\n        return None', REMOTE),
+    Mutant("worlds of the group before are still known", "program", "            del known[key]\n", "            pass\n", REMOTE),
     Mutant("equal tensors of other shapes are one", "requests", "        key = kind, tuple(value.shape), content", "        key = kind, content", REMOTE),
     Mutant("numbers do not fit in the bytes that are sent", "requests", "torch.iinfo(t).min <= low and high <= torch.iinfo(t).max", "torch.iinfo(t).min <= low", REMOTE),
     Mutant("an empty result counts as one", "requests", "if isinstance(found.get(\"result\"), dict) and", "if", REMOTE),
@@ -159,6 +160,17 @@ MUTANTS = (
     Mutant("decorators are sent without a word", "shipping", 'elif hasattr(value, "__wrapped__"):', "elif False:", REMOTE),
     Mutant("what functions close over is not looked at", "shipping", "            yield from _reasons(cell.cell_contents, seen)", "            pass", REMOTE),
     Mutant("attention is not switched where the model runs", "remote", "eager_attention(module_of(self._model)) if self._eager else nullcontext()", "nullcontext()", REMOTE),
+    Mutant("a short prompt counts where it has no position", "tallies", "count.clamp(min=1).reshape", "count.max().expand_as(count).reshape", REFERENCES),
+    Mutant("prompts line up at their end as at their start", "references", "(self.longest - length) * (along == \"end\") for p in range(length)", "0 for p in range(length)", REFERENCES),
+    Mutant("every pair takes the prompt of the first", "traced", "(pair, world.name): world.row_of[pair] for pair", "(pair, world.name): world.row_of[0] for pair", REFERENCES),
+    Mutant("a mean over positions counts one of them", "references", "[0] * len(here) if self.over", "[0] * len(here) if False", REFERENCES),
+    Mutant("noise forgets its unit", "writing", "            value = factor.to(like.device) * table.to(like.device)", "            value = factor.to(like.device)", REFERENCES),
+    Mutant("every draw is the first", "sources", 'seed = f"{self.seed}" if self.number == 0 else', 'seed = f"{self.seed}" if True else', REFERENCES),
+    Mutant("a mean agrees with a world where that agrees with the other", "lowering", "if one == other or one in self.references:", "if one == other:", REFERENCES),
+    Mutant("drawn worlds stand on their first draw", "draws", "            of = self.world(here.of, draw)", "            of = here.of", REFERENCES),
+    Mutant("worlds run beside those that they take values of", "traced", "if len(found) == 1 or taken & {job.base for job in found[-1]}:", "if len(found) == 1:", REFERENCES),
+    Mutant("a directory does not look at references", "journal", "return world.name, world.ids, world.encoder,", "return world.name, world.encoder,", REFERENCES),
+    Mutant("a reference ends a layer too low", "surveys", "until = max(1, *(layers_of(architecture, t.component, t.layer) for t in tallies))", "until = max(1, *(layers_of(architecture, t.component, t.layer) - 1 for t in tallies))", REFERENCES),
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import ioi_pairs, toy
 from slow import Slow, gap
 from test_forms import tiny
 from test_remote import Server, away, server  # noqa: F401  # a fixture
+from test_scripts import handed, run
 from test_twins import without_weights
 
 import tracepatch as tp
@@ -455,3 +457,39 @@ def test_encoder_decoder_models_take_means_of_the_decoder() -> None:
                 p.clean.cross_attn_out[layer, :] = p.mean(others).cross_attn_out[layer, :]
                 p.clean.z[layer, -1, 1] = p.mean(others).z[layer, -1, 1]
     agrees(p, model, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_scripts_take_means_and_noise_themselves(name: str, tmp_path: Path) -> None:
+    """Each row as plain nnsight, which runs the prompts of a reference one by one."""
+    model, pairs = toy(name), ioi_pairs(2)
+    alike = tp.Pairs(tasks.ioi(3, seed=5, templates=tasks.TEMPLATES[:1]).clean)
+    with tp.patching(model, pairs) as p:
+        mean, over = p.mean(prompts()), p.mean(prompts(), over="positions")
+        noised = p.world("noised", of=p.clean)
+        noised.embed[2:5] += p.gaussian(3, of="embed", draws=2)
+        noised.z[0, -1, 1] = mean.z[0, -1, 1]
+        edits = (
+            lambda: setattr_(p.clean.resid_pre, (1, slice(None)), mean.resid_pre[1, :]),
+            lambda: setattr_(p.clean.z, (0, slice(-4, None), [0, 2]), mean.z[0, -4:, [0, 2]]),
+            lambda: setattr_(p.corrupted.z, (1, [2, -1], 3), mean.z[1, [2, -1], 3] - over.z[1, 1:, 3]),
+            lambda: setattr_(p.clean.v, (1, slice(2, 9)), over.v[1, 1:]),
+            lambda: setattr_(p.clean.q_in, (1, -1, [0, 1]), mean.q_in[1, -1, [0, 1]]),
+            lambda: setattr_(p.clean.pattern, (1, 2, -1), p.mean(alike).pattern[1, 2, -1]),
+            lambda: setattr_(p.clean.pattern, (1, [0, 2], slice(3, None)), p.mean(alike).pattern[1, [0, 2], 3:]),
+            lambda: setattr_(p.clean.attn_out, (1, -1), p.resample(prompts(), seed=4).attn_out[1, -1]),
+        )
+        for number, edit in enumerate(edits):
+            with p.row(number=number):
+                edit()
+        with p.row(number=20):
+            p.clean.resid_pre[1, -1] += p.gaussian(2, of=p.clean.z[1, 3:, 1])
+        with p.row(number=21):
+            noised.resid_pre[1, 3] = p.clean.resid_pre[1, 3]
+    found = p.run()
+    scale = 30
+    for row, wanted in zip(p.rows, values(p, found), strict=True):
+        text = row.as_nnsight(1)
+        given = {n: v for n, v in handed(p, row).items() if f" {n}" in text.split("def patched(")[1].split("\n")[0]}
+        value, _ = run(text, tmp_path / f"reference_{name}_{row.number}.py", model, **given)
+        assert abs(value - wanted[1]) < 1e-5 * scale, f"{row}: {value} instead of {wanted[1]}\n{text}"

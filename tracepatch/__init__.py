@@ -20,8 +20,9 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``architecture``, ``rows``, ``trials``, ``worlds``, ``draws``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
 ``reach``, ``lowering``, ``entrance``, ``packing``, ``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``,
 ``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``,
-``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``,
-``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``averages``, ``scripts``,
+``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``,
+``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -121,6 +121,7 @@ class Patching(Recorder):
                 metrics=self.metrics,
                 model=name_of(self.model),
                 edited=self.edited,
+                references=self.references,
             )
             for row in self.rows:
                 row._script = write

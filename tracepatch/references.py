@@ -196,11 +196,11 @@ class ReferenceWorld:
         return picked if len(signs) > 1 else "end" if signs == {True} else "start"
 
     def _places(self, site: Site, picked: Select, length: int) -> tuple[int, ...]:
+        if self.over:  # of its own prompts, whatever the pair has
+            return (0,)
         along, found = self._along(picked), picked.resolve(length)
         if not found:
             raise SiteError(str(site))
-        if self.over:
-            return (0,)
         if isinstance(along, Select):
             return tuple(range(len(found)))
         places = tuple(p + (self.longest - length) * (along == "end") for p in found)

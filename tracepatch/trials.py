@@ -6,6 +6,7 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from tracepatch.errors import RecipeError, SiteError
 from tracepatch.metrics import Metric, require_sound
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
-from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
+from tracepatch.sites import ALL, COMPONENTS, SPLIT_READERS, Site, component
 from tracepatch.sources import Function, Sum, Value, WorldName
 
 Dims: TypeAlias = tuple[tuple[str, int], ...]
@@ -161,9 +162,10 @@ def require_fit(
     if target is None:
         return
     for _, value in source.values:
-        dims = shape(value.site)
-        if value.world in references and dims is not None:
-            dims = _given_by(references[value.world], value, length, dims)
+        world = references.get(value.world)
+        dims = shape(value.site if world is None or not world.over else replace(value.site, pos=ALL))
+        if world is not None and dims is not None:
+            dims = _given_by(world, value, length, dims)
         _require_value(site, value, length, dict(target), dims)
     if source.constant is None:
         return
