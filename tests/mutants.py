@@ -38,6 +38,7 @@ FORMS = ("test_forms.py",)
 LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
 REFERENCES = ("test_references.py",)
+PORTIONS = ("test_portions.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -166,10 +167,17 @@ MUTANTS = (
     Mutant("a mean over positions counts one of them", "references", "[0] * len(here) if self.over", "[0] * len(here) if False", REFERENCES),
     Mutant("noise forgets its unit", "writing", "            value = factor.to(like.device) * table.to(like.device)", "            value = factor.to(like.device)", REFERENCES),
     Mutant("every draw is the first", "sources", 'seed = f"{self.seed}" if self.number == 0 else', 'seed = f"{self.seed}" if True else', REFERENCES),
-    Mutant("a mean agrees with a world where that agrees with the other", "lowering", "if one == other or one in self.references:", "if one == other:", REFERENCES),
     Mutant("drawn worlds stand on their first draw", "draws", "            of = self.world(here.of, draw)", "            of = here.of", REFERENCES),
     Mutant("worlds run beside those that they take values of", "traced", "if len(found) == 1 or taken & {job.base for job in found[-1]}:", "if len(found) == 1:", REFERENCES),
     Mutant("a directory does not look at references", "journal", "return world.name, world.ids, world.encoder,", "return world.name, world.encoder,", REFERENCES),
+    Mutant("a portion replaces all", "writing", "            value = replaced(portion, x[at], value)", "            pass", PORTIONS),
+    Mutant("a portion of what a head writes replaces all", "writing", "            value = replaced(portion, live, value)", "            pass", PORTIONS),
+    Mutant("what a dictionary leaves out is lost", "replacing", "        return live + moved\n", "        return decode(after).to(live.dtype)\n", PORTIONS),
+    Mutant("all features are taken", "replacing", "after[:, chosen] = encode(other)[:, chosen] if", "after[:, :] = encode(other) if", PORTIONS),
+    Mutant("a later portion overrides what is there", "lowering", "or write.renormalize or write.portion is not None", "or write.renormalize", PORTIONS),
+    Mutant("a portion of what an MLP adds is folded into the stream", "entrance", "or one.function or one.portion or", "or one.function or", PORTIONS),
+    Mutant("rows with other portions are one write", "layout", "                write.portion,\n", "", PORTIONS),
+    Mutant("a plan sends dictionaries unseen", "shipping", "yield from ((name, code) for code in", "yield from ((name, code) for code in () and", PORTIONS),
     Mutant("a reference ends a layer too low", "surveys", "until = max(1, *(layers_of(architecture, t.component, t.layer) for t in tallies))", "until = max(1, *(layers_of(architecture, t.component, t.layer) - 1 for t in tallies))", REFERENCES),
 )  # fmt: skip
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from reference import Edit, Reference
 from torch import Tensor
 
+from tracepatch.portions import Subspace
 from tracepatch.prompts import Pairs
 from tracepatch.rows import EditedWorld, Row
 from tracepatch.sites import Select, Site
+from tracepatch.sources import Part, summed
 from tracepatch.tokens import EncodedPairs
 
 ATTENDING = ("scores", "pattern")  # [head, dest, src]
@@ -69,6 +72,44 @@ def attending(edit: Any, live: Tensor, value: Tensor) -> Edit:
     at = [torch.arange(n)[index(s)].reshape(-1).tolist() for s, n in zip(picks, live.shape, strict=True)]
     mode = "add" if edit.add else "set"
     return Edit(site.component, site.layer, value, positions=at[1], unit=at[0], sources=at[2], mode=mode)
+
+
+def portioned(portion: Any, value: Tensor, live: Tensor) -> Tensor:
+    """A live value with a portion of it as in a source: the textbook formula, whole matrices, one vector at a time."""
+    if isinstance(portion, Subspace):
+        span = portion.basis.tensor.to(live.dtype)
+        return live + (value.expand_as(live) - live) @ (torch.linalg.pinv(span) @ span)
+    encode, decode = coder(portion.dictionary, live.dtype)
+    flat, other = live.reshape(-1, live.shape[-1]), value.expand_as(live).reshape(-1, live.shape[-1])
+    out = []
+    for one, given in zip(flat, other, strict=True):
+        before = encode(one[None])
+        after, taken = before.clone(), encode(given[None])
+        chosen = torch.arange(before.shape[1])[index(portion.chosen)].reshape(-1).tolist()
+        for n, i in enumerate(chosen):
+            clamp = None if portion.clamp is None else portion.clamp.tensor.expand(len(chosen))[n]
+            after[0, i] = taken[0, i] if clamp is None else clamp
+        out.append(decode(after)[0] + one - decode(before)[0])
+    return torch.stack(out).reshape(live.shape)
+
+
+def coder(of: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A dictionary as two functions."""
+    if not of.weights:
+        return of.encode, of.decode
+    encoder, bias, decoder, before = (None if c is None else c.tensor.to(dtype) for c in of.weights)
+
+    def encode(x: Tensor) -> Tensor:
+        found = (x if before is None else x - before) @ encoder
+        found = found if bias is None else found + bias
+        if of.activation == "relu":
+            return found.clamp(min=0)
+        if of.activation == "jumprelu":
+            return found * (found > of.parameter.tensor.to(dtype))
+        least = found.sort(-1).values[:, -of.parameter, None]
+        return (found * (found >= least)).clamp(min=0)
+
+    return encode, lambda f: f @ decoder
 
 
 def aligned(found: list[Tensor], select: Select, dim: int, length: int) -> Tensor:
@@ -136,7 +177,7 @@ class Slow:
         """Recorded edits as the oracle's."""
         found = []
         for edit in edits:
-            site, source = edit.site, edit.source.terms()
+            site, source = edit.site, summed(edit.source)
             live = self.values[base, pair][site.component, site.layer]
             split = live.ndim == 3 or site.component in SPLIT
             target = pick(live, site, split)
@@ -163,9 +204,10 @@ class Slow:
                 value = value[:, None]
             at = torch.arange(len(live))[index(site.pos)].reshape(-1).tolist()
             units = torch.arange(live.shape[1])[index(site.unit)].reshape(-1).tolist() if split else None
-            found.append(
-                Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set")
-            )
+            mode = "add" if edit.add else "set"
+            if isinstance(edit.source, Part):
+                mode, value = "of", partial(portioned, edit.source.portion, value)
+            found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode=mode))
         return found
 
     def value(self, part: Any, pair: int, length: int) -> Tensor:

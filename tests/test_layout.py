@@ -18,10 +18,12 @@ PACKAGE = ROOT / "tracepatch"
 ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
 MAY_IMPORT_NNSIGHT = {"models", "requests", "trace"}
 SHIPPED = {
-    "writing": set(),
+    "norms": set(),
+    "replacing": set(),
+    "writing": {"tracepatch.norms", "tracepatch.replacing"},
     "masks": set(),
     "tallies": set(),
-    "trace": {"tracepatch.writing", "tracepatch.masks"},
+    "trace": {"tracepatch.norms", "tracepatch.writing", "tracepatch.masks"},
     "program": {"tracepatch.tallies", "tracepatch.trace"},
 }
 LONG = {

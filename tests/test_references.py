@@ -280,6 +280,8 @@ def test_all_draws_of_a_world_run_side_by_side(gpt2: Any) -> None:
     assert [len(world) for world in p.plan.groups[0].edited] == [2] * 10
     result = agrees(p, gpt2)
     assert result["after"].dims == ("pair", "draw")
+    assert all(p.edited[f"after_draw_{n}"].of == f"noised_draw_{n}" for n in range(1, 5))
+    assert float(result["noised"].std("draw").min()) > 0.01, "draws differ"
     # Pristine worlds, five draws of one world together, five of the other after them.
     ops = p.plan.explain()
     assert "noised is clean with embed[3] += gaussian(3 × std of clean prompts.embed[:]" in ops

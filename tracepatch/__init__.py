@@ -14,15 +14,15 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``writing``, ``masks``, ``tallies``,
-``trace``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``,
-``references``, ``metrics``, ``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``,
-``architecture``, ``rows``, ``trials``, ``worlds``, ``draws``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
-``reach``, ``lowering``, ``entrance``, ``packing``, ``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``,
-``firing``, ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``,
-``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``averages``, ``scripts``,
-``results``, ``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``,
-``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``replacing``, ``writing``,
+``masks``, ``tallies``, ``trace``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``,
+``prompts``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``calls``, ``modules``, ``probe``,
+``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``draws``,
+``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
+``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
+``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
+``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``,
+``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -34,15 +34,18 @@ from tracepatch.combining import concat, over_draws, over_pairs
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
+from tracepatch.portions import Dictionary
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
 from tracepatch.references import mean, resample
 from tracepatch.sites import COMPONENTS
+from tracepatch.sources import vector
 from tracepatch.tokens import one_token
 
 __all__ = [
     "COMPONENTS",
     "Architecture",
+    "Dictionary",
     "Metric",
     "Pairs",
     "Patching",
@@ -74,4 +77,5 @@ __all__ = [
     "resample",
     "save_result",
     "toys",
+    "vector",
 ]

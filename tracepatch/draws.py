@@ -12,7 +12,7 @@ from dataclasses import replace
 from tracepatch.errors import RecipeError
 from tracepatch.references import Reference, ReferenceWorld, encode
 from tracepatch.rows import Edit, EditedWorld, Row, standing
-from tracepatch.sources import Source, Sum, Value, WorldName, summed
+from tracepatch.sources import Part, Source, Sum, Value, WorldName, summed
 from tracepatch.tokens import EncodedPairs
 
 
@@ -119,7 +119,8 @@ class Draws:
             return edit
         values = tuple((factor, replace(v, world=self.world(v.world, draw))) for factor, v in total.values)
         noise = tuple((factor, replace(n, number=draw) if n.draws > 1 else n) for factor, n in total.noise)
-        return replace(edit, source=Sum(values, total.constant, noise))
+        drawn = Sum(values, total.constant, noise)
+        return replace(edit, source=replace(source, source=drawn) if isinstance(source, Part) else drawn)
 
     def _counts(self, source: Source) -> Iterable[int]:
         total = summed(source)

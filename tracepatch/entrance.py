@@ -72,7 +72,7 @@ def above(job: Job, architecture: Architecture, seen: Iterable[Read] = ()) -> Jo
     one = first[0] if len(first) == 1 and first[0].component == "mlp_out" else None
     # In 16 bits a sum that is put together otherwise is off by its last bit.
     exact = architecture.dtype.itemsize >= 4
-    if one is None or not (known and exact) or one.function or any(w.standing for w in job.writes):
+    if one is None or not (known and exact) or one.function or one.portion or any(w.standing for w in job.writes):
         return job
     taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
     write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))

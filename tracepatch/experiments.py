@@ -10,9 +10,9 @@ from torch import nn
 
 from tracepatch.calls import POSITIONS, Call, record
 from tracepatch.errors import ArchitectureError, ModelError, listing
+from tracepatch.norms import norm_parts
 from tracepatch.probe import Layer, close, resolution
 from tracepatch.trace import named
-from tracepatch.writing import norm_parts
 
 ROWS = 3  # prompts of the probe
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.literals import along, joined, literal, number, plus
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site, shape_of
-from tracepatch.sources import Constant, Function, Noise, Value, WorldName
+from tracepatch.sources import Function, Noise, Part, Sum, Value, WorldName, summed
 from tracepatch.spelling import STOPS, Spot
 from tracepatch.tokens import EncodedPairs
 
@@ -175,7 +176,7 @@ class Forward:
         """Whether every head is made to read the same."""
         if isinstance(edit.source, Function):
             return False
-        source = edit.source.terms()
+        source = summed(edit.source) or Sum((), None)
         sites = [v.site for _, v in source.values if v.site.component not in SPLIT_READERS]
         one = [len(s.unit.resolve(self.architecture.units(s.component, s.layer)) or (0,)) == 1 for s in sites]
         tensor = edit.tensor
@@ -196,6 +197,10 @@ class Forward:
         live = self._index(site, one if together or isinstance(source, Function) else "0")
         cells = self._index(site, ":") if together else live
         made = self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit)
+        if isinstance(source, Part):
+            own = [e for e in common.edits_of(owner) if isinstance(e.source, Part)]
+            which = [e is edit for e in own].index(True)
+            made = f"{common.passed(owner, 'portions')}[{which}]({name}[{live}], {made})"
         if together and edit.add:
             made = f"{name}[{live}] + {made}"
         lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}", *after]
@@ -219,7 +224,7 @@ class Forward:
         return f"{common.passed(owner, 'functions')}[{which}]({', '.join([f'{site.component}[{cells}]', *values])})"
 
     def _sum(self, owner: WorldName, edit: Edit) -> str:
-        source, found = edit.source.terms(), ""
+        source, found = summed(edit.source) or Sum((), None), ""
         for factor, value in source.values:
             term = self._value(value, edit.site)
             found = plus(found, factor, term if abs(factor) == 1 else f"{number(abs(factor))} * {term}")

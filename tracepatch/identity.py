@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tracepatch.constants import Constant
 from tracepatch.models import Model, module_of, remote_of, source_of, versions, weightless
-from tracepatch.sources import Constant
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size})
 OURS = frozenset({"tracepatch", "nnsight", "transformers", "torch", "numpy", "math", "builtins", "einops", "operator"})

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tracepatch.constants import Constant
+from tracepatch.portions import Portion
 from tracepatch.references import Tally
 from tracepatch.sites import SPLIT_READERS, component
-from tracepatch.sources import Constant, Function, WorldName
+from tracepatch.sources import Function, WorldName
 
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
@@ -59,6 +61,7 @@ class Write:
         renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
         standing: Whether it belongs to the base, an edited world, and not to the row.
         spread: Fixed summands like the constant, each in multiples of a standard deviation.
+        portion: What of the live value is replaced, if not all of it.
     """
 
     component: str
@@ -76,6 +79,7 @@ class Write:
     renormalize: bool = False
     standing: bool = False
     spread: tuple[tuple[Tally, Constant], ...] = ()
+    portion: Portion | None = None
 
     @property
     def tallies(self) -> Iterator[Tally]:

@@ -17,14 +17,14 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
 from tracepatch.climb import KNOWN, between, ending, growth, leaving, narrowed, top, whole_prompts, world_cells
+from tracepatch.constants import Constant
 from tracepatch.jobs import CACHED, EAGER, Job, Read, Term, Write
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
-from tracepatch.sources import Constant
 from tracepatch.table import Table
 
 Columns: TypeAlias = tuple[Any, ...]
-"""``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``writing.edited``."""
+"""``(add, cells, terms, constant, function, portion, renormalize)``: one indexed write; see ``writing.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
@@ -225,6 +225,7 @@ def columns(
                 write.units is None,
                 write.srcs is None,
                 write.renormalize,
+                write.portion,
                 signature,
                 tuple(tally for tally, _ in write.spread),
                 write.constant is None,
@@ -261,7 +262,7 @@ def read_columns(
 
 def at_reads(reads: Sequence[int], write: Columns) -> Columns:
     """A write of logits, counted among the positions that are read."""
-    add, (rows, slots, *_), terms, constant, function, _ = write
+    add, (rows, slots, *_), terms, constant, function, portion, _ = write
     place = {p: i for i, p in enumerate(reads)}
     inside = torch.tensor([p in place for p in slots.tolist()])
     kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
@@ -272,7 +273,7 @@ def at_reads(reads: Sequence[int], write: Columns) -> Columns:
     if constant is not None and constant.ndim:
         constant = constant[inside]
     assert function is None or bool(inside.all()), "the planner has its positions read"
-    return add, (rows[inside], kept, None, None), chosen, constant, function, False
+    return add, (rows[inside], kept, None, None), chosen, constant, function, portion, False
 
 
 def saved_at_reads(reads: Sequence[int], read: Columns) -> Columns:
@@ -315,7 +316,8 @@ def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Arc
         lowered += ((fixed, tally.key, None, False),)
     made = sample.function
     function = None if made is None else (made.function, made.arguments, len(members), *_shape(sample)[1:])
-    return add, tuple(index(i) for i in cells), lowered, constant, function, sample.renormalize
+    portion = None if sample.portion is None else sample.portion.columns
+    return add, tuple(index(i) for i in cells), lowered, constant, function, portion, sample.renormalize
 
 
 def _each_cell(write: Write) -> Iterable[tuple[int, int, int]]:

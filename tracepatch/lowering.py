@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
@@ -27,7 +28,7 @@ from tracepatch.reach import LAST, canonical, indices, of_logits, reaches, read_
 from tracepatch.references import ReferenceWorld, Tally
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
-from tracepatch.sources import Constant, Function, Sum, Value, WorldName
+from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
 
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
@@ -114,7 +115,7 @@ class Lowering:
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
         mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
-        mixed = any(w.function is not None for w in writes)
+        mixed = any(w.function is not None or w.portion is not None for w in writes)
         for number, write in enumerate(writes):
             if write.standing:
                 if write.function is not None and len(write.positions) > 1:  # it may mix positions
@@ -168,9 +169,9 @@ class Lowering:
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
-        else:
-            values = list(source.terms().values)
-            constant, spread = self._fixed(site, source.terms())
+        elif (total := summed(source)) is not None:
+            values = list(total.values)
+            constant, spread = self._fixed(site, total)
         taken = [self._taken(v, site, own) for _, v in values]
         by_unit = kind.attends or site.component in SPLIT_READERS
         if units is None and (by_unit or any(heads is not None and len(heads) > 1 for _, heads, _, _ in taken)):
@@ -204,6 +205,7 @@ class Lowering:
             renormalize=edit.renormalize,
             standing=standing,
             spread=spread,
+            portion=source.portion if isinstance(source, Part) else None,
         )
 
     def _taken(
@@ -276,8 +278,8 @@ class Lowering:
 
     def _agrees(self, one: WorldName, other: WorldName, name: str, layer: int, position: int) -> bool:
         """Whether two worlds have the same value there."""
-        if one == other or one in self.references:
-            return one == other
+        if one == other:
+            return True
         length = self.profile.length
         if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
             return False
@@ -318,4 +320,4 @@ def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
 
 def _depends(write: Write) -> bool:
     """Whether a write makes its value, or its neighbours', of what is there."""
-    return write.function is not None or write.renormalize
+    return write.function is not None or write.renormalize or write.portion is not None

@@ -46,9 +46,9 @@ from tracepatch.sites import (
     shape_of,
     units_of,
 )
-from tracepatch.sources import Function, Increment, Noise, Value, WorldName, as_source, summed
+from tracepatch.sources import Function, Increment, Noise, Part, Value, WorldName, as_source, summed
 from tracepatch.tokens import EncodedPairs
-from tracepatch.trials import require_fit, require_plain, require_result, require_unmoved, saved
+from tracepatch.trials import require_fit, require_plain, require_portion, require_result, require_unmoved, saved
 from tracepatch.worlds import World
 
 
@@ -333,13 +333,16 @@ class Recorder:
                 "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
+        total = summed(source)
         if isinstance(source, Function):
             self._require_result(site, source)
         elif not (isinstance(source, Value) and source.site == site and source.world not in self.references):
+            assert total is not None
             for length in self.lengths:
-                require_unmoved(site, source.terms(), length, self.architecture, self.references)
-                require_fit(site, source.terms(), length, partial(self._shape, length=length), self.references)
-        total = summed(source)
+                require_unmoved(site, total, length, self.architecture, self.references)
+                require_fit(site, total, length, partial(self._shape, length=length), self.references)
+        if isinstance(source, Part):
+            source = require_portion(f"{world}.{site}", site, source, add, self.architecture)
         taken = set() if total is None else {value.world for _, value in total.values}
         for other in (self.edited[name] for name in taken if name in self.edited):
             if row is None and other is own:

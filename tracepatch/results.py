@@ -17,7 +17,7 @@ from tracepatch.journal import Measured
 from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.rows import Label, Row
-from tracepatch.sources import Function, Source, Value, WorldName
+from tracepatch.sources import Part, Source, Value, WorldName, summed
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -189,9 +189,9 @@ def _described(source: Source) -> str:
     """What was written, in a word: a world, or a number."""
     if isinstance(source, Value):
         return source.world
-    if isinstance(source, Function):
+    total = summed(source)
+    if total is None or isinstance(source, Part):
         return "other"
-    total = source.terms()
     number = total.constant is not None and not total.values and not total.constant.tensor.shape
     return str(total) if number else "other"
 

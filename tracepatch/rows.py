@@ -12,8 +12,9 @@ import xarray as xr
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
+from tracepatch.portions import Portion
 from tracepatch.sites import UNITS, Select, Site, component
-from tracepatch.sources import Function, Source, WorldName, summed
+from tracepatch.sources import Function, Part, Source, WorldName, summed
 
 Label: TypeAlias = int | float | str
 # Names that results use themselves.
@@ -57,6 +58,11 @@ class Edits:
     def tensors(self) -> list[torch.Tensor]:
         """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
         return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def portions(self) -> list[Portion]:
+        """Which portions of live values its edits replace, in their order; those that replace all are left out."""
+        return [e.source.portion for e in self.edits if isinstance(e.source, Part)]
 
     @property
     def functions(self) -> list[Callable[..., torch.Tensor]]:

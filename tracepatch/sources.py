@@ -10,13 +10,15 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from tracepatch.constants import Constant
 from tracepatch.errors import RecipeError
+from tracepatch.portions import Dictionary, Features, Portion, Subspace
 from tracepatch.sites import Site
 
 WorldName: TypeAlias = str  # "clean", "corrupted", or the name of an edited world
@@ -74,6 +76,30 @@ class Source:
 
     __itruediv__ = __imul__
 
+    def along(self, vectors: Any) -> Source:
+        """Its projection onto the span of vectors ``[k, d]``, or of one ``[d]``: all else of the site stays live.
+
+        ``p.corrupted.resid_pre[5, -1] = p.clean.resid_pre[5, -1].along(v)``. Vectors that span everything give the
+        source itself.
+
+        Raises:
+            RecipeError: They are no vectors, or are all 0.
+        """
+        span = Subspace.of(vectors)
+        return self if span.whole else Part(self, span)
+
+    def features(self, dictionary: Dictionary, chosen: Any) -> Part:
+        """Some features of it in a dictionary: all others, and what the dictionary does not explain, stay live.
+
+        Args:
+            dictionary: Which.
+            chosen: An integer, slice, list or mask.
+
+        Raises:
+            RecipeError: They are no features.
+        """
+        return Part(self, dictionary.portion(chosen))
+
 
 @dataclass(frozen=True, slots=True)
 class Value(Source):
@@ -88,26 +114,6 @@ class Value(Source):
 
     def __str__(self) -> str:
         return f"{self.world}.{self.site}"
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A fixed tensor, compared by its contents."""
-
-    tensor: torch.Tensor = field(compare=False)
-    digest: str
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Constant:
-        """The constant with these contents, in float32 or wider."""
-        kept = tensor.detach().cpu()
-        kept = kept.clone() if kept.dtype == torch.float64 else kept.to(torch.float32, copy=True)
-        content = str(tuple(kept.shape)).encode() + kept.contiguous().numpy().tobytes()
-        return cls(kept, hashlib.blake2b(content, digest_size=12).hexdigest())
-
-    def __str__(self) -> str:
-        shape = tuple(self.tensor.shape)
-        return f"{self.tensor.item():g}" if not shape else f"tensor{list(shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +206,35 @@ class Sum(Source):
 
 
 @dataclass(frozen=True, slots=True)
+class Part(Source):
+    """What is written of a source: a portion of the live value becomes as it is there, the rest stays."""
+
+    source: Source
+    portion: Portion
+
+    def terms(self) -> Sum:
+        """Nothing: it depends on the live value."""
+        raise RecipeError(f"{self} replaces a portion of the live value, so it cannot be added to other values.")
+
+    def along(self, vectors: Any) -> Source:
+        """Refused: it is a portion already."""
+        raise RecipeError(f"{self} is a portion already; give one subspace, or one set of features.")
+
+    def features(self, dictionary: Dictionary, chosen: Any) -> Part:
+        """Refused, as ``along``."""
+        raise RecipeError(f"{self} is a portion already; give one subspace, or one set of features.")
+
+    def __str__(self) -> str:
+        if isinstance(self.portion, Features) and self.portion.clamp is not None:
+            return f"{self.portion}"
+        return (
+            f"{self.source} {self.portion}"
+            if isinstance(self.portion, Subspace)
+            else f"{self.source} in {self.portion}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Function(Source):
     """What a function makes of the site's values: ``f(live)``, or ``f(live, clean, corrupted)``.
 
@@ -227,8 +262,34 @@ class Increment:
 
 
 def summed(source: Source) -> Sum | None:
-    """What is written as a sum; ``None`` of a function, of which that is not known before the run."""
+    """What is written, wholly or in part, as a sum; ``None`` of a function, which is not known before the run."""
+    if isinstance(source, Part):
+        return source.source.terms()
     return None if isinstance(source, Function) else source.terms()
+
+
+def vector(values: Any, name: str = "", *, unit: bool = False) -> Sum:
+    """A fixed vector with a name, as a source: ``p.clean.resid_pre[6, :] += 4 * tp.vector(v, "refusal")``.
+
+    Without a name a tensor may stand in an edit as it is.
+
+    Args:
+        values: ``[d]``, or whatever fits the site.
+        name: What rows and plans call it.
+        unit: Whether to divide it by its length, so that a coefficient is in the activation's unit.
+
+    Raises:
+        RecipeError: It is no tensor of finite numbers, or of length 0.
+    """
+    constant = as_source(values).terms().constant
+    assert constant is not None
+    tensor = constant.tensor
+    if unit:
+        length = tensor.norm()
+        if not length:
+            raise RecipeError(f"The vector {name or 'given'} is 0 and has no direction.")
+        tensor = tensor / length
+    return Sum((), Constant.of(tensor, name))
 
 
 def as_source(given: Any) -> Source:
@@ -239,6 +300,10 @@ def as_source(given: Any) -> Source:
     """
     if isinstance(given, Source):
         return given
+    if isinstance(given, Features):
+        if given.clamp is None:
+            raise RecipeError(f"{given} says which features, not what they become: value.features(…), or clamp(…).")
+        return Part(Sum((), Constant.of(torch.zeros(()))), given)
     if isinstance(given, Increment):
         raise RecipeError("The result of += is no value; write `site += source` as a statement of its own.")
     if callable(given) and not isinstance(given, torch.Tensor):
@@ -294,11 +359,14 @@ def _plus(a: Sum, b: Sum) -> Sum:
     except RuntimeError as error:
         shapes = [list(c.tensor.shape) for c in (a.constant, b.constant)]
         raise RecipeError(f"Tensors of the shapes {shapes[0]} and {shapes[1]} cannot be added.") from error
-    return Sum(values, Constant.of(total), noise)
+    names = [str(c) for c in (a.constant, b.constant)] if a.constant.name or b.constant.name else []
+    return Sum(values, Constant.of(total, " + ".join(names)), noise)
 
 
 def _times(a: Sum, factor: float) -> Sum:
-    constant = None if a.constant is None else Constant.of(a.constant.tensor * factor)
+    fixed = a.constant
+    name = "" if fixed is None or not fixed.name else fixed.name if factor == 1 else f"{factor:g}·{fixed.name}"
+    constant = None if fixed is None else Constant.of(fixed.tensor * factor, name)
     return Sum(
         tuple((factor * f, value) for f, value in a.values), constant, tuple((factor * f, n) for f, n in a.noise)
     )

@@ -14,7 +14,8 @@ import nnsight
 import torch
 
 from tracepatch.masks import wired
-from tracepatch.writing import edited, module_at, on, perform, retain
+from tracepatch.norms import module_at
+from tracepatch.writing import edited, on, perform, retain
 
 KEPT_LATE = ("plain", "weights")
 PLAIN = ((), (), (False, ()), None, None, None)  # of a forward: no logits are edited, read or kept, nothing is cached

@@ -16,10 +16,11 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError, SiteError
 from tracepatch.metrics import Metric, require_sound
+from tracepatch.portions import Features
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
 from tracepatch.sites import ALL, COMPONENTS, SPLIT_READERS, Site, component
-from tracepatch.sources import Function, Sum, Value, WorldName
+from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
 
 Dims: TypeAlias = tuple[tuple[str, int], ...]
 """Names and sizes, as indexing a site gives them."""
@@ -144,6 +145,41 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     names = [claim[0] if len(claim) == 1 and claims.count(claim) == 1 else "" for claim in claims]
     left = iter(range(len(names)))
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
+
+
+def require_portion(what: str, site: Site, source: Part, add: bool, architecture: Architecture) -> Part:
+    """A portion of a site, tried on vectors of its width.
+
+    Args:
+        what: The site, with its world.
+        site: Where it is written.
+        source: What is written.
+        add: Whether it is added.
+        architecture: Of the model.
+
+    Raises:
+        RecipeError: It is added, or the site has no vectors of that width, whole, in which it would be a portion.
+    """
+    if add:
+        raise RecipeError(f"{what}: {source} says what a portion of the site becomes, so write =, and not +=.")
+    total = summed(source)
+    assert total is not None
+    for one in (site, *(value.site for _, value in total.values)):
+        kind = component(one.component)
+        split = kind.dims[-1] in kind.index and not one.unit.all
+        if kind.attends or kind.dims[-1] == "scale" or split:
+            raise RecipeError(
+                f"{what}: {source} is a portion of vectors, and {one} is not one: "
+                f"{'take all of it, ' if split else ''}or pick what is written by its index."
+            )
+    width = architecture.width(site.component, site.layer)
+    if component(site.component).unit == component(site.component).dims[-1]:
+        width = architecture.units(site.component, site.layer)
+    if isinstance(source.portion, Features):
+        return replace(source, portion=source.portion.fitted(width))
+    if source.portion.width != width:
+        raise RecipeError(f"{what} has vectors of {width}, and {source} speaks of vectors of {source.portion.width}.")
+    return source
 
 
 def require_fit(

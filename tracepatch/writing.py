@@ -11,12 +11,8 @@ from typing import Any
 
 import torch
 
-
-def module_at(model: Any, path: str) -> Any:
-    """The envoy of a module."""
-    for part in path.split(".") if path else ():
-        model = model[int(part)] if part.isdigit() else getattr(model, part)
-    return model
+from tracepatch.norms import module_at, norm_parts, normed
+from tracepatch.replacing import replaced
 
 
 def perform(
@@ -99,12 +95,6 @@ def weights(
     return x if after is value else after.transpose(1, 2).contiguous()
 
 
-def normed(model: Any, norm: str, x: torch.Tensor) -> torch.Tensor:
-    """What a branch reads of a stream ``[…, d_model]``."""
-    found: torch.Tensor = module_at(model, norm)(x) if norm else x
-    return found
-
-
 def reader(
     model: Any, task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor], kept: dict[Any, torch.Tensor]
 ) -> torch.Tensor:
@@ -169,20 +159,6 @@ def scaled(
             own = slots[rows == owner]
             x[seat, own] = (spread[seat, own] / after[owner, own] + bias).to(x.dtype)
     return x
-
-
-def norm_parts(model: Any, norm: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """A norm's weight and bias ``[d_model]``, and whether it subtracts the mean, as three of its outputs show."""
-    envoy, width, dtype = module_at(model, norm), like.shape[-1], next(module_at(model, norm).parameters(), like).dtype
-    sign = torch.ones(width, device=like.device)
-    sign[1::2] = -1
-    if width % 2:  # the sum must be 0, and no entry
-        sign[0], sign[-1] = 2.0, -1.0
-        sign[2:-1:2] = 1.0
-    size = sign.square().mean().sqrt()
-    given = torch.stack([torch.zeros_like(sign), 100 * sign, 100 * torch.ones_like(sign)])[None].to(dtype)
-    bias, signed, same = envoy(given).float()[0]
-    return (signed - bias) / sign * size, bias, bool((same - bias).abs().max() < 0.01 * (signed - bias).abs().max())
 
 
 def grown(task: tuple[Any, ...], x: torch.Tensor, known: dict[Any, torch.Tensor]) -> torch.Tensor:
@@ -277,9 +253,11 @@ def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tens
     if not writes:
         return x
     x = x.clone()
-    for add, cells, terms, constant, function, _ in writes:
+    for add, cells, terms, constant, function, portion, _ in writes:
         at = on(x.device, cells)
         value = written(terms, constant, known, x) if function is None else made(function, x[at], terms, known)
+        if portion is not None:
+            value = replaced(portion, x[at], value)
         if add:
             x.index_put_(at, value.expand(x[at].shape), accumulate=True)
         else:
@@ -344,7 +322,7 @@ def head_out(
         return x
     after = x.clone()
     repeated, changed = rows_of_several(writes, x, heads)
-    for add, (rows, slots, units, _), terms, constant, function, _ in writes:
+    for add, (rows, slots, units, _), terms, constant, function, portion, _ in writes:
         rows, slots = rows.to(x.device), slots.to(x.device)
         whole = units is None  # every head of each cell
         if whole:
@@ -364,6 +342,8 @@ def head_out(
             value = made(function, live.reshape(-1, heads, live.shape[-1]) if whole else live, terms, known)
         value = value.expand(-1, heads, -1).flatten(0, 1) if whole and value.ndim == 3 else value
         value = value.expand(len(rows), x.shape[-1])
+        if portion is not None:
+            value = replaced(portion, live, value)
         if not add:
             value = value - live
         changed.index_put_(cells, value[again], accumulate=True)
