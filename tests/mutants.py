@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant("a patch is a zero ablation", "recipe", "getattr(taken, name)[site] if", "getattr(taken, name)[site] * 0 if", ("test_faults.py",)),
     Mutant("a zero ablation is a patch", "recipe", "taken = getattr(p, OTHER[base]) if given is None else given", "taken = getattr(p, OTHER[base])", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
-    Mutant("layers are read by one digit", "writing", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
+    Mutant("layers are read by one digit", "norms", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
     Mutant("what is held is left out", "lowering", "alive = [i for i in reach if write.positions[i] >= live or not self._inert(write, i, row.base)]", "alive = [i for i in reach if not self._inert(write, i, row.base)]", ("test_faults.py",)),
     Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
     Mutant("only the first row of a batch is written", "writing", "        at = on(x.device, cells)\n        value", "        at = on(x.device, (cells[0] * 0, *cells[1:]))\n        value", ("test_faults.py",)),

@@ -401,7 +401,8 @@ def test_rotated_queries_of_other_positions_are_refused() -> None:
 def test_a_directory_knows_a_reference_by_its_prompts(gpt2: Any, tmp_path: Any) -> None:
     pairs = ioi_pairs(2)
     stored = []
-    for others in (prompts(5), prompts(5), prompts(5, seed=8)):
+    for seed in (0, 0, 1):  # prompts of one length: they differ in their tokens alone
+        others = tp.Pairs(tasks.ioi(4, seed=seed, templates=tasks.TEMPLATES[:1]).clean)
         with tp.patching(gpt2, pairs, directory=tmp_path) as p:
             for layer in range(3):
                 with p.row(layer=layer):

@@ -39,7 +39,8 @@ class Reference:
     draws: int = 1
 
     def __str__(self) -> str:
-        name = "prompts" if self.prompts.name == "pairs" else self.prompts.name
+        one = shown(self.prompts.clean[0], 30) if len(self.prompts) == 1 else "prompts"
+        name = one if self.prompts.name == "pairs" else self.prompts.name
         if self.seed is not None:
             return f"resample({name}, seed={self.seed})"
         return f"mean({name}, over positions)" if self.over else f"mean({name})"
