@@ -39,6 +39,7 @@ LOOKS = ("test_activations.py",)
 REMOTE = ("test_remote.py",)
 REFERENCES = ("test_references.py",)
 PORTIONS = ("test_portions.py",)
+MEASURES = ("test_measures.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -170,6 +171,17 @@ MUTANTS = (
     Mutant("drawn worlds stand on their first draw", "draws", "            of = self.world(here.of, draw)", "            of = here.of", REFERENCES),
     Mutant("worlds run beside those that they take values of", "traced", "if len(found) == 1 or taken & {job.base for job in found[-1]}:", "if len(found) == 1:", REFERENCES),
     Mutant("a directory does not look at references", "journal", "return world.name, world.ids, world.encoder,", "return world.name, world.encoder,", REFERENCES),
+    Mutant("prefix matching looks at the same token", "measures", "return torch.nn.functional.pad(_same(tokens), (1, 0))[..., :-1]", "return _same(tokens)", MEASURES),
+    Mutant("tokens without a target count as looked for", "measures", "/ has_one.sum(-1).clamp(min=1)", "/ has_one.shape[-1]", MEASURES),
+    Mutant("what stands before a short answer is read too", "measures", "return (found * (ids >= 0)).sum(1)", "return found.sum(1)", MEASURES),
+    Mutant("a continuation begins a token late", "metrics", "bounds=(-1 - max(encoded.appended), None, None)", "bounds=(-max(1, *encoded.appended), None, None)", MEASURES),
+    Mutant("weights of a basket are exchanged", "measures", "float(weight) for weight in weights.values()", "float(weight) for weight in reversed(weights.values())", MEASURES),
+    Mutant("direct contributions forget the norm's scale", "norms", "    scaled: torch.Tensor = found / scale", "    scaled: torch.Tensor = found", MEASURES),
+    Mutant("direct contributions are not centred", "norms", "    found = found - found.mean(-1, keepdim=True) if centred else found\n", "", MEASURES),
+    Mutant("direct contributions forget a multiplier of the logits", "norms", "shares.to(weight) @ weight * factor", "shares.to(weight) @ weight", MEASURES),
+    Mutant("every pair is given the directions of the first", "traced", "self.root(row)) * count + row.pair for row in rows]", "self.root(row)) * count for row in rows]", MEASURES),
+    Mutant("metrics of the other prompt's tokens", "traced", "return torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows])", "return torch.tensor([self.encoded.world('clean')[row.pair] for row in rows])", MEASURES),
+    Mutant("a ratio of means is given where there is nothing to divide by", "combining", "return mean.where(~nothing)", "return mean", ("test_results.py",)),
     Mutant("a portion replaces all", "writing", "            value = replaced(portion, x[at], value)", "            pass", PORTIONS),
     Mutant("a portion of what a head writes replaces all", "writing", "            value = replaced(portion, live, value)", "            pass", PORTIONS),
     Mutant("what a dictionary leaves out is lost", "replacing", "        return live + moved\n", "        return decode(after).to(live.dtype)\n", PORTIONS),

@@ -16,13 +16,13 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``replacing``, ``writing``,
 ``masks``, ``tallies``, ``trace``, ``program``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``,
-``prompts``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``calls``, ``modules``, ``probe``,
-``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``, ``trials``, ``worlds``, ``draws``,
-``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``, ``entrance``, ``packing``,
-``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``steps``, ``remote``,
-``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``saves``, ``archive``, ``progress``,
-``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``prompts``, ``continuations``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``measures``,
+``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``attention``, ``twins``, ``architecture``, ``rows``,
+``trials``, ``worlds``, ``draws``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``lowering``,
+``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``,
+``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``,
+``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``,
+``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -31,6 +31,20 @@ from tracepatch import errors, models, plots, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.combining import concat, over_draws, over_pairs
+from tracepatch.continuations import continued
+from tracepatch.measures import (
+    accuracy,
+    attention,
+    basket,
+    continuation,
+    direct_logit_diff,
+    direction,
+    duplicate_token,
+    neuron,
+    prefix_matching,
+    previous_token,
+    prob_diff,
+)
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
@@ -52,9 +66,17 @@ __all__ = [
     "Plan",
     "Recipe",
     "Status",
+    "accuracy",
     "adopt",
+    "attention",
+    "basket",
     "concat",
+    "continuation",
+    "continued",
     "cross_entropy",
+    "direct_logit_diff",
+    "direction",
+    "duplicate_token",
     "errors",
     "kl",
     "load",
@@ -64,6 +86,7 @@ __all__ = [
     "mean",
     "metric",
     "models",
+    "neuron",
     "one_token",
     "open_result",
     "over_draws",
@@ -71,7 +94,10 @@ __all__ = [
     "patch",
     "patching",
     "plots",
+    "prefix_matching",
+    "previous_token",
     "prob",
+    "prob_diff",
     "rank",
     "recipe",
     "resample",

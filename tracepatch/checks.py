@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, MeasurementWarning, plural
 from tracepatch.journal import Measured
+from tracepatch.metrics import JUMPS
 from tracepatch.plan import PROVED, Plan, Proof
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
@@ -30,7 +31,6 @@ from tracepatch.sources import Value
 from tracepatch.tokens import EncodedPairs
 
 BOUNDED = ("logits", "nats", "probability")  # units in which a metric follows the logits, at most twice as fast
-JUMPS = "rank"
 
 
 def verify(architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured) -> str:
@@ -113,7 +113,7 @@ class _Checks:
             took[numbers] &= ~(inert & still[numbers])
             still &= took
         count, total = int(still.sum()), int(took.sum())
-        if not count or count < total or all(m.unit == JUMPS for m in self.plan.metrics):
+        if not count or count < total or all(m.unit in JUMPS for m in self.plan.metrics):
             return f"{plural(count, 'row')} unchanged"
         which = f"all {plural(count, 'row')} unchanged" if count > 1 else "its one row is unchanged"
         warnings.warn(
@@ -136,7 +136,7 @@ class _Checks:
         over = [
             (name, part, limit)
             for (name, part), found, limit in zip(self.measured.columns, gap, self._allowed(), strict=True)
-            if found > limit and units[name] != JUMPS
+            if found > limit and units[name] not in JUMPS
         ]
         if not over:
             return

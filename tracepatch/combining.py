@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from tracepatch.errors import ResultError, listing
+from tracepatch.errors import MeasurementWarning, ResultError, listing
 from tracepatch.plan import Status
+
+CANCEL = 0.1  # of the size of differences, below which their mean is no yardstick
+NOTHING = 1e-5  # of the size of what it is a difference of, below which a difference is none
 
 
 def over_pairs(effects: xr.Dataset) -> xr.Dataset:
@@ -57,8 +61,9 @@ def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean(dim, keep_attrs=True)
     if "normalized" in effects:
-        gap = (effects["clean"] - effects[effects["normalized"].attrs.get("over", "corrupted")]).where(present)
-        gap = gap.mean(dim)
+        clean, other = effects["clean"], effects[effects["normalized"].attrs.get("over", "corrupted")]
+        scale = np.maximum(abs(clean), abs(other)).where(present)
+        gap = _yardstick((clean - other).where(present), scale, dim)
         mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
         mean["normalized"].attrs = dict(effects["normalized"].attrs)
     status = effects["status"]
@@ -72,6 +77,25 @@ def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
     mean = mean.assign(status=combined.astype(np.int8))
     mean["status"].attrs = dict(status.attrs)
     return mean
+
+
+def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str) -> xr.DataArray:
+    """The mean difference of unpatched runs, by which effects are divided; NaN where there is next to none."""
+    mean, size = gap.mean(dim), abs(gap).mean(dim)
+    nothing = size <= NOTHING * scale.mean(dim)
+    cancels = (abs(mean) < CANCEL * size) & ~nothing
+    why = []
+    if bool((nothing & size.notnull()).any()):
+        why.append("is next to nothing beside what it is a difference of, and normalized NaN")
+    if bool(cancels.any()):
+        why.append(f"has both signs, and cancels over {dim}s to less than a tenth of its size")
+    if why:
+        warnings.warn(
+            f"The difference of the unpatched runs {', or '.join(why)}. Read effect, not normalized.",
+            MeasurementWarning,
+            stacklevel=4,
+        )
+    return mean.where(~nothing)
 
 
 def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.cautions import cautions
 from tracepatch.costs import (
     Estimate,
     default_costs,
@@ -118,6 +119,7 @@ def make_plan(
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
+    notes += cautions(metrics, rows, (world.name for world in references), encoded.corrupted is not None)
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
     others = {world.name: world for world in references}
@@ -321,11 +323,11 @@ def _require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
         for need in metric.needs:
             if need == "corrupted" and encoded.corrupted is None:
                 offenders.append("the pairs have no corrupted prompts")
-            if need in ("answer", "wrong"):
-                empty = [i for i, ids in enumerate(getattr(encoded, need)) if not ids]
+            for side in (need,) if need in ("answer", "wrong") else ("answer", "wrong") * (need == "direct"):
+                empty = [i for i, ids in enumerate(getattr(encoded, side)) if not ids]
                 if empty:
                     offenders.append(
-                        f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})"
+                        f"{len(empty)} of {len(encoded)} pairs have no {side} (the first: pair {empty[0]})"
                     )
         if offenders:
             raise MetricError(

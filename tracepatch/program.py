@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tracepatch.tallies import add, finish
-from tracepatch.trace import forward, raw, sandboxed, scored, wires
+from tracepatch.trace import direct, forward, raw, sandboxed, scored, wires
 
 LASTING = ("wires", "tally", "tallied")  # the same for all groups of pairs
 
@@ -26,8 +26,9 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
         op: ``("run", run, into)``, a traced forward, whose kept values become what is known (``"worlds"``), a piece of
             it (``"piece"``), or nothing; ``("join", …)``, which puts pieces together; ``("wires", …)``, which looks
             what blocks take from outside; ``("raw", …)``, a forward in which a function acts; ``("add", …)``, a forward
-            of prompts of a reference, and ``("finish", …)`` once all of them have run; or ``("forget",)``, after which
-            only what lasts is known.
+            of prompts of a reference, and ``("finish", …)`` once all of them have run; ``("direct", …)``, a forward of
+            a pair's own prompts that shows what the stream adds to logits; or ``("forget",)``, after which only what
+            lasts is known.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``; changed in place.
 
     Returns:
@@ -53,6 +54,14 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
         return None
     if kind in ("add", "finish"):
         return referred(model, op, known)
+    if kind == "direct":
+        key, *given, rows, count = given
+        if ("tallied", *key, rows[0].item()) not in known:
+            found = direct(model, *given)
+            table = known.get(key, found.new_zeros(count, found.shape[1]))
+            table[rows.to(table.device)] = found
+            known.update({key: table, ("tallied", *key, rows[0].item()): rows})
+        return None
     if kind == "wires":
         return wires(model, known, *given)
     return raw(model, known, *given)

@@ -80,10 +80,9 @@ class Patching(Recorder):
         encoded = _require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
-        self.metrics = tuple(
-            one if one.site is None else replace(one, site=located(one.site, self.architecture, self.encoded))
-            for one in as_metrics(metric)
-        )
+        fitted = [one.fitted(encoded) for one in as_metrics(metric)]
+        places = [None if one.site is None else located(one.site, self.architecture, encoded) for one in fitted]
+        self.metrics = tuple(replace(one, site=place) for one, place in zip(fitted, places, strict=True))
         self.seen = tuple(one.site for one in self.metrics if one.site is not None)
         device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:

@@ -230,6 +230,11 @@ class _Script:
     def _value(self) -> list[str]:
         """The metric, from ``logits [pos, vocab]``, or from the live value that was kept."""
         if self.metric.site is not None:
+            if "direct" in self.metric.needs:
+                raise RecipeError(
+                    f"No plain script is written for {self.metric.name!r}, which needs the unembedding's directions. "
+                    "Ask for another metric: row.as_nnsight(pair, 'NAME')."
+                )
             self.common.parameters["metric"] = f"p.metrics[{self.which}]"
             held = {need: list(self._given(need, (), "")) for need in self.metric.needs}
             of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
@@ -268,6 +273,12 @@ class _Script:
         """What a metric needs of the pair: ids, or another run's log-probabilities as code."""
         if need in PRISTINE:
             return f"{self.common.kept(need, 'logits', 0)}[{at}].float().log_softmax(-1)"
+        if need == "tokens":
+            return self.encoded.world(self.common.root(self.row.base))[self.pair]
+        if need == "continuation":
+            ids, appended = self.encoded.clean[self.pair], self.encoded.appended[self.pair]
+            answer = (*ids[len(ids) - appended :], *self.encoded.answer[self.pair])
+            return (-1,) * (len(positions) - len(answer)) + answer
         found: tuple[int, ...] = getattr(self.encoded, "clean" if need == "next" else need)[self.pair]
         if need == "next":  # after the last token the answer
             follow = (*found[1:], *(self.encoded.answer[self.pair][:1] or (0,)))

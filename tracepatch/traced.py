@@ -25,7 +25,7 @@ from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_r
 from tracepatch.masks import positions
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.models import Model, module_of
-from tracepatch.plan import Group, Plan
+from tracepatch.plan import Group, Plan, parts
 from tracepatch.references import ReferenceWorld, Survey, Tally
 from tracepatch.shadows import shadow_columns
 from tracepatch.sites import Select
@@ -165,7 +165,33 @@ class Tracer:
 
     def surveys(self) -> Iterator[tuple[Any, ...]]:
         """The operations that make the tables of all references; see ``program.operate``."""
-        return itertools.chain.from_iterable(map(self._survey, self.plan.surveys))
+        return itertools.chain(*map(self._survey, self.plan.surveys), *map(self._directed, self.plan.metrics))
+
+    def _directed(self, metric: Metric) -> Iterator[tuple[Any, ...]]:
+        """The operations that show what the stream adds to a pair's logit difference, where a metric needs it."""
+        if "direct" not in metric.needs or metric.site is None:
+            return
+        runs = [unpatched(pair, world) for world in self.plan.worlds for pair in range(len(self.encoded))]
+        place = {id(job): i for i, job in enumerate(runs)}
+        most = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
+        for jobs in parts(runs, self._size, most):
+            inputs = self.named(jobs)
+            (at,) = metric.site.pos.resolve(self.encoded.lengths[jobs[0].pair]) or (0,)
+            if self.architecture.keeps_logits:
+                inputs["logits_to_keep"] = torch.tensor([at])
+            sides = [(1.0, self.encoded.answer), (-1.0, self.encoded.wrong)]
+            columns = sorted({i for job in jobs for _, ids in sides for i in ids[job.pair]})
+            shares = torch.zeros(len(jobs), len(columns))
+            for n, job in enumerate(jobs):
+                for sign, ids in sides:
+                    shares[n, [columns.index(i) for i in ids[job.pair]]] += sign / len(ids[job.pair])
+            given = self.architecture.final_norm, self.architecture.unembed, at, torch.tensor(columns), shares
+            yield "direct", _direct(metric), inputs, given, torch.tensor([place[id(j)] for j in jobs]), len(runs)
+
+    def _size(self, job: Job) -> int:
+        """The same for runs that may stand side by side."""
+        read = len(self.encoded.encoded(self.root(job), job.pair))
+        return self.encoded.lengths[job.pair] + (read << 32)
 
     def _survey(self, survey: Survey) -> Iterator[tuple[Any, ...]]:
         world, keep = survey.world, {(t.component, t.layer) for t in survey.tallies}
@@ -329,12 +355,27 @@ class Tracer:
             found.append((metric.function, at, given, picked))
         return tuple(found)
 
+    def _answer(self, pair: int) -> tuple[int, ...]:
+        """An answer of several tokens, of which all but the last stand at the end of the prompts."""
+        ids, appended = self.encoded.clean[pair], self.encoded.appended[pair]
+        return (*ids[len(ids) - appended :], *self.encoded.answer[pair])
+
     def _given(self, need: str, metric: Metric, group: Group, rows: Sequence[Job]) -> Any:
         """A tensor, or which worlds' log-probabilities; see ``trace.needs``."""
         if need in NEEDS_ANSWER:
             ids = [getattr(self.encoded, need)[row.pair] for row in rows]
             widest = max(len(i) for i in ids)
             return torch.tensor([[*i, *[-1] * (widest - len(i))] for i in ids])
+        if need == "tokens":
+            return torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows])
+        if need == "continuation":
+            wide = len(metric.positions.resolve(group.length) or ())
+            answers = [self._answer(row.pair) for row in rows]
+            return torch.tensor([(-1,) * (wide - len(ids)) + ids for ids in answers])
+        if need == "direct":
+            worlds, count = self.plan.worlds, len(self.encoded)
+            places = [worlds.index(self.root(row)) * count + row.pair for row in rows]
+            return "known", _direct(metric), torch.tensor(places)
         if need == "next":
             read = metric.positions.resolve(group.length) or ()
             follow = []
@@ -349,3 +390,9 @@ class Tracer:
 def unpatched(pair: int, world: WorldName) -> Job:
     """The run of a world as it is."""
     return Job(-1, pair, world, (), 0, 0)
+
+
+def _direct(metric: Metric) -> tuple[str, ...]:
+    """What the directions of a metric's position are known by."""
+    assert metric.site is not None
+    return "tally", "direct", str(metric.site.pos)

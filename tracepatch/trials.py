@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError, SiteError
-from tracepatch.metrics import Metric, require_sound
+from tracepatch.errors import MetricError, RecipeError, SiteError
+from tracepatch.metrics import Metric
 from tracepatch.portions import Features
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
@@ -50,6 +50,68 @@ def require_measure(
     for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
+
+
+def require_sound(chosen: Metric, vocab: int, reads: int, dims: Dims = (), device: Any = "cpu") -> None:
+    """Tries a metric on made-up logits, or on a made-up activation.
+
+    Args:
+        chosen: The metric.
+        vocab: How many logits there are.
+        reads: At how many positions it reads them.
+        dims: Names and sizes of the activation, if it reads one.
+        device: Where it will be called with that.
+
+    Raises:
+        MetricError: It raises, has the wrong shape, or mixes rows.
+    """
+    rows = 3
+    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
+    if beyond:
+        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
+    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
+    generator = torch.Generator().manual_seed(0)
+    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
+    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
+    everything = {
+        "answer": torch.zeros(rows, 1, dtype=torch.long),
+        "wrong": torch.ones(rows, 1, dtype=torch.long),
+        "next": torch.zeros(rows, reads, dtype=torch.long),
+        "continuation": torch.zeros(rows, reads, dtype=torch.long),
+        "tokens": torch.arange(max((n for dim, n in dims if dim in ("dest", "src")), default=4)).repeat(rows, 1),
+        "direct": torch.randn(rows, dict(dims).get("d_model", 1), generator=generator),
+    }
+    if chosen.site is None:
+        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
+    given = {need: everything[need].to(logits.device) for need in chosen.needs}
+    try:
+        found = chosen.function(logits.clone(), dict(given))
+    except Exception as error:
+        seen = (
+            f"{[rows, vocab]} [row, vocab] (one position is read)"
+            if chosen.squeezed
+            else f"{[rows, reads, vocab]} [row, read, vocab]"
+        )
+        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
+        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
+    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
+    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
+        raise MetricError(
+            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
+            f"returned {got}. Keep the row dim: reduce over the others only."
+        )
+    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
+    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
+        raise MetricError(
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
+            "is a run of "
+            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
+        )
+
+
+def _values(site: Site, rows: int, dims: Dims) -> str:
+    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def require_result(source: Function, site: Site, dims: Dims) -> None:
