@@ -22,12 +22,13 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``,
 ``meter``, ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``,
 ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``,
-``combining``, ``saves``, ``archive``, ``progress``, ``recipe``, ``panels``, ``plots``, ``toys``, ``__main__``.
+``combining``, ``saves``, ``archive``, ``progress``, ``places``, ``recipe``, ``sweeps``, ``panels``, ``plots``,
+``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, models, plots, toys
+from tracepatch import errors, models, plots, sweeps, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.combining import concat, over_draws, over_pairs
@@ -102,6 +103,7 @@ __all__ = [
     "recipe",
     "resample",
     "save_result",
+    "sweeps",
     "toys",
     "vector",
 ]

@@ -51,8 +51,9 @@ def over_draws(effects: xr.Dataset) -> xr.Dataset:
 
 def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
     """Averaged over a dim of the effects."""
+    shares = [v for v in effects.data_vars if "over" in effects[v].attrs]
     numeric = [
-        v for v in effects.data_vars if v not in ("status", "normalized") and np.issubdtype(effects[v].dtype, np.number)
+        v for v in effects.data_vars if v != "status" and v not in shares and np.issubdtype(effects[v].dtype, np.number)
     ]
     present = effects["effect"].notnull()
     chosen = effects[numeric]
@@ -60,12 +61,16 @@ def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
         baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
         chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
     mean = chosen.mean(dim, keep_attrs=True)
-    if "normalized" in effects:
-        clean, other = effects["clean"], effects[effects["normalized"].attrs.get("over", "corrupted")]
+    for name in shares:  # effects, or what else they are shares of, over a difference of unpatched runs
+        of, clean, other = (
+            effects[name].attrs.get("of", "effect"),
+            effects["clean"],
+            effects[effects[name].attrs["over"]],
+        )
         scale = np.maximum(abs(clean), abs(other)).where(present)
-        gap = _yardstick((clean - other).where(present), scale, dim)
-        mean = mean.assign(normalized=(mean["effect"] / gap).transpose(*mean["effect"].dims))
-        mean["normalized"].attrs = dict(effects["normalized"].attrs)
+        gap = _yardstick((clean - other).where(present), scale, dim, warn=name == "normalized")
+        mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
+        mean[name].attrs = dict(effects[name].attrs)
     status = effects["status"]
     if dim not in status.dims:
         return mean.assign(status=status)
@@ -79,7 +84,7 @@ def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
     return mean
 
 
-def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str) -> xr.DataArray:
+def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str, warn: bool) -> xr.DataArray:
     """The mean difference of unpatched runs, by which effects are divided; NaN where there is next to none."""
     mean, size = gap.mean(dim), abs(gap).mean(dim)
     nothing = size <= NOTHING * scale.mean(dim)
@@ -89,7 +94,7 @@ def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str) -> xr.DataArray
         why.append("is next to nothing beside what it is a difference of, and normalized NaN")
     if bool(cancels.any()):
         why.append(f"has both signs, and cancels over {dim}s to less than a tenth of its size")
-    if why:
+    if why and warn:
         warnings.warn(
             f"The difference of the unpatched runs {', or '.join(why)}. Read effect, not normalized.",
             MeasurementWarning,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from tracepatch.architecture import architecture_of
@@ -33,26 +33,23 @@ from tracepatch.models import (
     start_token,
     weightless,
 )
+from tracepatch.places import BASES, Direction, at, default_by, dims_of, write
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.progress import bar
 from tracepatch.prompts import Pairs
 from tracepatch.recording import Recorder
-from tracepatch.references import Reference
 from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
-from tracepatch.sites import UNITS, component
-from tracepatch.sources import OTHER, WorldName
+from tracepatch.sites import component
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
-from tracepatch.worlds import World, located
+from tracepatch.worlds import located
 
-Direction: TypeAlias = Literal["denoising", "noising"]
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
-BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
 
 
 class Patching(Recorder):
@@ -362,14 +359,14 @@ def patch(
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong or not names:
         raise RecipeError(f"components is a name or several, such as 'resid_pre', not {components!r}.")
-    if by is None and len({_default_by(component(name).index) for name in names}) > 1:
+    if by is None and len({default_by(component(name).index) for name in names}) > 1:
         raise RecipeError(
             f"{', '.join(names)} have different dims: patch them one by one, or pass by=('layer', 'pos')."
         )
     with Patching(model, pairs, metric, **options) as p:
         for name in names:
             kind = component(name)
-            dims = _default_by(kind.index) if by is None else (by,) if isinstance(by, str) else tuple(by)
+            dims = dims_of(name, by)
             chosen = only or {}
             if kind.layered and "layer" not in dims and not isinstance(chosen.get("layer"), int):
                 raise RecipeError(
@@ -377,19 +374,10 @@ def patch(
                 )
             for index in p.grid(name, dims, **chosen):
                 labels: dict[str, Any] = dict(zip(dims, index, strict=True))
-                site = tuple(labels.get(dim, chosen.get(dim, slice(None))) for dim in kind.index)
-                named = {"component": name} if len(names) > 1 else {}
-                with p.row(**named, **labels):
-                    target = getattr(getattr(p, base), name)
-                    given = p.reference(source) if isinstance(source, Reference) else source
-                    taken = getattr(p, OTHER[base]) if given is None else given
-                    target[site] = getattr(taken, name)[site] if isinstance(taken, World) else taken
+                component_label = {"component": name} if len(names) > 1 else {}
+                with p.row(**component_label, **labels):
+                    write(p, direction, source, at(name, {**chosen, **labels}))
     return p.run(progress)
-
-
-def _default_by(index: tuple[str, ...]) -> tuple[str, ...]:
-    unit = next((dim for dim in index if dim in UNITS), None)
-    return index if unit is None else (index[0], unit)
 
 
 def _require_pairs(pairs: Any) -> Pairs:
