@@ -135,7 +135,7 @@ def run(
             try:
                 plots.picture(one, title=title).savefig(path, dpi=150)
             except ResultError as error:  # the results are saved, and others may have pictures
-                say(f"no picture of {name}: {error}", markup=False)
+                say(f"no picture of {name}. {error}", markup=False)
                 continue
             say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
