@@ -192,7 +192,6 @@ MUTANTS = (
     Mutant("directions are not of length 1", "saved_gradients", "unit = found / found.norm(dim=-1, keepdim=True)", "unit = found", SAVED),
     Mutant("a writer above the layer counts", "saved_gradients", "for below in range(layer)", "for below in range(min(layer + 1, len(self.architecture)))", SAVED),
     Mutant("rows of several edits count the last one only", "rowwise", "self.values[part[n].row, part[n].pair, number] += estimate", "self.values[part[n].row, part[n].pair, number] = estimate", ROWWISE),
-    Mutant("additions are taken for settings", "rowwise", "    if not write.add:\n        name, units", "    if True:\n        name, units", ROWWISE),
     Mutant("intervals draw pairs, not clusters", "resampling", "            cluster = [new if label == old else label for label in cluster]", "            pass", INTERVALS),
     Mutant("intervals of a ratio divide by the mean difference", "resampling", "_ends(drawn, weights @ self.gaps[:, cells], tail)", "_ends(drawn, weights @ counts * (self.gaps[:, cells].sum(0) / counts.sum(0)), tail)", INTERVALS),
     Mutant("intervals are too narrow with few pairs", "resampling", "-math.sqrt(count / (count - 1)) * _student((1 + level) / 2, count - 1)", "-NormalDist().inv_cdf((1 + level) / 2)", INTERVALS),

@@ -74,7 +74,7 @@ def everything(p: tp.Patching, share: float = 1.0) -> None:
         d.mlp_act[1, :] = lambda live: live * (1 - share / 2)
     with row("two edits"):
         d.z[1, -1, 2] = share * c.z[1, -1, 2] + (1 - share) * d.z[1, -1, 2]
-        d.z[1, 4, 0] += share * (c.z[1, 4, 0] - d.z[1, 4, 0])
+        d.mlp_out[2, -1] += share * (c.mlp_out[2, -1] - d.mlp_out[2, -1])
     with row("a module"):
         d.output("transformer.h.1.mlp.c_fc")[-1] += share * (
             c.output("transformer.h.1.mlp.c_fc")[-1] - d.output("transformer.h.1.mlp.c_fc")[-1]
