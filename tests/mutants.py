@@ -202,7 +202,7 @@ MUTANTS = (
     Mutant("intervals: proved zeros are tests", "resampling", 'mean["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
     Mutant("intervals: pairs without a number count", "resampling", "there = _there(effects)\n", "there = _there(effects) | True\n", INTERVALS),
     Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
-    Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(x.data, y.data, x.measured, y.measured, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
+    Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(*matched, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
     Mutant("pictures: proved zeros make a correlation", "scatters", "frame = pd.DataFrame(points.both[points.measured])", "frame = pd.DataFrame(points.both)", PICTURES),
     Mutant("pictures: points have the names of others", "scatters", "np.unravel_index(self.kept[i], shape)", "np.unravel_index(self.kept[i - 1], shape)", PICTURES),
     Mutant("pictures: what is lost counts as gained", "scatters", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),

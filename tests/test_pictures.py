@@ -134,6 +134,22 @@ def test_sites_are_matched_by_their_labels() -> None:
     assert corner(ax)[2] == "4 sites, 22 in one only"
 
 
+def test_rows_of_sparse_results_are_matched_by_what_names_them() -> None:
+    places = [(0, 17), (5, 3), (2, 900), (9, 44)]
+    rows = result(("row",), (4,))
+    data = rows.assign_coords(layer=("row", [p[0] for p in places]), neuron=("row", [p[1] for p in places]))
+    other = data.isel(row=[3, 0, 2]).assign_coords(row=[0, 1, 2]).assign_attrs(model="other")
+    for name in ("effect", "normalized"):
+        other[name][:, 1] += 5
+    ax = panels(drawn(scatter(data, other, label=1)))[0]
+    assert corner(ax)[2] == "3 sites, 1 in one only"
+    assert labelled(ax) == ["L0N17"]
+    one = result(("row",), (3,)).assign_coords(layer=("row", [4, 8, 6]))
+    ax = panels(drawn(scatter(one, one.isel(row=[2, 1]).assign_coords(row=[7, 8]))))[0]
+    assert np.allclose(every(ax)[:, 0], every(ax)[:, 1])
+    assert len(every(ax)) == 2
+
+
 def test_the_largest_disagreements_are_named_by_their_sites() -> None:
     data = result(("component", "layer", "pos"), (3, LAYERS, POS), component=COMPONENTS)
     other = data.copy(deep=True).assign_attrs(model="other")
@@ -338,6 +354,18 @@ def test_texts_under_arcs_do_not_touch(tokens: int) -> None:
     assert_apart(boxes, "x")
     whole = figure.bbox
     assert all(b.x0 >= 0 and b.x1 <= whole.x1 and b.y0 >= 0 for b in boxes)
+
+
+def test_what_weights_bring_has_no_direction() -> None:
+    pairs = tp.toys.pairs("ioi", 2)
+    found = tp.attention_attribution(tp.toys.load("gpt2"), pairs)
+    title = drawn(arcs(found)).legends[0].get_title().get_text()
+    assert title.startswith("pattern × gradient: what a weight brings to logit_diff\n")
+    assert "\nin the clean run\n" in title
+    estimates = tp.attribute(tp.toys.load("gpt2"), pairs, "z")
+    text = panels(drawn(scatter(tp.patch(tp.toys.load("gpt2"), pairs, "z"), estimates)))[0].get_ylabel()
+    assert text.startswith("AtP estimate of the normalized effect on logit_diff\n")
+    assert text.endswith("denoising: clean into the corrupted run")
 
 
 def test_attention_errors() -> None:

@@ -206,10 +206,11 @@ def _pairs(result: xr.Dataset) -> Iterator[Caveat]:
             "the pairs' own ratios is another number, often a larger one."
         )
         yield Caveat("Ratio of means", text, ("Miller et al. 2024",))
-    measured = int((over_pairs(result)["status"] == Status.MEASURED).sum()) if "status" in result else 0
+    known = [Status.MEASURED, Status.ESTIMATED]
+    measured = int(over_pairs(result)["status"].isin(known).sum()) if "status" in result else 0
     if clusters >= SURE and measured >= MANY:
         text = (
-            f"{measured:,} cells were measured. By chance alone, about {measured / 20:,.0f} of their 95 % intervals "
+            f"{measured:,} cells have a number. By chance alone, about {measured / 20:,.0f} of their 95 % intervals "
             "leave 0 out. The p-values in the tables are Holm's, which allow for all cells of a part."
         )
         yield Caveat("Many cells", text)

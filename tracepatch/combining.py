@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,24 @@ def datasets_of(result: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
         return {"": result}
     found = {name: child.to_dataset() for name, child in result.children.items()}
     return {name: dataset.assign_attrs({**result.attrs, **dataset.attrs}) for name, dataset in found.items()}
+
+
+def labels_at(data: xr.DataArray | xr.Dataset, at: Mapping[str, int]) -> dict[str, Any]:
+    """The coordinates of a cell, by the index of each dim; of a row of a sparse result, those that name it."""
+    found: dict[str, Any] = {}
+    for dim, index in at.items():
+        own = [str(name) for name in data.coords if data[name].dims == (dim,) and name != "row"]
+        for name in own if dim == "row" else [dim]:
+            found[name] = data[name].values[index]
+    return found
+
+
+def by_site(data: xr.DataArray) -> xr.DataArray:
+    """The rows of a sparse result by what names them, not by their numbers."""
+    names = [str(name) for name in data.coords if data[name].dims == ("row",) and name != "row"]
+    if len(names) == 1:
+        return data.swap_dims(row=names[0]).drop_vars("row")
+    return data.set_index(row=names) if names else data
 
 
 def main_variable(result: Any) -> str:

@@ -27,6 +27,7 @@ ACROSS = (
     "component",
     "model",
 )  # which is taken first; "" is any other
+BROUGHT = "pattern × gradient"  # the estimator of what is there, not of a patch
 INTERVALS = {
     "normalized": ("normalized_low", "normalized_high"),
     "effect": ("low", "high"),
@@ -211,17 +212,21 @@ def told(result: xr.Dataset, name: str, metric: str = "") -> list[str]:
     unit = dict(zip(names, units, strict=False)).get(metric, "") if len(names) == len(units) else ""
     unit = units[0] if len(units) == 1 else unit  # a unit that metrics share, or that of a fraction
     kind, _, part = name.partition("_")
-    exact = "effect" in result and part != "estimate"
-    estimated, part = "" if exact else "estimate of the ", part.removesuffix("estimate")
+    exact = "effect" in result and part != "estimate" and kind != "estimate"
+    how = "" if exact else str(attrs.get("estimator", ""))
+    estimated, part = "" if exact else f"{how} estimate of the ".lstrip(), part.removesuffix("estimate")
     of = f"the {part} part of" if part else ""
     texts = {"normalized": f"{estimated}normalized effect on", "effect": f"effect on {of}".rstrip()}
-    texts["estimate"] = f"estimate of the effect on {of}".rstrip()
+    texts["estimate"] = f"{estimated}effect on {of}".rstrip()
+    if how == BROUGHT:  # minus the effect of writing zero, so that no direction can be said
+        texts |= dict.fromkeys(("estimate", "normalized"), f"{how}: what a weight brings to")
     text = f"{texts.get(kind, name + ':')} {metric}" if metric else texts.get(kind, name).removesuffix(" on")
     base, written = attrs.get("base", ""), attrs.get("written", "")
     ways = {("corrupted", "clean"): "denoising: clean", ("clean", "corrupted"): "noising: corrupted"}
     number = written.replace(".", "").replace("-", "").isdigit()
     way = ways.get((base, written), f"{written} written" if number else "patched")
-    return [text, *([f"[{unit}]"] if unit else []), *([f"{way} into the {base} run"] if base else [])]
+    way = "in" if how == BROUGHT else f"{way} into"
+    return [text, *([f"[{unit}]"] if unit else []), *([f"{way} the {base} run"] if base else [])]
 
 
 def _labels(data: xr.Dataset, dim: str) -> list[Label]:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tracepatch import plots
 from tracepatch.caveats import SOURCES, SURE, caveats_of
 from tracepatch.checklist import Checklist
-from tracepatch.combining import concat, datasets_of, main_variable, over_pairs
+from tracepatch.combining import concat, datasets_of, labels_at, main_variable, over_pairs
 from tracepatch.errors import ResultError, plural
 from tracepatch.marks import site_words, tokens_of
 from tracepatch.resampling import cluster_count, intervals
@@ -236,8 +236,8 @@ def _largest(mean: xr.Dataset) -> tuple[list[str], list[list[str]]]:
     order = [int(i) for i in np.argsort(-abs(flat), kind="stable")[:LARGEST] if abs(flat[i]) >= least and flat[i]]
     tokens, rows = tokens_of(mean), []
     for i in order:
-        cell = mean.isel(dict(zip(dims, map(int, np.unravel_index(i, mean[name].shape)), strict=True)))
-        row = [site_words({dim: cell[dim].item() for dim in dims}, tokens)]
+        at = dict(zip(dims, map(int, np.unravel_index(i, mean[name].shape)), strict=True))
+        cell, row = mean.isel(at), [site_words(labels_at(mean, at), tokens)]
         for variable in shown:
             row.append(_signed(float(cell[variable])))
             if variable == name and "low" in mean:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tracepatch.agreement import SAMPLED, TOP, View, rounded
 from tracepatch.canvas import MEDIUM, SMALL, fitted, legend, root
-from tracepatch.combining import MAIN, main_variable, over_pairs
+from tracepatch.combining import MAIN, by_site, labels_at, main_variable, over_pairs
 from tracepatch.errors import ResultError, listing, plural
 from tracepatch.findings import Audit
 from tracepatch.marks import FAINT, PALETTE, Look, corner_text, key, looks, name_points, sequence, site_words, tokens_of
@@ -78,8 +78,8 @@ class _Points:
         dims, shape = [str(dim) for dim in self.coords.dims], self.coords.shape
         tokens, found = tokens_of(self.coords), []
         for i in chosen:
-            at = zip(dims, np.unravel_index(self.kept[i], shape), strict=True)
-            found.append((*self.both[i].tolist(), site_words({d: self.coords[d].values[n] for d, n in at}, tokens)))
+            at = dict(zip(dims, map(int, np.unravel_index(self.kept[i], shape)), strict=True))
+            found.append((*self.both[i].tolist(), site_words(labels_at(self.coords, at), tokens)))
         return found
 
     @property
@@ -99,7 +99,8 @@ class _Points:
             raise ResultError(
                 f"The results have several metrics: select one of each, as in effects.sel(metric={pick!r})."
             )
-        a, b, m, n = xr.align(x.data, y.data, x.measured, y.measured, join="inner")
+        matched = (by_site(array) for array in (x.data, y.data, x.measured, y.measured))
+        a, b, m, n = xr.align(*matched, join="inner")
         b, m, n = (array.transpose(*a.dims) for array in (b, m, n))
         there = np.isfinite(a.values) & np.isfinite(b.values)
         if not there.any():
@@ -310,6 +311,8 @@ def _coloured(ax: Axes, points: _Points, color: str | None) -> list[Any]:
             dots, cax=ax.inset_axes((1.03, 0, 0.03, 1))
         )  # as high as the axes, whatever their shape
         bar.set_label(color, fontsize=SMALL)
+        if bar.solids is not None:
+            bar.solids.set_alpha(1)
         bar.ax.tick_params(labelsize=SMALL, width=0.5, length=2)
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=values.dtype.kind in "iu"))
     else:
@@ -362,7 +365,7 @@ def _distinct(x: Any, y: Any, axes: tuple[_Axis, _Axis]) -> list[list[str]]:
     lines = [list(axis.words) for axis in axes]
     if not all(isinstance(given, xr.Dataset) for given in (x, y)):
         return lines
-    estimated = ["estimate" in given for given in (x, y)]
+    estimated = [main_variable(given) == "estimate" for given in (x, y)]
     if any(estimated) and not all(estimated):
         which = estimated.index(False)
         lines[which][0] = f"exact {lines[which][0]}"
