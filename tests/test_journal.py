@@ -167,6 +167,31 @@ def test_what_was_divided_is_divided_again(form: Any, kept_in: str, gpt2: Any, p
     assert again[:3] == sizes[:3]
 
 
+@pytest.mark.parametrize("kept_in", ["directory", "memory"])
+def test_what_the_checks_refuse_is_measured_again(kept_in: str, gpt2: Any, pairs: tp.Pairs, tmp_path: Path) -> None:
+    """A batch whose witness drifts is not kept, or the same call would find the same fault for ever."""
+    wanted = recorded(gpt2, pairs, form="staggered").run()
+    options: dict[str, Any] = {"directory": tmp_path} if kept_in == "directory" else {}
+    p = recorded(gpt2, pairs, form="staggered", **options)
+    plain, (*_, drifting, _) = steps.Here._operated, p.plan.groups[0].batches
+
+    def operated(self: Any, step: Any, number: int, known: Any) -> Any:
+        found = plain(self, step, number, known)
+        return (found[0] + 1, *found[1:]) if step.batch is drifting else found
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MeasurementError, match="drift by 1 logits") as error:
+        patch.setattr(steps.Here, "_operated", operated)
+        p.run()
+    kept = p.plan.jobs - len(drifting.jobs)
+    assert kept - 3 <= int(error.value.__notes__[0].split()[0]) <= kept, "but for the batch of the row measured alone"
+    again = recorded(gpt2, pairs, form="staggered", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        rows = ran(patch)
+        assert same(again.run(), wanted)
+    assert {job.row for job in drifting.jobs} <= set(rows)
+    assert len(rows) <= 2 * 3
+
+
 def test_only_what_is_missing_is_run(gpt2: Any, pairs: tp.Pairs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = recorded(gpt2, pairs, directory=folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -185,8 +185,8 @@ def alike(a: xr.Dataset | xr.DataTree, b: xr.Dataset | xr.DataTree, atol: float 
             np.testing.assert_allclose(one[name].values, two[name].values, atol=atol, rtol=0)
 
 
-def recorded(model: Any, metric: Any = tp.logit_diff, **options: Any) -> tp.Patching:
-    with tp.patching(model, PAIRS, metric, **options) as p:
+def recorded(model: Any, metric: Any = tp.logit_diff, form: Any = "packed", **options: Any) -> tp.Patching:
+    with tp.patching(model, PAIRS, metric, form=form, **options) as p:
         everything(p)
     return p
 
@@ -522,6 +522,18 @@ def test_a_job_that_waits_for_ever(server: Server, monkeypatch: pytest.MonkeyPat
     assert server.jobs == 2
 
 
+def test_rows_of_edited_worlds_are_whole_prompts(server: Server) -> None:
+    """A sandbox keeps no keys and values of edited worlds, and most keys run in one."""
+    plan = recorded(away(), form=None).plan
+    assert {batch.form for group in plan.groups for batch in group.batches} == {"flat"}
+    assert (
+        "\n               not packed: ordinary keys run in a sandbox, which keeps no keys and values" in plan.explain()
+    )
+    for other in (recorded(away()), recorded(here(), form=None)):
+        assert "sandbox" not in other.plan.explain()
+        assert "packed" in {batch.form for group in other.plan.groups for batch in group.batches}
+
+
 def test_where_a_server_is() -> None:
     for wrong in ("localhost:8001", "", 5):
         with pytest.raises(ModelError, match="remote is True for NDIF, or the URL of a server"):
@@ -642,9 +654,11 @@ def test_a_server_that_does_something_else_is_noticed(server: Server, monkeypatc
         kept, scores = plain(model, run, known)
         return kept, scores + 0.1 * len(scores)
 
-    monkeypatch.setattr(program, "forward", forward)
-    with pytest.raises(MeasurementError, match="drift by"):
+    with monkeypatch.context() as patch, pytest.raises(MeasurementError, match="drift by") as caught:
+        patch.setattr(program, "forward", forward)
         recorded(away(), form="flat").run()
+    assert caught.value.__notes__[0].startswith("0 of 72 rows are measured and kept")
+    alike(recorded(away(), form="flat").run(), recorded(here(), form="flat").run())
 
 
 def test_what_is_said_while_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

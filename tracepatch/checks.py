@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, MeasurementWarning, plural
-from tracepatch.journal import Measured
+from tracepatch.journal import Journal, Measured
 from tracepatch.plan import PROVED, Plan, Proof
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
@@ -33,15 +33,19 @@ BOUNDED = ("logits", "nats", "probability")  # units in which a metric follows t
 JUMPS = "rank"
 
 
-def verify(architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured) -> str:
+def verify(architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured, journal: Journal) -> str:
     """Checks a run that has ended; the line that says what was found.
 
     Raises:
         MeasurementError: Unpatched witnesses drift, or a row alone has another value than in the run, by more than
-            rounding explains.
+            rounding explains. The journal has forgotten the batches in which that is so.
     """
     checks = _Checks(architecture, encoded, plan, measured)
-    found = [checks.eager(), checks.noise(), *checks.alone(), checks.fired(), checks.unchanged()]
+    try:
+        found = [checks.eager(), checks.noise(), *checks.alone(), checks.fired(), checks.unchanged()]
+    except MeasurementError:
+        journal.distrust(checks.limits())
+        raise
     return "; ".join(found)
 
 
@@ -128,6 +132,12 @@ class _Checks:
         values = np.concatenate(list(self.measured.baselines.values()))
         scale = np.fmax(self.architecture.logit_scale, np.nanmax(abs(values), 0))
         return np.asarray(2 * _rounding(self.architecture.dtype) * (1 + scale))
+
+    def limits(self) -> NDArray[np.float64]:
+        """What rounding may change, per column; without end where a metric may jump."""
+        units = {metric.name: metric.unit for metric in self.plan.metrics}
+        bounded = [units[name] in BOUNDED for name, _ in self.measured.columns]
+        return np.where(bounded, self._allowed(), np.inf)
 
     def _judge(self, gap: NDArray[np.float64], what: str, advice: str) -> None:
         units = {metric.name: metric.unit for metric in self.plan.metrics}

@@ -56,6 +56,9 @@ class Store(Protocol):
     def keep(self, key: str, entry: Entry) -> None:
         """Keeps an entry."""
 
+    def drop(self, key: str) -> None:
+        """Keeps it no more."""
+
 
 class Memory(dict[str, Entry]):
     """Entries of a run that was interrupted in this process."""
@@ -67,6 +70,10 @@ class Memory(dict[str, Entry]):
     def keep(self, key: str, entry: Entry) -> None:
         """Keeps an entry."""
         self[key] = entry
+
+    def drop(self, key: str) -> None:
+        """Keeps it no more."""
+        self.pop(key, None)
 
 
 class Directory:
@@ -160,6 +167,11 @@ class Directory:
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+    def drop(self, key: str) -> None:
+        """Keeps it no more, if it may be removed."""
+        with suppress(OSError):
+            self._file(key).unlink()
 
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{ENDING}"

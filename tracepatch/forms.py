@@ -21,7 +21,7 @@ from tracepatch.executors import run
 from tracepatch.jobs import EAGER
 from tracepatch.layout import stops
 from tracepatch.metrics import Given, Metric
-from tracepatch.models import Model, module_of
+from tracepatch.models import Model, module_of, remote_of
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
 from tracepatch.recording import Recorder
@@ -52,7 +52,7 @@ class Allowed:
 
 
 def chosen(
-    model: Model, architecture: Architecture, sites: Iterable[Site], wanted: Form | None
+    model: Model, architecture: Architecture, sites: Iterable[Site], wanted: Form | None, worlds: bool = False
 ) -> tuple[Form, tuple[str, ...]]:
     """The form of a plan's batches: the fastest that the model allows, or the one that was asked for.
 
@@ -61,6 +61,7 @@ def chosen(
         architecture: Of it.
         sites: What is edited and saved.
         wanted: The form that was asked for, if one was.
+        worlds: Whether there are edited worlds, whose keys and values a server's sandbox does not give away.
 
     Returns:
         The form, and why it is not a faster one.
@@ -68,6 +69,11 @@ def chosen(
     Raises:
         RecipeError: The model does not allow what was asked for.
     """
+    if wanted is None and worlds and remote_of(model):
+        return "flat", (
+            "not packed: ordinary keys run in a sandbox, which keeps no keys and values of edited worlds; where the "
+            "server trusts yours, pass form='packed'",
+        )
     found = allowed(model, architecture, any(site.component in EAGER for site in sites), wanted)
     if wanted is None:
         return found.form, tuple(f"not {form}: {reason}" for form, reason in found.refused.items())

@@ -211,6 +211,28 @@ class Journal:
         for one in warned:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
+    def distrust(self, limits: NDArray[np.float64]) -> None:
+        """Forgets what the next run is to measure again.
+
+        That is the batches whose unpatched witness drifts by more than the limits, those of the rows that were measured
+        once more, and the worlds that all of these were compared with.
+        """
+        sampled = {(job.row, job.pair) for job in self._plan.sample}
+        for group in self._plan.groups:
+            wrong = [
+                batch
+                for batch in group.batches
+                if id(batch) in self._entries
+                and (
+                    (self._entries[id(batch)].tensors["noise"].numpy() > limits).any()
+                    or any((job.row, job.pair) in sampled for job in batch.jobs)
+                )
+            ]
+            for step in (*map(id, wrong), *([id(group)] if wrong else [])):
+                self._entries.pop(step, None)
+                for store in self._earlier if step in self._keys else ():
+                    store.drop(self._keys[step])
+
     def interrupted(self) -> str:
         """Keeps in this process what no directory has, for the next run; what is there, in words."""
         if self._model is None:

@@ -132,7 +132,7 @@ class Patching(Recorder):
         """The plan of the rows recorded so far."""
         edits = [e for row in (*self.rows, *self.edited.values()) for e in row.edits]
         sites = [e.site for e in edits] + [s.site for row in self.rows for s in row.saves] + [*self.seen]
-        form, why = chosen(self.model, self.architecture, sites, self._wanted)
+        form, why = chosen(self.model, self.architecture, sites, self._wanted, bool(self.edited))
         of_logits = any(one.site is None for one in self.metrics)
         plan = make_plan(
             self.architecture,
@@ -187,7 +187,7 @@ class Patching(Recorder):
             if told is None:
                 with warnings.catch_warnings(record=True) as found:
                     warnings.simplefilter("always")
-                    told = verify(*given, measured) if self._checks else "off"
+                    told = verify(*given, measured, journal) if self._checks else "off"
         except BaseException as error:  # Ctrl-C too
             error.add_note(journal.interrupted())
             raise

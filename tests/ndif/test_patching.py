@@ -184,10 +184,15 @@ def first_token(logits: torch.Tensor) -> torch.Tensor:
 
 def test_worlds_functions_saves_raw_traces_and_metrics(kind: str) -> None:
     metrics = [tp.logit_diff, tp.kl, tp.rank, tp.metric(first_token)]
-    form: Any = "flat" if kind == "sandbox" else None
-    found, wanted = (recorded(m("gpt2"), more, metric=metrics, form=form) for m in (away, here))
+    found, wanted = (recorded(m("gpt2"), more, metric=metrics) for m in (away, here))
+    assert {batch.form for group in found.plan.groups for batch in group.batches} == {"flat"}, "so in a sandbox, too"
     alike(found.run(), wanted.run())
     alike(found.saved, wanted.saved)
+    if kind == "trusted":
+        alike(recorded(away("gpt2"), more, metric=metrics, form="packed").run(), wanted.run())
+    else:
+        with pytest.raises(ServerError, match="in a sandbox, and keys and values of an edited world cannot be kept"):
+            recorded(away("gpt2"), more, metric=metrics, form="packed").run()
 
 
 def test_the_checklist(kind: str, counted: list[int]) -> None:
