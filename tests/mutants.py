@@ -45,6 +45,7 @@ INTERVALS = ("test_intervals.py",)
 PICTURES = ("test_pictures.py",)
 DIVIDED = ("test_journal.py::test_what_was_divided_is_divided_again",)
 AUDIT = ("test_audit.py",)
+EDGES = ("test_edges.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -230,6 +231,19 @@ MUTANTS = (
     Mutant("a key is seen by the destinations before it", "doubts", "np.flip(np.cumsum(np.flip(a, -1), -1), -1)", "np.cumsum(a, -1)", AUDIT),
     Mutant("a drill looks inside everything", "drilling", "one for one in labels if one[:width] in inside", "one for one in labels if True", AUDIT),
     Mutant("a drill splits what is small", "drilling", "(sizes >= limit)", "(sizes < limit)", AUDIT),
+    Mutant("an edge leads to what was read before", "graph", "return writer.moment < reader.moment", "return writer.moment <= reader.moment", EDGES),
+    Mutant("an MLP beside attention reads what its heads write", "probe", "_same(branch.reads, current), len(forms)", "_same(branch.reads, current), i", EDGES),
+    Mutant("a column of several heads counts as one head's", "heads", "            if not bool((everything | nothing).all()):", "            if False:", EDGES),
+    Mutant("heads are told apart by one bit of their numbers", "heads", "head += (everything & ~nothing).long() << bit", "head += (everything & ~nothing).long() << 0", EDGES),
+    Mutant("columns of heads stand side by side", "heads", "(step * down, down, along)", "(at.shape[1] * down, down, along)", EDGES),
+    Mutant("through one head goes the gradient of all", "heads", "    only[:, head] = slope[:, head]", "    only[:] = slope", EDGES),
+    Mutant("heads write through the other run's post-norm", "contractions", "        elif heads[2]:  # each run", "        elif False:  # each run", EDGES),
+    Mutant("writers count as the same where the worlds agree", "contractions", "apart(change, agreeing, 2)", "apart(change, agreeing, 1)", EDGES),
+    Mutant("an edge carries all that is written", "contractions", "change = (other - mine).unsqueeze(1)", "change = other.unsqueeze(1)", EDGES),
+    Mutant("steps of an integral are summed", "backward", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1) * weight", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1)", EDGES),
+    Mutant("heads move along the line of the embeddings", "edge_attribution", 'line = ("attn_out", key[1]) if key[0] == "head_out" else key', 'line = ("resid_pre", 0)', EDGES),
+    Mutant("an exact edge replaces what is read", "edge_attribution", "[read] += others - mine", "[read] = others", EDGES),
+    Mutant("where there is no edge there is 0", "edge_attribution", "here = np.where(joined, here, np.nan)", "here = np.where(joined, here, 0.0)", EDGES),
 )  # fmt: skip
 
 

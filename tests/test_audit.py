@@ -264,8 +264,12 @@ def test_the_numbers_of_an_audit_are_those_of_its_cells() -> None:
     for patches, share in audit.recall:
         assert share == pytest.approx(sum(stands[i] for i in large if places[i] <= patches) / whole)
     assert [patches for patches, _ in audit.recall] == sorted(places[i] for i in large)
-    hits = sum(i in large for i in drawn)
-    assert audit.bound == most([Stratum(*s) for s in json.loads(found.attrs["strata"])], hits, 0.95) - hits
+    strata = [Stratum(*s) for s in json.loads(found.attrs["strata"])]
+    middle = float(np.median(abs(effects[drawn])))
+    for one, least in ((audit, audit.threshold), (tp.Audit.of(found, threshold=middle), middle)):
+        hits = sum(abs(effects[i]) >= least - 1e-9 for i in drawn)
+        assert one.bound == most(strata, hits, 0.95) - hits
+    assert hits == 6, "some of those drawn are large"
 
 
 def test_an_audit_of_everything_is_the_sweep() -> None:

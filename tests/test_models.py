@@ -87,6 +87,7 @@ def test_weights_that_are_brought_when_needed(tmp_path: Path) -> None:
         wanted = tp.patch(plain, pairs, component)
         assert (found["status"] == wanted["status"]).all()
         assert float(abs(found["value"] - wanted["value"]).max()) < 1e-4
+    assert float(abs(tp.edges(model, pairs)["estimate"] - tp.edges(plain, pairs)["estimate"]).max()) < 1e-4
     with tp.patching(model, pairs, directory=tmp_path / "runs") as p, p.row(layer=0):
         p.corrupted.z[0, :, 0] = p.clean.z[0, :, 0]
     assert not p.plan.measured["unstored"]

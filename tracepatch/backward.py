@@ -91,9 +91,8 @@ def differentiated(
     for key in {key for drop in drops for key in drop}:
         taps[key].register_hook(lambda slope, key=key: dropped(key, slope, zeroed, arrived))
     passes = [(number, drop) for number in range(len(columns)) for drop in (None, *range(len(drops)))]
-    onward = edges is not None or any(
-        how[0] == "heads" for _, how in wanted
-    )  # whose gradients are taken once more, from those of the taps
+    # Gradients by what heads read are taken once more, from those of the taps.
+    onward = edges is not None or any(how[0] == "heads" for _, how in wanted)
     for number, drop in passes:
         zeroed[:] = () if drop is None else drops[drop]
         keep = onward or (number, drop) != passes[-1]

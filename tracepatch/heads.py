@@ -28,7 +28,7 @@ def by_heads(model: Any, heads: tuple[Any, ...], z: torch.Tensor) -> torch.Tenso
     project = module_at(model, path)._module
     dtype = next(iter(project.parameters()), z).dtype
     rows, pos, count, width = z.shape
-    if turned is None:
+    if turned is None or project.weight.is_meta:  # what is elsewhere is brought when the module is called
         alone = [head_write(project, z.to(dtype), torch.tensor(head), None) for head in range(count)]
         found = wide(torch.stack(alone, 1))
     else:
@@ -62,6 +62,8 @@ def back_to_stream(
     """
     given = [taps[tap] for tap, _, _ in projections]
     weights = [module_at(model, path)._module.weight.detach() for _, path, _ in projections]
+    if any(weight.is_meta for weight in weights):  # what is elsewhere, autograd alone has kept
+        given, weights = [], []
     weights = [weight.T if turned else weight for weight, (_, _, turned) in zip(weights, projections)]  # noqa: B905  # of equal length
     owned = owners(x, slope, given) if given else None
     if owned is None:

@@ -295,8 +295,8 @@ def _recorded(p: Patching, estimate: xr.Dataset) -> Population:
         return part_of(p, [numbers[n] for n in chosen]), chosen
 
     def doubts(chosen: Sequence[int]) -> Variables:
-        found: Variables = {}
-        for name, values in doubts_of_rows(part_of(p, [numbers[n] for n in chosen], prune=False)).items():
+        part, found = part_of(p, [numbers[n] for n in chosen], prune=False), Variables()
+        for name, values in doubts_of_rows(part, part._limits["memory"]).items():
             array = np.full((estimate.sizes["pair"], *shape), np.nan)
             where: Any = (slice(None), *(index[list(chosen)] for index in at))
             array[where] = values

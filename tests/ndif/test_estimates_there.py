@@ -23,6 +23,8 @@ STUDIES: dict[str, Any] = {
     "stream, noising": lambda m, p: tp.attribute(m, p, "resid_pre", direction="noising"),
     "several": lambda m, p: tp.attribute(m, p, ("attn_out", "mlp_out")),
     "readers": lambda m, p: tp.attribute(m, p, "q_in"),
+    "edges": tp.edges,
+    "edges, integrated": lambda m, p: tp.edges(m, p, estimator=tp.IntegratedGradients(2, along="layer")),
     "zero ablation": lambda m, p: tp.attribute(m, p, "mlp_act", direction="noising", source=0),
     "held": lambda m, p: tp.attribute(m, p, "z", estimator=tp.AtP(hold=("norms", "pattern"))),
     "AtP*": lambda m, p: tp.attribute(m, p, ("q", "k"), by=("layer",), estimator=tp.AtPStar(drop=True)),
