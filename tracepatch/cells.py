@@ -12,8 +12,10 @@ from typing import Any, Literal, TypeAlias
 from tracepatch.errors import RecipeError
 from tracepatch.layout import Key
 from tracepatch.recording import Recorder
+from tracepatch.references import Reference
 from tracepatch.sites import Component, Select, component, select
 from tracepatch.sources import OTHER, WorldName
+from tracepatch.worlds import World
 
 Direction: TypeAlias = Literal["denoising", "noising"]
 BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
@@ -115,7 +117,7 @@ class Cells:
         self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
     ) -> list[tuple[Any, ...]]:
         """Records a row for each cell, or for those with certain labels, in the order of the dims; their labels."""
-        world, other, found = getattr(recorder, self.base), OTHER[self.base], []
+        world, given, found = getattr(recorder, self.base), taken(recorder, self.base, self.source), []
         for kind, labels in self.labels(recorder):
             if among is not None and tuple(labels.values()) not in among:
                 continue
@@ -123,9 +125,21 @@ class Cells:
             site = tuple(labels.get(dim, self.only.get(dim, slice(None))) for dim in kind.index)
             with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
-                value = self.source
-                target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value
+                target[site] = getattr(given, kind.name)[site] if isinstance(given, World) else given
         return found
+
+
+def taken(recorder: Recorder, base: WorldName, source: Any) -> Any:
+    """What is written in a sweep: the world that values are taken from, or what stands at every site alike.
+
+    Args:
+        recorder: The recording.
+        base: The run that is edited.
+        source: As a user gives it: ``None`` for the other run, or ``tp.mean``, a world, a number, a tensor.
+    """
+    if source is None:
+        return getattr(recorder, OTHER[base])
+    return recorder.reference(source) if isinstance(source, Reference) else source
 
 
 def base_of(direction: Any) -> WorldName:

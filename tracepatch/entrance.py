@@ -51,7 +51,8 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
         since = next(i for i, w in enumerate(job.writes) if not w.standing)
         if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):
             return "edit the stream before a standing edit of it"
-    inside = [along for w in own if w.component != "logits" for along in (w.positions, *[t.positions for t in w.terms])]
+    shown = [w for w in own if w.component != "logits"]
+    inside = [along for w in shown for along in (w.positions, *[t.positions for t in w.terms if t.tally is None])]
     if end < length and max(map(max, inside), default=0) >= end:
         return "edit or take positions after the last one that is read"
     writes = tuple([explicit(w, length) for w in standing_in(job.writes, start, birth, end)])
@@ -81,7 +82,7 @@ def above(job: Job, architecture: Architecture, seen: Iterable[Read] = ()) -> Jo
     (one,) = first
     # In 16 bits a sum that is put together otherwise is off by its last bit.
     exact = architecture.dtype.itemsize >= 4
-    if not (known and exact) or one.function or any(w.standing for w in job.writes):
+    if not (known and exact) or one.function or one.portion or any(w.standing for w in job.writes):
         return job
     taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
     write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))

@@ -159,7 +159,7 @@ class _Run:
         late = [m for m in self.plan.metrics if m.compares]  # a divergence needs the clean logits first
         direct = [m for m in self.plan.metrics if not m.compares]
         most = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
-        ops: list[tuple[tuple[Any, ...], Call | None]] = []
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(op, None) for op in self.tracer.surveys()]
         largest = 0
         for jobs in group.stages(self.plan.worlds):
             split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), most)
@@ -207,7 +207,8 @@ class _Run:
         def smaller() -> list[Step]:
             return as_parts(halves(batch)) if len(batch.jobs) > 1 else []
 
-        ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(op, None) for op in self.tracer.surveys() if rides]
+        ops += [(("wires", *call.wires), None)] if call.wires else []
         ops.append((("run", call.run, "worlds" if rides else ""), call))
         instead = tuple(as_parts(divided(batch, runs))) if len(runs) > 1 else ()
         return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch, instead=instead)
@@ -242,7 +243,7 @@ class _Run:
     def _failed(self, ops: Sequence[tuple[Any, Call | None]], number: int, error: Exception) -> MeasurementError:
         before, after = reversed(ops[: number + 1]), ops[number:]
         call = next(call for _, call in itertools.chain(before, after) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
     # --------------------------------------------------------------------------------------------- what came of it
 
@@ -274,6 +275,7 @@ class _Run:
         for (op, call), given in zip(step.ops, found, strict=True):
             if call is not None:
                 scores.append(self.tracer.outcome(call, *given).scores)
+            if op[0] != "join":
                 continue
             order = op[1]
             together = torch.cat(scores) if order is None else torch.cat(scores)[order]

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.literals import along, joined, literal, number, plus
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site, shape_of
-from tracepatch.sources import Constant, Function, Noise, Value, WorldName
+from tracepatch.sources import Function, Noise, Part, Sum, Value, WorldName, summed
 from tracepatch.spelling import STOPS, Spot
 from tracepatch.tokens import EncodedPairs
 
@@ -40,6 +42,8 @@ class Common:
         parameters: What has to be passed to the script, with what a user passes.
         wanted: World → the values that are taken from it.
         defines: Functions that the lines call.
+        references: The reference worlds.
+        averages: What is taken of them: a value, and whether it is the spread of its numbers → its variable.
     """
 
     row: Row
@@ -50,6 +54,8 @@ class Common:
     parameters: dict[str, str] = field(default_factory=dict)
     wanted: dict[WorldName, dict[Key, None]] = field(default_factory=lambda: defaultdict(dict))
     defines: dict[str, None] = field(default_factory=dict)
+    references: dict[WorldName, ReferenceWorld] = field(default_factory=dict)
+    averages: dict[tuple[Value, bool], str] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -67,7 +73,16 @@ class Common:
     def kept(self, world: WorldName, name: str, layer: int) -> str:
         """The variable with a value of another run, which is taken from now on."""
         self.wanted[world][name, layer] = None
-        return f"{world}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+        return f"{self.named(world)}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+
+    def named(self, world: WorldName) -> str:
+        """A world in the names of variables."""
+        return f"reference_{list(self.references).index(world)}" if world in self.references else world
+
+    def averaged(self, value: Value, spread: bool = False) -> str:
+        """The variable with the mean of a reference's value, all its units, or with the spread of its numbers."""
+        word = "std" if spread else "mean"
+        return self.averages.setdefault((value, spread), f"{word}_{len(self.averages)}")
 
     def passed(self, owner: WorldName, what: str) -> str:
         """The parameter for what the edits of the row (or of a world, the owner) hold and cannot be written down."""
@@ -127,7 +142,9 @@ class Forward:
             visits[(stop.order, 0, late, STAGES[name]), tuple(lines)] = None
         if last:
             visits[(float("inf"), 1, 0, 0), (last,)] = None
-        ids = f"{self.common.root(self.world)}_tokens" + (f".repeat({self.rows}, 1)" if self.rows > 1 else "")
+        alone = self.world in self.common.references
+        ids = "ids_tokens" if alone else f"{self.common.root(self.world)}_tokens"
+        ids += f".repeat({self.rows}, 1)" if self.rows > 1 else ""
         found = [line for _, part in sorted(visits, key=lambda visit: visit[0]) for line in part]
         given = f"input_ids={ids}"
         if self.common.encoded.encoder:
@@ -159,7 +176,7 @@ class Forward:
         """Whether every head is made to read the same."""
         if isinstance(edit.source, Function):
             return False
-        source = edit.source.terms()
+        source = summed(edit.source) or Sum((), None)
         sites = [v.site for _, v in source.values if v.site.component not in SPLIT_READERS]
         one = [len(s.unit.resolve(self.architecture.units(s.component, s.layer)) or (0,)) == 1 for s in sites]
         tensor = edit.tensor
@@ -180,6 +197,10 @@ class Forward:
         live = self._index(site, one if together or isinstance(source, Function) else "0")
         cells = self._index(site, ":") if together else live
         made = self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit)
+        if isinstance(source, Part):
+            own = [e for e in common.edits_of(owner) if isinstance(e.source, Part)]
+            which = [e is edit for e in own].index(True)
+            made = f"{common.passed(owner, 'portions')}[{which}]({name}[{live}], {made})"
         if together and edit.add:
             made = f"{name}[{live}] + {made}"
         lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}", *after]
@@ -203,15 +224,19 @@ class Forward:
         return f"{common.passed(owner, 'functions')}[{which}]({', '.join([f'{site.component}[{cells}]', *values])})"
 
     def _sum(self, owner: WorldName, edit: Edit) -> str:
-        source, found = edit.source.terms(), ""
+        source, found = summed(edit.source) or Sum((), None), ""
         for factor, value in source.values:
             term = self._value(value, edit.site)
             found = plus(found, factor, term if abs(factor) == 1 else f"{number(abs(factor))} * {term}")
         for factor, noise in source.noise:
-            found = plus(found, factor * noise.scale, self._noise(abs(factor), noise, edit.site))
+            unit = "" if noise.unit is None else f" * {self.common.averaged(noise.unit, spread=True)}"
+            found = plus(found, factor * noise.scale, self._noise(abs(factor), noise, edit.site) + unit)
         return found if source.constant is None else self._plus_constant(found, source.constant, owner, edit)
 
     def _value(self, value: Value, target: Site) -> str:
+        if value.world in self.common.references:
+            cells = self._aligned(value.site, target, self.common.references[value.world])
+            return f"{self.common.averaged(value)}[{cells}]"
         kept = self.common.kept(value.world, value.site.component, value.site.layer)
         return f"{kept}[{self._index(value.site) if value.site == target else self._aligned(value.site, target)}]"
 
@@ -255,20 +280,27 @@ class Forward:
             parts = [p if scalar else str(list(indices)) for p, (indices, scalar, _) in zip(parts, found, strict=True)]
         return parts
 
-    def _aligned(self, site: Site, target: Site) -> str:
-        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast."""
+    def _aligned(self, site: Site, target: Site, mean: ReferenceWorld | None = None) -> str:
+        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast.
+
+        A mean has just the positions that are taken, and all units.
+        """
         if COMPONENTS[site.component].attends:
-            return joined("0", self._weight_parts(site, target))
+            parts = self._weight_parts(site, target)
+            if mean is None:
+                return joined("0", parts)
+            return joined(parts[0], ["0" if select.scalar else ":" for select in (target.pos, target.src)])
         positions = site.pos.resolve(self.length) or ()
+        several = len(positions) > 1 and not (mean and mean.over)
         # Where the target has several heads, a dim for them has to stand behind the positions.
-        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and len(positions) > 1
-        parts = [along(positions, len(positions) == 1, self.length)]
+        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and several
+        parts = [along(positions, not several, self.length) if mean is None else ":" if several else "0"]
         if COMPONENTS[site.component].unit:
             count = self.architecture.units(site.component, site.layer)
             parts.append(self._units(site, len(site.unit.resolve(count) or ()) == 1 and not behind))
         elif behind:
             parts.append("None")
-        return joined("0", parts)
+        return joined("0", parts) if mean is None else joined(parts[0], parts[1:])
 
     def _units(self, site: Site, scalar: bool) -> str:
         count = self.architecture.units(site.component, site.layer)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracepatch.constants import Constant
+from tracepatch.portions import Portion
+from tracepatch.references import Tally
 from tracepatch.sites import SPLIT_READERS, component
-from tracepatch.sources import Constant, Function, WorldName
+from tracepatch.sources import Function, WorldName
 
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
@@ -18,7 +21,10 @@ CACHED = frozenset({"k", "v"})
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""
+    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast.
+
+    Of a reference world positions and sources are places in a table, the ``tally``.
+    """
 
     factor: float
     world: WorldName
@@ -27,6 +33,12 @@ class Term:
     positions: tuple[int, ...]
     units: tuple[int, ...] | None
     srcs: tuple[int, ...] | None = None
+    tally: Tally | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the values are known by where plans run."""
+        return (self.component, self.layer) if self.tally is None else self.tally.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,8 @@ class Write:
         function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
         renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
         standing: Whether it belongs to the base, an edited world, and not to the row.
+        spread: Fixed summands like the constant, each in multiples of a standard deviation.
+        portion: What of the live value is replaced, if not all of it.
     """
 
     component: str
@@ -64,12 +78,25 @@ class Write:
     srcs: tuple[int, ...] | None = None
     renormalize: bool = False
     standing: bool = False
+    spread: tuple[tuple[Tally, Constant], ...] = ()
+    portion: Portion | None = None
+
+    @property
+    def tallies(self) -> Iterator[Tally]:
+        """What it takes of reference worlds."""
+        yield from (term.tally for term in self.terms if term.tally is not None)
+        yield from (tally for tally, _ in self.spread)
+
+    @property
+    def needed(self) -> Iterator[tuple[str, int]]:
+        """The (component, layer) of worlds' values that it takes."""
+        return ((term.component, term.layer) for term in self.terms if term.tally is None)
 
     @property
     def same_for_units(self) -> bool:
         """Whether every unit is written with the same value."""
-        tensor = None if self.constant is None else self.constant.tensor
-        one = tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1
+        tensors = [c.tensor for c in (self.constant, *(c for _, c in self.spread)) if c is not None]
+        one = all(tensor.ndim < 2 or tensor.shape[-2] == 1 for tensor in tensors)
         return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
 
 
@@ -128,12 +155,14 @@ def narrowed(write: Write, chosen: Sequence[int]) -> Write:
         write.srcs,
         write.renormalize,
         write.standing,
+        write.spread,
+        write.portion,
     )
 
 
 def _narrowed(term: Term, chosen: Sequence[int]) -> Term:
     positions = tuple([term.positions[i] for i in chosen])
-    return Term(term.factor, term.world, term.component, term.layer, positions, term.units, term.srcs)
+    return Term(term.factor, term.world, term.component, term.layer, positions, term.units, term.srcs, term.tally)
 
 
 def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:

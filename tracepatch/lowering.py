@@ -14,19 +14,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
-from tracepatch.reach import LAST, canonical, indices, of_logits, reached, read_at
+from tracepatch.reach import LAST, Cells, canonical, cells, indices, of_logits, reached, read_at
+from tracepatch.references import ReferenceWorld, Tally
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
-from tracepatch.sources import Constant, Function, Sum, Value, WorldName
+from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
 
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
@@ -60,31 +62,6 @@ class Profile:
         return min(self.differing, default=self.length)
 
 
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """What a site is in prompts of one length.
-
-    Attributes:
-        place: Component and layer, one name for each place of the stream.
-        positions: The positions.
-        offsets: As many numbers from 0 on.
-        units: Heads or neurons; ``None`` for all, or where there are none.
-        srcs: The positions attended to; ``None`` for all, or where there are none.
-        scalar: Whether the index was one integer: for positions, units, sources.
-        split: Whether it has units.
-        attends: Whether it has positions that are attended to.
-    """
-
-    place: tuple[str, int]
-    positions: tuple[int, ...]
-    offsets: tuple[int, ...]
-    units: tuple[int, ...] | None
-    srcs: tuple[int, ...] | None
-    scalar: tuple[bool, bool, bool]
-    split: bool
-    attends: bool
-
-
 class Lowering:
     """Rows → writes, for pairs of one profile."""
 
@@ -95,11 +72,12 @@ class Lowering:
         prune: bool,
         worlds: tuple[WorldName, ...],
         edited: Mapping[WorldName, EditedWorld] | None = None,
+        references: Mapping[WorldName, ReferenceWorld] | None = None,
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
         self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
-        self.edited = edited or {}
+        self.edited, self.references = edited or {}, references or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
         # The first position that a world's standing edits touch.
         self.first_edit = {
@@ -115,7 +93,7 @@ class Lowering:
 
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
-        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited)
+        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited, self.references)
 
     def world(self, name: WorldName) -> tuple[Write, ...]:
         """The writes of an edited world, those of the worlds below it first.
@@ -144,8 +122,8 @@ class Lowering:
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
         kept, live, equal, unreachable = [], self.profile.length, False, False
-        acting = [n for n, w in enumerate(writes) if w.function is not None]
-        mixing = [n for n in acting if len(writes[n].positions) > 1]
+        mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
+        mixed = any(w.function is not None or w.portion is not None for w in writes)
         for number, write in enumerate(writes):
             if write.standing:
                 if write.function is not None and len(write.positions) > 1:  # it may mix positions
@@ -154,7 +132,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            inside = self._reached(write, carried, mixed=bool(acting))
+            inside = self._reached(write, carried, mixed)
             reach = [i for i, p in enumerate(write.positions) if p in inside]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
@@ -197,22 +175,28 @@ class Lowering:
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source = edit.site, edit.source
-        here, constant = self._cells(site), None
+        here = self._cells(site)
+        constant: Constant | None = None
+        spread: tuple[tuple[Tally, Constant], ...] = ()
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
-        else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [here if value.site is site else self._cells(value.site) for _, value in values]
+        elif (total := summed(source)) is not None:
+            values = list(total.values)
+            constant, spread = self._fixed(site, total)
+        places = [
+            (here, None) if value.site is site and value.world not in self.references else self._taken(value)
+            for _, value in values
+        ]
         units, srcs = here.units, here.srcs
         by_unit = here.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there in places)):
+        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there, _ in places)):
             units = self._every(site)
-        if srcs is None and any(there.srcs for there in places):
+        if srcs is None and any(there.srcs for there, _ in places):
             srcs = tuple(range(self.profile.length))
         terms = []
-        for (factor, value), there in zip(values, places, strict=True):
+        for (factor, value), (there, tally) in zip(values, places, strict=True):
             heads, attended = there.units, there.srcs
             if units is not None and heads is None and there.split:
                 heads = self._every(value.site)
@@ -221,7 +205,9 @@ class Lowering:
             name, layer = there.place
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
-            terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended))
+            if tally is not None:
+                tally = replace(tally, component=name, layer=layer)
+            terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended, tally))
         return Write(
             *(("logits", self.depth) if site.component == "logits" else here.place),
             positions=here.positions,
@@ -236,38 +222,53 @@ class Lowering:
             srcs=srcs,
             renormalize=edit.renormalize,
             standing=standing,
+            spread=spread,
+            portion=source.portion if isinstance(source, Part) else None,
         )
 
-    def _constant(self, site: Site, source: Sum) -> Constant | None:
-        """The constant summand, with the noise drawn."""
+    def _taken(self, value: Value) -> tuple[Cells, Tally | None]:
+        """Where a value stands, and the table of a reference world that it is in."""
+        if value.world not in self.references:
+            return self._cells(value.site), None
+        positions, srcs, tally = self.references[value.world].located(value.site, self.profile.length)
+        return cells(value.site, self.depth, positions, self._units(value.site), srcs), tally
+
+    def _fixed(self, site: Site, source: Sum) -> tuple[Constant | None, tuple[tuple[Tally, Constant], ...]]:
+        """The constant summand, with the noise drawn; and the noise whose unit is known only in the run."""
         if not source.noise:
-            return source.constant
+            return source.constant, ()
         architecture, name, layer = self.architecture, site.component, site.layer
         dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
         if dims is None:
             raise SiteError(str(site))
         shape = [size for _, size in dims]
         total = torch.zeros(shape) if source.constant is None else source.constant.tensor
+        spread = []
         for factor, noise in source.noise:
-            total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
-        return Constant.of(total)
+            drawn = factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
+            if noise.unit is None:
+                total = total + drawn
+            elif factor * noise.scale:
+                spread.append((self._tally_of(noise.unit), Constant.of(drawn)))
+        plain = source.constant is None and all(noise.unit is not None for _, noise in source.noise)
+        return None if plain and spread else Constant.of(total), tuple(spread)
+
+    def _tally_of(self, unit: Value) -> Tally:
+        """What the standard deviation of some values is known by."""
+        name, layer = canonical(unit.site, self.depth)
+        if name in SPLIT_READERS:
+            return Tally(unit.world, "attn_in", layer, unit.site.pos, spread=True)
+        return Tally(unit.world, name, layer, unit.site.pos, None, unit.site.unit, spread=True)
+
+    def _units(self, site: Site) -> tuple[int, ...] | None:
+        return None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
 
     def _cells(self, site: Site) -> Cells:
         """What a site is in these prompts; found once, as many edits write and take the same."""
         found = self._sites.get(site)
         if found is None:
             positions, units, srcs = indices(site, self.architecture, self.profile.length)
-            kind = component(site.component)
-            found = self._sites[site] = Cells(
-                canonical(site, self.depth),
-                positions,
-                tuple(range(len(positions))),
-                units,
-                srcs,
-                (site.pos.scalar, site.unit.scalar, site.src.scalar),
-                kind.unit is not None,
-                kind.attends,
-            )
+            found = self._sites[site] = cells(site, self.depth, positions, units, srcs)
         return found
 
     def _every(self, site: Site) -> tuple[int, ...]:
@@ -289,11 +290,16 @@ class Lowering:
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)
         here = name, write.layer, units, write.srcs
-        agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
+        if write.spread:
+            return ()
+        agreed = [
+            frozenset() if term.tally is not None else self._agreed(term.world, base, term.component, term.layer)
+            for term in write.terms
+        ]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
             same_place = (term.component, term.layer, term.units, term.srcs) == here
-            if same_place and term.positions == write.positions:  # what most edits are
+            if same_place and term.tally is None and term.positions == write.positions:  # what most edits are
                 return agreed[0] if term.factor == 1 else ()
         if write.constant is not None and bool(write.constant.tensor.any()):
             return ()
@@ -306,9 +312,9 @@ class Lowering:
                 left: dict[tuple[Any, ...], float] = defaultdict(float)
                 for term, (off, same) in zip(write.terms, key, strict=True):
                     world = base if same else term.world
-                    left[world, off, term.component, term.layer, term.units, term.srcs] += term.factor
+                    left[world, off, term.component, term.layer, term.units, term.srcs, term.tally] += term.factor
                 if not write.add:
-                    left[base, 0, *here] -= 1.0
+                    left[base, 0, *here, None] -= 1.0
                 known[key] = not any(left.values())
             if known[key]:
                 found.add(position)
@@ -370,4 +376,4 @@ def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
 
 def _depends(write: Write) -> bool:
     """Whether a write makes its value, or its neighbours', of what is there."""
-    return write.function is not None or write.renormalize
+    return write.function is not None or write.renormalize or write.portion is not None

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.cautions import cautions
 from tracepatch.costs import (
     Estimate,
     default_costs,
@@ -34,8 +35,10 @@ from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.reach import layers_needed, read_at
-from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, Value, WorldName
+from tracepatch.references import ReferenceWorld, Survey
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sources import WorldName, noises
+from tracepatch.surveys import cost, surveys
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -75,6 +78,7 @@ def make_plan(
     device: str = "cpu",
     pace: float | None = None,
     ends: str = "",
+    references: Sequence[ReferenceWorld] = (),
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -96,6 +100,7 @@ def make_plan(
         device: The type of device that it runs on.
         pace: How many times longer than estimated a run of this model took here, if there was one.
         ends: Why a forward of the model cannot end below its last layer, in words; empty if it can.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There are no rows.
@@ -112,7 +117,7 @@ def make_plan(
     require_given(metrics, encoded)
     profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
-    if any(_draws(edit) for edit in edits):
+    if any(noises(edit.source) for edit in edits):
         profiles = [
             replace(profile, pair=n) for n, profile in zip(numbers or range(len(encoded)), profiles, strict=True)
         ]
@@ -129,9 +134,13 @@ def make_plan(
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
+    notes += cautions(metrics, rows, (world.name for world in references), encoded.corrupted is not None)
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
-    lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
+    others = {world.name: world for world in references}
+    lowering = {
+        profile: Lowering(architecture, profile, prune, worlds, named, others) for profile in dict.fromkeys(profiles)
+    }
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     saving = {
         profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
@@ -164,6 +173,7 @@ def make_plan(
     until = len(architecture) + 1 if ends else until
     depth = min(until, len(architecture))
     sample = _sample(lowering, profiles, rows, jobs, proofs, until)
+    measured += sample
     row_bytes = max(
         flat_bytes(architecture, p.length, len(p.reads)) + saved_bytes(architecture, p.seen, p.length) for p in lowering
     ) + encoder_bytes(architecture, encoded)
@@ -192,12 +202,16 @@ def make_plan(
     for pair, profile in enumerate(profiles):
         by_length[profile.length].append(pair)
     reads_of = [profile.reads for profile in profiles]
+    at_once = max(1, int(budget // 2 // max(1, row_bytes)))
+    surveyed = tuple(surveys(architecture, references, measured, at_once, not ends))
     groups = tuple(
         g
         for length, pairs in sorted(by_length.items())
         for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
     )
-    steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
+    steps = sum(1 + len(group.batches) for group in groups) + bool(sample) + sum(len(s.runs) for s in surveyed)
+    beside = len(groups) * sum(n for s in surveyed for n in s.world.lengths)
+    columns = sum(1 + len(m.parts) for m in metrics)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
@@ -213,12 +227,14 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
-        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics), steps) if remote else None,
+        traffic=traffic(measured, encoded.lengths, columns, steps, beside) if remote else None,
         edited=tuple(edited),
         sample=sample,
-        estimate=_estimate(architecture, packer, groups, worlds, pace),
+        estimate=_estimate(architecture, packer, groups, worlds, pace, surveyed),
         slower=tuple(packer.slower(why)),
         until=until,
+        references=tuple(references),
+        surveys=surveyed,
     )
     check(plan)
     return plan
@@ -237,6 +253,7 @@ def _estimate(
     groups: Sequence[Group],
     worlds: tuple[WorldName, ...],
     pace: float | None,
+    surveyed: Sequence[Survey],
 ) -> Estimate:
     """What the runs of a plan cost, by their shapes."""
     depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
@@ -257,6 +274,9 @@ def _estimate(
         forwards += sum(shapes) * computed
         seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
         largest = max(largest, max(shapes, default=0) * costs.row_bytes)
+    for survey in surveyed:
+        forwards += cost(architecture, survey)
+        seconds += sum(costs.flat_seconds(*shape, min(survey.until, depth)) for shape in survey.shapes)
     return Estimate(forwards, largest, seconds * (pace or 1), pace)
 
 
@@ -291,10 +311,6 @@ def _sample(
     return tuple(chosen)
 
 
-def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
-
-
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
     start = min([min(w.positions) for w in writes], default=0)
     return Job(row, pair, base, writes, start, min([w.layer for w in writes], default=0), reads)
@@ -326,11 +342,11 @@ def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
         for need in metric.needs:
             if need == "corrupted" and encoded.corrupted is None:
                 offenders.append("the pairs have no corrupted prompts")
-            if need in ("answer", "wrong"):
-                empty = [i for i, ids in enumerate(getattr(encoded, need)) if not ids]
+            for side in (need,) if need in ("answer", "wrong") else ("answer", "wrong") * (need == "direct"):
+                empty = [i for i, ids in enumerate(getattr(encoded, side)) if not ids]
                 if empty:
                     offenders.append(
-                        f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})"
+                        f"{len(empty)} of {len(encoded)} pairs have no {side} (the first: pair {empty[0]})"
                     )
         if offenders:
             raise MetricError(

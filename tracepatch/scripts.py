@@ -10,14 +10,16 @@ import textwrap
 from collections.abc import Iterable, Mapping
 
 from tracepatch.architecture import Architecture
+from tracepatch.averages import averages, prompts
 from tracepatch.errors import RecipeError, listing, plural
 from tracepatch.forwards import NAMED, PRISTINE, WIDTH, Common, Forward, comment, indented, safe, written
 from tracepatch.literals import along
 from tracepatch.metrics import Metric
 from tracepatch.readings import READINGS, Read
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Value, WorldName, summed
 from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
@@ -38,6 +40,7 @@ def script(
     metrics: tuple[Metric, ...],
     model: str,
     edited: Mapping[WorldName, EditedWorld],
+    references: Mapping[WorldName, ReferenceWorld] | None = None,
 ) -> str:
     """The script of a row on a pair; ``Row.as_nnsight`` describes it.
 
@@ -50,6 +53,7 @@ def script(
         metrics: What is read.
         model: What the model is called.
         edited: The edited worlds.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There is no such pair or metric, the pair lacks the row's positions, or the row holds what no
@@ -62,10 +66,10 @@ def script(
     names = [m.name for m in metrics]
     if metric is not None and metric not in names:
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
-    common = Common(row, pair, architecture, encoded, dict(edited))
+    common = Common(row, pair, architecture, encoded, dict(edited), references=dict(references or {}))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
     _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
-    _require_present(row.edits, pair, encoded)  # of edited worlds the plan has made sure
+    _require_present(common)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     read = metrics[which].site
     if read is not None and read.component not in STOPS:
@@ -82,11 +86,12 @@ def _worlds(common: Common, given: Iterable[WorldName]) -> list[WorldName]:
 
     def add(world: WorldName) -> None:
         if world not in found:
-            for other in (common.edited[world].of, *sorted(_sources(common.edited[world].edits))):
+            taken = _sources(common.edited[world].edits) - {*common.references}
+            for other in (common.edited[world].of, *sorted(taken)):
                 add(other)
             found.append(world)
 
-    for world in sorted(given, key=[*PRISTINE, *common.edited].index):
+    for world in sorted({*given} - {*common.references}, key=[*PRISTINE, *common.edited].index):
         add(world)
     return found
 
@@ -100,8 +105,10 @@ def _require_words(edits: list[Edit]) -> None:
         )
 
 
-def _require_present(edits: list[Edit], pair: int, encoded: EncodedPairs) -> None:
-    sites = [site for edit in edits for site in _sites(edit)]
+def _require_present(common: Common) -> None:
+    edits, pair, encoded = common.row.edits, common.pair, common.encoded
+    values = [(v.world, v.site) for edit in edits for _, v in _values(edit)]
+    sites = [e.site for e in edits] + [site for world, site in values if world not in common.references]
     absent = [[str(s) for s in sites if not (s.pos.resolve(n) and s.src.resolve(n))] for n in encoded.lengths]
     if absent[pair]:
         lacking, tokens = ", ".join(dict.fromkeys(absent[pair])), plural(encoded.lengths[pair], "token")
@@ -123,13 +130,14 @@ class _Script:
         """All of it; what the edits and the metric take from other runs is known only when they have been written."""
         patched, value, common = self._patched(), self._value(), self.common
         runs = [self._run(world) for world in reversed(self.worlds) if common.wanted[world]]
+        runs += [list(averages(common))] if common.averages else []
         body = [line for part in (*reversed(runs), patched) for line in (*part, "")]
         used = {
             common.root(world)
             for world in (self.row.base, *self.worlds)
             if world == self.row.base or common.wanted[world]
         }
-        tokens = [self._tokens(world) for world in PRISTINE if world in used]
+        tokens = [self._tokens(world) for world in PRISTINE if world in used] + [list(prompts(common))]
         names = sorted(common.parameters)
         body = [*EAGER, "", *indented(body[:-1]), BACK] if self._eager() else indented(body[:-1])
         lines = [
@@ -222,6 +230,11 @@ class _Script:
     def _value(self) -> list[str]:
         """The metric, from ``logits [pos, vocab]``, or from the live value that was kept."""
         if self.metric.site is not None:
+            if "direct" in self.metric.needs:
+                raise RecipeError(
+                    f"No plain script is written for {self.metric.name!r}, which needs the unembedding's directions. "
+                    "Ask for another metric: row.as_nnsight(pair, 'NAME')."
+                )
             self.common.parameters["metric"] = f"p.metrics[{self.which}]"
             held = {need: list(self._given(need, (), "")) for need in self.metric.needs}
             of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
@@ -260,6 +273,12 @@ class _Script:
         """What a metric needs of the pair: ids, or another run's log-probabilities as code."""
         if need in PRISTINE:
             return f"{self.common.kept(need, 'logits', 0)}[{at}].float().log_softmax(-1)"
+        if need == "tokens":
+            return self.encoded.world(self.common.root(self.row.base))[self.pair]
+        if need == "continuation":
+            ids, appended = self.encoded.clean[self.pair], self.encoded.appended[self.pair]
+            answer = (*ids[len(ids) - appended :], *self.encoded.answer[self.pair])
+            return (-1,) * (len(positions) - len(answer)) + answer
         found: tuple[int, ...] = getattr(self.encoded, "clean" if need == "next" else need)[self.pair]
         if need == "next":  # after the last token the answer
             follow = (*found[1:], *(self.encoded.answer[self.pair][:1] or (0,)))
@@ -269,9 +288,13 @@ class _Script:
 
 def _sources(edits: Iterable[Edit]) -> set[WorldName]:
     """The worlds whose values edits take."""
-    return {v.world for e in edits if not isinstance(e.source, Function) for _, v in e.source.terms().values}
+    return {v.world for e in edits for _, v in _values(e)}
 
 
 def _sites(edit: Edit) -> list[Site]:
-    values = () if isinstance(edit.source, Function) else edit.source.terms().values
-    return [edit.site, *(value.site for _, value in values)]
+    return [edit.site, *(value.site for _, value in _values(edit))]
+
+
+def _values(edit: Edit) -> tuple[tuple[float, Value], ...]:
+    total = summed(edit.source)
+    return () if total is None else total.values

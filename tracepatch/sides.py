@@ -24,18 +24,20 @@ from tracepatch.costs import kept_bytes
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job
-from tracepatch.layout import Key, heads_of
+from tracepatch.layout import Key, Seats, heads_of
 from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, name_of, remote_of, room_of
 from tracepatch.plan import Group, Plan, order_of, parts
 from tracepatch.planner import MEMORY, profile_of, require_given, world_job
 from tracepatch.reach import layers_of
+from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.remote import There
 from tracepatch.rows import EditedWorld
 from tracepatch.slopes import LINE, Between, Slopes
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Step, Taken
+from tracepatch.surveys import cost
 from tracepatch.tokens import EncodedPairs
 from tracepatch.traced import Call, Tracer
 
@@ -73,15 +75,17 @@ class Sides:
         edited: Sequence[EditedWorld] = (),
         wanted: Iterable[Key] = (),
         memory: int | None = None,
+        references: Sequence[ReferenceWorld] = (),
+        surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
         self._profiles = [replace(profile, pair=n) for n, profile in enumerate(self._profiles)]
-        named = {world.name: world for world in edited}
+        named, others = {world.name: world for world in edited}, {world.name: world for world in references}
         pristine = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
-        self._lowering = [Lowering(architecture, p, False, pristine, named) for p in self._profiles]
+        self._lowering = [Lowering(architecture, p, False, pristine, named, others) for p in self._profiles]
         self._memory = memory or room_of(model) or MEMORY
         widths = np.cumsum([0, *(1 + len(m.parts) for m in metrics)])
         self.columns = tuple(int(n) for n in widths[:-1])
@@ -104,9 +108,13 @@ class Sides:
             budget=self._memory,
             edited=self.edited,
             until=until,
+            references=tuple(references),
+            surveys=tuple(surveys),
         )
         self.tracer = Tracer(model, architecture, encoded, self.plan)
+        self._surveyed = sum(cost(architecture, survey) for survey in surveys) / len(encoded)
         self.counted: dict[str, float] = defaultdict(float)  # forwards and backwards, in prompts
+        self.counted["forwards"] = self._surveyed
 
     @property
     def cost(self) -> str:
@@ -153,11 +161,11 @@ class Sides:
     # ------------------------------------------------------------------------------------------------ operations
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
-        """Runs the unpatched worlds of pairs, then the edited ones, and keeps some of their values."""
-        keep = sorted({*keep, *((t.component, t.layer) for w in self._writes(group) for t in w.terms)})
+        """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
+        keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
         late = [m for m in self.metrics if self._compares(m)]
         direct = [m for m in self.metrics if not self._compares(m)]
-        ops: list[Op] = []
+        ops: list[Op] = [(op, None) for op in self.tracer.surveys()]
         pristine = [Job(-1, pair, world, (), 0, 0) for pair in group.pairs for world in self.worlds]
         for jobs in (pristine, *group.edited):
             if not jobs:
@@ -243,6 +251,10 @@ class Sides:
                 yield from zip((jobs[i] for i in order), own, strict=True)
                 pieces, jobs = [], []
 
+    def seats(self, group: Group) -> Seats:
+        """Where what is known of each pair's worlds stands."""
+        return Seats(self.tracer.places(group), group.length)
+
     @staticmethod
     def unpatched(group: Group, base: WorldName) -> list[Job]:
         """The runs of a world, one a pair; of an edited one with its standing edits."""
@@ -307,6 +319,7 @@ class Sides:
             except _MovedError:
                 _MUTATING.add(type(module_of(self.model)))
                 self.counted.clear()
+                self.counted["forwards"] = self._surveyed
                 runner.go((self._step(group, build, read), ()) for group in asked)
 
     def _step(
@@ -346,7 +359,7 @@ class Sides:
         if any(words in str(error) for words in (MOVED, *INPLACE)):
             return _MovedError(MOVED)
         call = next(call for _, call in (*reversed(ops[: number + 1]), *ops[number:]) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
 
 def _scales(how: Iterable[tuple[Key, tuple[Any, ...]]]) -> Iterator[tuple[Key, Any]]:

@@ -57,6 +57,8 @@ class EncodedPairs:
         seed: The seed it was made from, if it was.
         encoder: Per world (clean, then corrupted) and pair, the ids that an encoder reads; empty where there is none.
         decoder_prompts: What the decoder has written so far, as written; empty if it is its start token alone.
+        appended: Per pair, how many tokens of its answer stand at the end of its prompts: all but the last one; empty
+            where answers are one token.
     """
 
     clean_prompts: tuple[Prompt, ...]
@@ -71,6 +73,7 @@ class EncodedPairs:
     seed: int | None = None
     encoder: tuple[tuple[tuple[int, ...], ...], ...] = ()
     decoder_prompts: tuple[Prompt, ...] = ()
+    appended: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.clean)

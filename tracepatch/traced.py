@@ -7,7 +7,8 @@ stands before that in a cache of the worlds. What a metric is given does not dep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_r
 from tracepatch.masks import positions
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.models import Model, module_of
-from tracepatch.plan import Group, Plan
+from tracepatch.plan import Group, Plan, parts, unpatched
+from tracepatch.references import ReferenceWorld, Survey, Tally
 from tracepatch.shadows import shadow_columns
+from tracepatch.sites import Select
 from tracepatch.sources import WorldName
 from tracepatch.table import Run, Table
 from tracepatch.tokens import EncodedPairs
@@ -110,7 +113,7 @@ class Tracer:
             keep_past: Whether to keep the worlds' keys and values too.
             slopes: What a backward needs at the places; see ``slopes.Slopes``.
         """
-        seats = Seats({run: i for i, run in enumerate(self.order(group))}, group.length, table)
+        seats = Seats(self.places(group), group.length, table)
         writes = columns(jobs, self.architecture, seats)
         reads, saving = read_columns(jobs)
         seen = looked(self.architecture, group.seen, jobs, table, seats.world_of, group.length)
@@ -152,6 +155,66 @@ class Tracer:
             places=tuple(path for (path, *_), _ in visited) or tuple(s.path for s in self.architecture.layers),
         )
 
+    def surveys(self) -> Iterator[tuple[Any, ...]]:
+        """The operations that make the tables of all references; see ``program.operate``."""
+        return itertools.chain(*map(self._survey, self.plan.surveys), *map(self._directed, self.plan.metrics))
+
+    def _directed(self, metric: Metric) -> Iterator[tuple[Any, ...]]:
+        """The operations that show what the stream adds to a pair's logit difference, where a metric needs it."""
+        if "direct" not in metric.needs or metric.site is None:
+            return
+        runs = [unpatched(pair, world) for world in self._pristine for pair in range(len(self.encoded))]
+        place = {id(job): i for i, job in enumerate(runs)}
+        most = max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
+        for jobs in parts(runs, self._size, most):
+            inputs = self.named(jobs)
+            (at,) = metric.site.pos.resolve(self.encoded.lengths[jobs[0].pair]) or (0,)
+            if self.architecture.keeps_logits:
+                inputs["logits_to_keep"] = torch.tensor([at])
+            sides = [(1.0, self.encoded.answer), (-1.0, self.encoded.wrong)]
+            columns = sorted({i for job in jobs for _, ids in sides for i in ids[job.pair]})
+            shares = torch.zeros(len(jobs), len(columns))
+            for n, job in enumerate(jobs):
+                for sign, ids in sides:
+                    shares[n, [columns.index(i) for i in ids[job.pair]]] += sign / len(ids[job.pair])
+            given = self.architecture.final_norm, self.architecture.unembed, at, torch.tensor(columns), shares
+            yield "direct", _direct(metric), inputs, given, torch.tensor([place[id(j)] for j in jobs]), len(runs)
+
+    def _size(self, job: Job) -> int:
+        """The same for runs that may stand side by side."""
+        read = len(self.encoded.encoded(self.root(job), job.pair))
+        return self.encoded.lengths[job.pair] + (read << 32)
+
+    def _survey(self, survey: Survey) -> Iterator[tuple[Any, ...]]:
+        world, keep = survey.world, {(t.component, t.layer) for t in survey.tallies}
+        for numbers in survey.runs:
+            ids = torch.tensor([world.ids[i] for i in numbers])
+            inputs = trace.named(ids, torch.tensor([world.encoder[i] for i in numbers]) if world.encoder else None)
+            if survey.until > len(self.architecture) and self.architecture.keeps_logits:
+                inputs |= {"logits_to_keep": torch.tensor([-1])}
+            visited = stops(self.architecture, keep, {}, seats=Seats({}, ids.shape[1]), until=survey.until)
+            moves = tuple(m for t in survey.tallies if (m := self._move(world, t, ids.shape[1])) is not None)
+            rows = torch.tensor([world.rows[i] for i in numbers])
+            yield "add", world.name, (inputs, visited, ("none", None), *trace.PLAIN), rows, moves
+        yield "finish", world.name, tuple(tally.key for tally in survey.tallies)
+
+    def _move(self, world: ReferenceWorld, tally: Tally, length: int) -> tuple[Any, ...] | None:
+        """What of prompts of so many tokens goes where in a table, see ``tallies``; ``None`` if nothing does."""
+        place = tally.key, (tally.component, tally.layer)
+        if tally.spread:
+            assert isinstance(tally.along, Select)
+            here = tally.along.resolve(length)
+            count = self.architecture.units(tally.component, min(tally.layer, len(self.architecture) - 1))
+            units = None if tally.unit.all else torch.tensor(tally.unit.resolve(count))
+            return (*place, torch.tensor(here), None, units, ()) if here else None
+        ways = [world.picked(tally.along, length)] + ([] if tally.src is None else [world.picked(tally.src, length)])
+        if not all(here for here, _ in ways):
+            return None
+        taken, put = ([torch.tensor(part) for part in parts] for parts in zip(*ways, strict=True))
+        shape = 1 + max(world.rows), *(world.room(way) for way in (tally.along, tally.src) if way is not None)
+        one = tally.src is None
+        return (*place, taken[0] if one else tuple(taken), put[0] if one else tuple(put), None, shape)
+
     def outcome(self, call: Call, scores: torch.Tensor, told: dict[Any, Any]) -> Outcome:
         """What a traced run gave, as ``program.operate`` returned it.
 
@@ -166,8 +229,10 @@ class Tracer:
         fired = require_fired(self.plan.rows, call.group, call.jobs, told, call.ran) if self.checks else 0
         return Outcome(scores, fired if call.jobs[-1].row >= 0 else 0, saved)
 
-    def failed(self, call: Call, error: Exception) -> MeasurementError:
+    def failed(self, call: Call, error: Exception, op: tuple[Any, ...]) -> MeasurementError:
         """An error of a traced run in words: where, for which rows, and what to do."""
+        if op[0] == "add":
+            return MeasurementError(failure(error, call.places, f"  prompts of {op[1]}", len(op[3])))
         of = named(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
         return MeasurementError(failure(error, call.places, of, call.ran[-1]))
 
@@ -175,6 +240,16 @@ class Tracer:
         """The runs whose values are kept, as they stand in what is known."""
         pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
         return pristine + [(job.pair, job.base) for world in group.edited for job in world]
+
+    @property
+    def _pristine(self) -> tuple[WorldName, ...]:
+        return ("clean",) if self.encoded.corrupted is None else ("clean", "corrupted")
+
+    def places(self, group: Group) -> dict[Run, int]:
+        """Where the values of each pair's worlds stand in what is known: of a reference world, in its own tables."""
+        found = {run: i for i, run in enumerate(self.order(group))}
+        worlds = [survey.world for survey in self.plan.surveys]
+        return found | {(pair, world.name): world.row_of[pair] for pair in group.pairs for world in worlds}
 
     def root(self, job: Job) -> WorldName:
         """The pristine world whose prompts a run has."""
@@ -276,12 +351,27 @@ class Tracer:
             found.append((metric.function, at, given, picked))
         return tuple(found)
 
+    def _answer(self, pair: int) -> tuple[int, ...]:
+        """An answer of several tokens, of which all but the last stand at the end of the prompts."""
+        ids, appended = self.encoded.clean[pair], self.encoded.appended[pair]
+        return (*ids[len(ids) - appended :], *self.encoded.answer[pair])
+
     def _given(self, need: str, metric: Metric, group: Group, rows: Sequence[Job]) -> Any:
         """A tensor, or which worlds' log-probabilities; see ``trace.needs``."""
         if need in NEEDS_ANSWER:
             ids = [getattr(self.encoded, need)[row.pair] for row in rows]
             widest = max(len(i) for i in ids)
             return torch.tensor([[*i, *[-1] * (widest - len(i))] for i in ids])
+        if need == "tokens":
+            return torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows])
+        if need == "continuation":
+            wide = len(metric.positions.resolve(group.length) or ())
+            answers = [self._answer(row.pair) for row in rows]
+            return torch.tensor([(-1,) * (wide - len(ids)) + ids for ids in answers])
+        if need == "direct":
+            worlds, count = self._pristine, len(self.encoded)
+            places = [worlds.index(self.root(row)) * count + row.pair for row in rows]
+            return "known", _direct(metric), torch.tensor(places)
         if need == "next":
             read = metric.positions.resolve(group.length) or ()
             follow = []
@@ -291,3 +381,9 @@ class Tracer:
             return torch.tensor(follow)
         order = {run: i for i, run in enumerate(self.order(group))}
         return "reference", torch.tensor([order[row.pair, need] for row in rows])
+
+
+def _direct(metric: Metric) -> tuple[str, ...]:
+    """What the directions of a metric's position are known by."""
+    assert metric.site is not None
+    return "tally", "direct", str(metric.site.pos)

@@ -6,6 +6,7 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 
 from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError
-from tracepatch.metrics import Metric, require_sound
+from tracepatch.errors import MetricError, RecipeError, SiteError
+from tracepatch.metrics import Metric
+from tracepatch.portions import Features
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
-from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
-from tracepatch.sources import Function, Sum, Value, WorldName
+from tracepatch.sites import ALL, COMPONENTS, SPLIT_READERS, Site, component
+from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
 
 Dims: TypeAlias = tuple[tuple[str, int], ...]
 """Names and sizes, as indexing a site gives them."""
@@ -47,6 +50,68 @@ def require_measure(
     for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
+
+
+def require_sound(chosen: Metric, vocab: int, reads: int, dims: Dims = (), device: Any = "cpu") -> None:
+    """Tries a metric on made-up logits, or on a made-up activation.
+
+    Args:
+        chosen: The metric.
+        vocab: How many logits there are.
+        reads: At how many positions it reads them.
+        dims: Names and sizes of the activation, if it reads one.
+        device: Where it will be called with that.
+
+    Raises:
+        MetricError: It raises, has the wrong shape, or mixes rows.
+    """
+    rows = 3
+    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
+    if beyond:
+        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
+    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
+    generator = torch.Generator().manual_seed(0)
+    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
+    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
+    everything = {
+        "answer": torch.zeros(rows, 1, dtype=torch.long),
+        "wrong": torch.ones(rows, 1, dtype=torch.long),
+        "next": torch.zeros(rows, reads, dtype=torch.long),
+        "continuation": torch.zeros(rows, reads, dtype=torch.long),
+        "tokens": torch.arange(max((n for dim, n in dims if dim in ("dest", "src")), default=4)).repeat(rows, 1),
+        "direct": torch.randn(rows, dict(dims).get("d_model", 1), generator=generator),
+    }
+    if chosen.site is None:
+        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
+    given = {need: everything[need].to(logits.device) for need in chosen.needs}
+    try:
+        found = chosen.function(logits.clone(), dict(given))
+    except Exception as error:
+        seen = (
+            f"{[rows, vocab]} [row, vocab] (one position is read)"
+            if chosen.squeezed
+            else f"{[rows, reads, vocab]} [row, read, vocab]"
+        )
+        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
+        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
+    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
+    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
+        raise MetricError(
+            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
+            f"returned {got}. Keep the row dim: reduce over the others only."
+        )
+    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
+    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
+        raise MetricError(
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
+            "is a run of "
+            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
+        )
+
+
+def _values(site: Site, rows: int, dims: Dims) -> str:
+    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def require_result(source: Function, site: Site, dims: Dims) -> None:
@@ -144,25 +209,85 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-def require_fit(site: Site, source: Sum, length: int, shape: Callable[[Site], Dims | None]) -> None:
+def require_portion(what: str, site: Site, source: Part, add: bool, architecture: Architecture) -> Part:
+    """A portion of a site, tried on vectors of its width.
+
+    Args:
+        what: The site, with its world.
+        site: Where it is written.
+        source: What is written.
+        add: Whether it is added.
+        architecture: Of the model.
+
+    Raises:
+        RecipeError: It is added, or the site has no vectors of that width, whole, in which it would be a portion.
+    """
+    if add:
+        raise RecipeError(f"{what}: {source} says what a portion of the site becomes, so write =, and not +=.")
+    total = summed(source)
+    assert total is not None
+    for one in (site, *(value.site for _, value in total.values)):
+        kind = component(one.component)
+        split = kind.dims[-1] in kind.index and not one.unit.all
+        if kind.attends or kind.dims[-1] == "scale" or split:
+            raise RecipeError(
+                f"{what}: {source} is a portion of vectors, and {one} is not one: "
+                f"{'take all of it, ' if split else ''}or pick what is written by its index."
+            )
+    width = architecture.width(site.component, site.layer)
+    if component(site.component).unit == component(site.component).dims[-1]:
+        width = architecture.units(site.component, site.layer)
+    if isinstance(source.portion, Features):
+        return replace(source, portion=source.portion.fitted(width))
+    if source.portion.width != width:
+        raise RecipeError(f"{what} has vectors of {width}, and {source} speaks of vectors of {source.portion.width}.")
+    return source
+
+
+def require_fit(
+    site: Site,
+    source: Sum,
+    length: int,
+    shape: Callable[[Site], Dims | None],
+    references: Mapping[WorldName, ReferenceWorld],
+) -> None:
     """Refuses values and tensors that do not fit a site in prompts of some length.
 
     Raises:
-        RecipeError: With the dims of both.
+        RecipeError: With the dims of both, or with the positions that a reference lacks.
     """
     target = shape(site)
     if target is None:
         return
     for _, value in source.values:
-        _require_value(site, value, length, dict(target), shape(value.site))
+        world = references.get(value.world)
+        dims = shape(value.site if world is None or not world.over else replace(value.site, pos=ALL))
+        if world is not None and dims is not None:
+            dims = _given_by(world, value, length, dims)
+        _require_value(site, value, length, dict(target), dims)
     if source.constant is None:
         return
     given = tuple(source.constant.tensor.shape)
     if not fits(given, tuple(n for _, n in target)):
-        dims = ", ".join(f"{dim} {n}" for dim, n in target)
+        wanted = ", ".join(f"{dim} {n}" for dim, n in target)
         raise RecipeError(
-            f"A tensor of shape {list(given)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+            f"A tensor of shape {list(given)} does not fit {site}, which is [{wanted}] in prompts of {length} tokens."
         )
+
+
+def _given_by(world: ReferenceWorld, value: Value, length: int, dims: Dims) -> Dims:
+    """The dims of a reference's value, for prompts of some length."""
+    kind = component(value.site.component)
+    if kind.name == "logits" or (world.over and kind.attends):
+        raise RecipeError(
+            f"{value} cannot be a source: a reference has no mean of logits, and of scores and patterns none over "
+            "positions. Write a tensor, or take the mean position by position."
+        )
+    try:
+        world.located(value.site, length)
+    except SiteError as error:
+        raise RecipeError(f"{value} cannot be a source: {error}.") from None
+    return tuple(dim for dim in dims if not (world.over and dim[0] == "pos"))
 
 
 def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
@@ -181,7 +306,13 @@ def _require_value(site: Site, value: Value, length: int, target: dict[str, int]
             )
 
 
-def require_unmoved(site: Site, source: Sum, length: int, architecture: Architecture) -> None:
+def require_unmoved(
+    site: Site,
+    source: Sum,
+    length: int,
+    architecture: Architecture,
+    references: Mapping[WorldName, ReferenceWorld],
+) -> None:
     """Refuses rotated queries and keys at another position than their own.
 
     Raises:
@@ -191,7 +322,9 @@ def require_unmoved(site: Site, source: Sum, length: int, architecture: Architec
         if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
             continue
         here, there = site.pos.resolve(length), value.site.pos.resolve(length)
-        if here and there and here != there:
+        reference = references.get(value.world)
+        moved = reference is not None and reference.moves(value.site, length)
+        if here and there and (here != there or moved):
             raise RecipeError(
                 f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
                 f"something else elsewhere. Move what they are made of: {site.component}_in."
