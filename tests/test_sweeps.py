@@ -63,7 +63,8 @@ def test_windows_of_width_1_are_single_patches(pairs: tp.Pairs, direction: Any) 
     for name in ("effect", "normalized", "status", "clean", "corrupted"):
         np.testing.assert_array_equal(single[name], window[name])
     assert window["effect"].dims == single["effect"].dims
-    assert window["width"].item() == 1 and window["first"].values.tolist() == window["last"].values.tolist()
+    assert window["width"].item() == 1
+    assert window["first"].values.tolist() == window["last"].values.tolist()
 
 
 def test_a_window_is_a_row_of_its_layers(pairs: tp.Pairs) -> None:

@@ -67,7 +67,9 @@ def require_fired(
 
 def named(rows: Sequence[Row], jobs: Sequence[Job]) -> str:
     """Measured rows as they were recorded, one to a line."""
-    return listing([f"pair {job.pair}, {rows[job.row] if job.row >= 0 else f'the {job.base} run'}" for job in jobs])
+    return listing(
+        [f"pair {job.pair}, {rows[job.row] if 0 <= job.row < len(rows) else f'the {job.base} run'}" for job in jobs]
+    )
 
 
 def _key(write: Write) -> tuple[str, int]:
