@@ -16,9 +16,10 @@
 
 The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
 ``taps``, ``trace``, ``heads``, ``differences``, ``attention_weights``, ``contractions``, ``backward``, ``program``,
-``weights``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``,
-``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``,
+``weights``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``, ``spans``, ``checklist``,
+``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``corruptions``, ``sources``, ``metrics``, ``calls``,
+``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
+``trials``, ``worlds``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``, ``profiles``,
 ``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``,
 ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``,
 ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``,
@@ -31,14 +32,14 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, models, plots, toys
+from tracepatch import corruptions, errors, models, plots, tasks, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.attending import attention_attribution, value_flow
 from tracepatch.attribution import attribute
 from tracepatch.auditing import audit
 from tracepatch.capture import gradients, open_gradients
-from tracepatch.combining import concat, over_pairs
+from tracepatch.combining import agreement_over, by_corruption, concat, over_pairs
 from tracepatch.direct import direct_attribution
 from tracepatch.drilling import drill
 from tracepatch.edge_attribution import edge_rows, edges
@@ -53,6 +54,7 @@ from tracepatch.report import write_report
 from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
+from tracepatch.templates import Template
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
 
@@ -71,11 +73,15 @@ __all__ = [
     "Recipe",
     "RelP",
     "Status",
+    "Template",
     "adopt",
+    "agreement_over",
     "attention_attribution",
     "attribute",
     "audit",
+    "by_corruption",
     "concat",
+    "corruptions",
     "cross_entropy",
     "direct_attribution",
     "drill",
@@ -102,6 +108,7 @@ __all__ = [
     "rank",
     "recipe",
     "save_result",
+    "tasks",
     "toys",
     "value_flow",
     "verified_top",

@@ -162,7 +162,7 @@ class _Run:
         ops: list[tuple[tuple[Any, ...], Call | None]] = []
         largest = 0
         for jobs in group.stages(self.plan.worlds):
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), most)
+            split = parts(jobs, partial(self.tracer.alike, group), most)
             largest = max(largest, *map(len, split))
             for part in split:
                 call = self.tracer.call(
@@ -170,8 +170,8 @@ class _Run:
                 )
                 ops.append((("run", call.run, "piece"), call))
             order = order_of(jobs, split)
-            joined = (None if order is None else torch.tensor(order), torch.tensor(group.reads))
-            ops.append((("join", *joined, group.length * edits_logits, self.tracer.measures(late, group, jobs)), None))
+            joined = self.tracer.joined(group, jobs, late, edits_logits)
+            ops.append((("join", None if order is None else torch.tensor(order), *joined), None))
 
         def smaller() -> list[Step]:
             return [self._worlds(group, digest, largest // 2)] if largest > 1 else []
@@ -217,7 +217,8 @@ class _Run:
     ) -> Step:
         """A row's raw trace, and before it the same run without it: what they differ by is what the row did."""
         (job,) = batch.jobs
-        given = torch.tensor(group.reads), self.tracer.measures(self.plan.metrics, group, [job])
+        reads = torch.tensor(group.of(self.tracer.root(job)).reads)
+        given = reads, self.tracer.measures(self.plan.metrics, group, [job])
         ops = tuple(((("raw", self.tracer.named([job]), act, *given)), None) for act in (None, function))
 
         def failed(number: int, error: Exception) -> MeasurementError:

@@ -23,46 +23,20 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import SiteError
 from tracepatch.jobs import Read, Term, Write, narrowed
 from tracepatch.plan import Proof
+from tracepatch.profiles import Profile
 from tracepatch.reach import LAST, canonical, indices, of_logits, reached, read_at
 from tracepatch.rows import Edit, EditedWorld, Row, standing
-from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
+from tracepatch.shapes import shape_of
+from tracepatch.sites import SPLIT_READERS, Site, component, stage
 from tracepatch.sources import Constant, Function, Sum, Value, WorldName
 
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What lowering needs to know of a pair; pairs that share it are lowered once.
-
-    Attributes:
-        length: Tokens of each prompt.
-        differing: Positions at which the two prompts differ.
-        reads: Positions whose logits the metrics read.
-        seen: Activations that the metrics read.
-        pair: Number of the pair, where something is drawn anew for each.
-        encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
-    """
-
-    length: int
-    differing: tuple[int, ...]
-    reads: tuple[int, ...]
-    seen: tuple[Read, ...] = ()
-    pair: int = -1
-    encoded: bool = False
-
-    @property
-    def first(self) -> int:
-        """The first position at which the worlds may differ."""
-        if self.encoded:
-            return 0
-        return min(self.differing, default=self.length)
-
-
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """What a site is in prompts of one length.
+    """What a site is in one prompt.
 
     Attributes:
         place: Component and layer, one name for each place of the stream.
@@ -98,20 +72,26 @@ class Lowering:
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
-        self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
         self.edited = edited or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
+        self.targets = {root: self._targets(root) for root in ("clean", "corrupted")}
         # The first position that a world's standing edits touch.
-        self.first_edit = {
-            name: min((min(e.site.pos.resolve(profile.length) or (0,)) for e in edits), default=profile.length)
-            for name, edits in self.standing.items()
-        }
-        self._targeted = {(read.component, read.layer) for read in self.targets}
+        self.first_edit = {name: self._first_of(name, edits) for name, edits in self.standing.items()}
+        self._targeted = {(read.component, read.layer) for found in self.targets.values() for read in found}
         # What many rows share is found once.
-        self._sites: dict[Site, Cells] = {}
+        self._sites: dict[tuple[Site, WorldName, bool], Cells] = {}
         self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
         self._reach: dict[Any, frozenset[int]] = {}
         self._agreement: dict[Any, frozenset[int]] = {}
+
+    def _targets(self, root: WorldName) -> tuple[Read, ...]:
+        """What metrics read, in the prompts of a world."""
+        reads = self.profile.reads_of(root)
+        return self.profile.seen_of(root) + ((of_logits(reads, self.depth),) if reads else ())
+
+    def _first_of(self, name: WorldName, edits: list[Edit]) -> int:
+        side = self.profile.alignment.side(self.root(name))
+        return min((min(e.site.pos.on(side) or (0,)) for e in edits), default=side.length)
 
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
@@ -124,7 +104,7 @@ class Lowering:
             SiteError: The prompt has no such position.
         """
         edits = sorted(self.standing[name], key=self._moment)
-        return tuple(_drop_overwritten([self._write(edit, standing=True) for edit in edits]))
+        return tuple(_drop_overwritten([self._write(edit, name, standing=True) for edit in edits]))
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
@@ -134,7 +114,7 @@ class Lowering:
         if len(edits) > 1:
             edits.sort(key=lambda pair: self._moment(pair[0]))
         try:
-            writes = [self._write(edit, old) for edit, old in edits]
+            writes = [self._write(edit, row.base, old) for edit, old in edits]
         except SiteError:
             return (), Proof.ABSENT
         if not row.edits and not self.reads(row):
@@ -143,7 +123,8 @@ class Lowering:
             writes = _drop_overwritten(writes)
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
-        kept, live, equal, unreachable = [], self.profile.length, False, False
+        root = self.root(row.base)
+        kept, live, equal, unreachable = [], self._length(root), False, False
         acting = [n for n, w in enumerate(writes) if w.function is not None]
         mixing = [n for n in acting if len(writes[n].positions) > 1]
         for number, write in enumerate(writes):
@@ -154,7 +135,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            inside = self._reached(write, carried, mixed=bool(acting))
+            inside = self._reached(write, root, carried, mixed=bool(acting))
             reach = [i for i, p in enumerate(write.positions) if p in inside]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
@@ -182,7 +163,8 @@ class Lowering:
         found = []
         for number, save in enumerate(row.saves):
             with suppress(SiteError):
-                found.append(read_at(number, save.site, save.reduce, self.architecture, self.profile.length))
+                side = self.profile.alignment.side(self.root(save.world))
+                found.append(read_at(number, save.site, save.reduce, self.architecture, side))
         return tuple(found)
 
     def _moment(self, edit: Edit) -> tuple[float, int, int]:
@@ -195,29 +177,34 @@ class Lowering:
             self._moments[place] = found
         return found
 
-    def _write(self, edit: Edit, standing: bool = False) -> Write:
-        site, source = edit.site, edit.source
-        here, constant = self._cells(site), None
+    def _write(self, edit: Edit, base: WorldName, standing: bool = False) -> Write:
+        site, source, root, constant = edit.site, edit.source, self.root(base), None
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [here if value.site is site else self._cells(value.site) for _, value in values]
+            values = list(source.terms().values)
+        crossing = any(self.root(value.world) != root for _, value in values)
+        here = self._cells(site, root, crossing)
+        if not isinstance(source, (Function, Value)):
+            constant = self._constant(site, source.terms(), root, crossing)
+        places = [self._cells(value.site, self.root(value.world), crossing) for _, value in values]
         units, srcs = here.units, here.srcs
         by_unit = here.attends or site.component in SPLIT_READERS
         if units is None and (by_unit or any(there.units and len(there.units) > 1 for there in places)):
             units = self._every(site)
-        if srcs is None and any(there.srcs for there in places):
-            srcs = tuple(range(self.profile.length))
+        # What is kept of prompts of unequal length has one size.
+        apart = here.attends and not self.profile.alignment.even
+        if srcs is None and (apart or any(there.srcs for there in places)):
+            srcs = tuple(range(self._length(root)))
         terms = []
         for (factor, value), there in zip(values, places, strict=True):
             heads, attended = there.units, there.srcs
             if units is not None and heads is None and there.split:
                 heads = self._every(value.site)
             if srcs is not None and attended is None and there.attends:
-                attended = tuple(range(self.profile.length))
+                attended = tuple(range(self._length(self.root(value.world))))
             name, layer = there.place
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
@@ -238,12 +225,13 @@ class Lowering:
             standing=standing,
         )
 
-    def _constant(self, site: Site, source: Sum) -> Constant | None:
+    def _constant(self, site: Site, source: Sum, root: WorldName, crossing: bool) -> Constant | None:
         """The constant summand, with the noise drawn."""
         if not source.noise:
             return source.constant
         architecture, name, layer = self.architecture, site.component, site.layer
-        dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
+        units, width = architecture.units(name, layer), architecture.width(name, layer)
+        dims = shape_of(site, self.profile.alignment.side(root), units, width, crossing)
         if dims is None:
             raise SiteError(str(site))
         shape = [size for _, size in dims]
@@ -252,13 +240,14 @@ class Lowering:
             total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
         return Constant.of(total)
 
-    def _cells(self, site: Site) -> Cells:
-        """What a site is in these prompts; found once, as many edits write and take the same."""
-        found = self._sites.get(site)
+    def _cells(self, site: Site, root: WorldName, crossing: bool) -> Cells:
+        """What a site is in a world's prompt; found once, as many edits write and take the same."""
+        key = site, root, crossing
+        found = self._sites.get(key)
         if found is None:
-            positions, units, srcs = indices(site, self.architecture, self.profile.length)
+            positions, units, srcs = indices(site, self.architecture, self.profile.alignment.side(root), crossing)
             kind = component(site.component)
-            found = self._sites[site] = Cells(
+            found = self._sites[key] = Cells(
                 canonical(site, self.depth),
                 positions,
                 tuple(range(len(positions))),
@@ -273,14 +262,17 @@ class Lowering:
     def _every(self, site: Site) -> tuple[int, ...]:
         return tuple(range(self.architecture.units(site.component, site.layer)))
 
-    def _reached(self, write: Write, carried: bool, mixed: bool) -> frozenset[int]:
+    def _length(self, root: WorldName) -> int:
+        return self.profile.alignment.side(root).length
+
+    def _reached(self, write: Write, root: WorldName, carried: bool, mixed: bool) -> frozenset[int]:
         """The positions at which a write may change what is read."""
         place = write.component, write.layer
-        key = place, write.units if place in self._targeted else None, carried, mixed
+        key = place, write.units if place in self._targeted else None, root, carried, mixed
         found = self._reach.get(key)
         if found is None:
-            each = [reached(self.architecture, write, read, carried, mixed) for read in self.targets]
-            found = frozenset(p for p in range(self.profile.length) if any(p in one for one in each))
+            each = [reached(self.architecture, write, read, carried, mixed) for read in self.targets[root]]
+            found = frozenset(p for p in range(self._length(root)) if any(p in one for one in each))
             self._reach[key] = found
         return found
 
@@ -292,9 +284,12 @@ class Lowering:
         agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            same_place = (term.component, term.layer, term.units, term.srcs) == here
-            if same_place and term.positions == write.positions:  # what most edits are
+            alike = (term.component, term.layer, term.units) == here[:-1]
+            if alike and term.srcs == write.srcs and term.positions == write.positions:  # what most edits are
                 return agreed[0] if term.factor == 1 else ()
+            if alike and term.factor == 1 and write.srcs is not None and term.srcs is not None:
+                pairs = list(zip(write.positions, self._taken(write, term), strict=True))
+                return {p for p, q in pairs if p == q and p in agreed[0] and _same_sources(write.srcs, term.srcs, p)}
         if write.constant is not None and bool(write.constant.tensor.any()):
             return ()
         known: dict[Any, bool] = {}  # which terms agree with the base decides, and how far off they are taken
@@ -314,30 +309,49 @@ class Lowering:
                 found.add(position)
         return found
 
+    @staticmethod
+    def _taken(write: Write, term: Term) -> list[int]:
+        """For each position that is written, where a term is taken."""
+        return [term.positions[min(i, len(term.positions) - 1)] for i in range(len(write.positions))]
+
     def _agreed(self, one: WorldName, other: WorldName, name: str, layer: int) -> frozenset[int]:
-        """The positions at which two worlds have the same value there."""
+        """The positions that two worlds both have and at which they have the same value there."""
         local = self.architecture.local_embedding and layer == 0 and name in LOCAL
-        found = self._agreement.get((one, other, local))
+        # Scores may count distances from a prompt's end, which a softmax does not see.
+        counted = name == "scores" or not self.architecture.extends
+        found = self._agreement.get((one, other, local, counted))
         if found is None:
-            found = frozenset(p for p in range(self.profile.length) if self._agrees(one, other, local, p))
-            self._agreement[one, other, local] = found
+            positions = range(self._length(self.root(one)))
+            found = frozenset(p for p in positions if self._agrees(one, other, local, counted, p))
+            self._agreement[one, other, local, counted] = found
         return found
 
-    def _agrees(self, one: WorldName, other: WorldName, local: bool, position: int) -> bool:
-        """Whether two worlds agree at a position, where what stands there depends on its own token alone or on all."""
+    def _agrees(self, one: WorldName, other: WorldName, local: bool, counted: bool, position: int) -> bool:
+        """Whether two worlds agree at a position.
+
+        Args:
+            one: A world.
+            other: Another.
+            local: Whether what stands there depends on its own token alone.
+            counted: Whether it may depend on how long the prompt is.
+            position: That both have.
+        """
         if one == other:
             return True
-        length = self.profile.length
-        if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
+        ends = (self.first_edit.get(world, self._length(self.root(world))) for world in (one, other))
+        if position >= min(ends):
             return False
-        if self._root(one) == self._root(other):
+        if self.root(one) == self.root(other):
             return True
+        if counted and not self.profile.alignment.even:
+            return False
         pristine = one not in self.edited and other not in self.edited
         if local and pristine:
             return position not in self.profile.differing
         return position < self.profile.first
 
-    def _root(self, name: WorldName) -> WorldName:
+    def root(self, name: WorldName) -> WorldName:
+        """The world whose prompts a world has."""
         return self.edited[name].root if name in self.edited else name
 
 
@@ -361,6 +375,13 @@ def _drop_overwritten(writes: list[Write]) -> list[Write]:
                     kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
         kept = [*(w for w in kept if w.positions), write]
     return kept
+
+
+def _same_sources(written: tuple[int, ...] | None, taken: tuple[int, ...] | None, dest: int) -> bool:
+    """Whether a destination's weights are taken where they are written; of later positions none is ever written."""
+    if written is None or taken is None or len(written) != len(taken):
+        return written == taken
+    return all(here == there for here, there in zip(written, taken, strict=True) if here <= dest)
 
 
 def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:

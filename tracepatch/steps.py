@@ -105,7 +105,7 @@ class Here:
         forwards, depth = 0.0, len(self._architecture)
         with metered(self._model, self._architecture) as meter:
             for lead, steps in groups:
-                before, length = meter.cells or 0, next(call.group.length for _, call in lead.ops if call)
+                before, length = meter.cells or 0, next(call.prompts.length for _, call in lead.ops if call)
                 known = dict(self._wires)
                 for step in itertools.chain([lead], steps):
                     step.digest(self._taken(step, known))

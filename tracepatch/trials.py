@@ -6,16 +6,19 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from tracepatch.alignment import Alignment, Side
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
 from tracepatch.metrics import Metric, require_sound
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
+from tracepatch.shapes import shape_of
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
 from tracepatch.sources import Function, Sum, Value, WorldName
 
@@ -27,24 +30,24 @@ TAKEN = frozenset(
 
 
 def require_measure(
-    metric: Metric, vocab: int, lengths: Sequence[int], shape: Callable[[Site, int], Dims | None], device: Any
+    metric: Metric, vocab: int, sides: Sequence[Side], shape: Callable[[Site, Side], Dims | None], device: Any
 ) -> None:
     """Tries a metric on made-up values, of each shape that it will be given.
 
     Args:
         metric: The metric.
         vocab: How many logits there are.
-        lengths: Of the prompts.
-        shape: Dims and sizes of a site in prompts of a length, which may lack it.
+        sides: The prompts.
+        shape: Dims and sizes of a site in a prompt, which may lack it.
         device: Where a metric of an activation is computed.
 
     Raises:
         MetricError: It fails, has the wrong shape, or mixes rows.
     """
     if metric.site is None:
-        require_sound(metric, vocab, len(metric.positions.resolve(lengths[0]) or (0,)))
+        require_sound(metric, vocab, len(metric.positions.on(sides[0]) or (0,)))
         return
-    for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
+    for dims in dict.fromkeys(shape(metric.site, side) for side in sides):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
 
@@ -144,30 +147,72 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-def require_fit(site: Site, source: Sum, length: int, shape: Callable[[Site], Dims | None]) -> None:
-    """Refuses values and tensors that do not fit a site in prompts of some length.
+@dataclass(frozen=True)
+class Meeting:
+    """An edit of one prompt of a pair with values of the same or the other one: where both are indexed.
 
-    Raises:
-        RecipeError: With the dims of both.
+    Attributes:
+        pair: The alignment of the two prompts.
+        root: The world whose prompt is edited.
+        architecture: Of the model.
+        roots: Edited world → the world whose prompt it has; of others the world itself.
     """
-    target = shape(site)
-    if target is None:
-        return
-    for _, value in source.values:
-        _require_value(site, value, length, dict(target), shape(value.site))
-    if source.constant is None:
-        return
-    given = tuple(source.constant.tensor.shape)
-    if not fits(given, tuple(n for _, n in target)):
-        dims = ", ".join(f"{dim} {n}" for dim, n in target)
-        raise RecipeError(
-            f"A tensor of shape {list(given)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
+
+    pair: Alignment
+    root: WorldName
+    architecture: Architecture
+    roots: Mapping[WorldName, WorldName]
+
+    def crosses(self, source: Sum) -> bool:
+        """Whether some value is of the other prompt."""
+        return any(self.side(value) is not self.here for _, value in source.values)
+
+    @property
+    def here(self) -> Side:
+        """The prompt that is edited."""
+        return self.pair.side(self.root)
+
+    def side(self, value: Value) -> Side:
+        """The prompt that a value is of."""
+        return self.pair.side(self.roots.get(value.world, value.world))
+
+    def shape(self, site: Site, side: Side, crossing: bool) -> Dims | None:
+        """Dims and sizes as indexing a site in a prompt gives them."""
+        name, layer = site.component, site.layer
+        return shape_of(
+            site, side, self.architecture.units(name, layer), self.architecture.width(name, layer), crossing
         )
 
 
-def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
-    if given is None:
-        return
+def require_fit(site: Site, source: Sum, meeting: Meeting) -> bool:
+    """Refuses values and tensors that do not fit a site in a pair, and rotated ones at other positions than their own.
+
+    Returns:
+        Whether the pair has all the positions.
+
+    Raises:
+        RecipeError: With the dims of both, or with what to move instead.
+    """
+    crossing = meeting.crosses(source)
+    target = meeting.shape(site, meeting.here, crossing)
+    given = [meeting.shape(value.site, meeting.side(value), crossing) for _, value in source.values]
+    if target is None or None in given:
+        return False
+    for (_, value), dims in zip(source.values, given, strict=True):
+        _require_unmoved(site, value, meeting, crossing)
+        _require_value(site, value, meeting, dict(target), dims or ())
+    if source.constant is None:
+        return True
+    shape = tuple(source.constant.tensor.shape)
+    if not fits(shape, tuple(n for _, n in target)):
+        told = ", ".join(f"{dim} {n}" for dim, n in target)
+        raise RecipeError(
+            f"A tensor of shape {list(shape)} does not fit {site}, which is [{told}] in {_counted(meeting, crossing)}."
+        )
+    return True
+
+
+def _require_value(site: Site, value: Value, meeting: Meeting, target: dict[str, int], given: Dims) -> None:
     ends = [component(s.component).dims[-1] for s in (site, value.site)]
     if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
         given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
@@ -175,27 +220,33 @@ def _require_value(site: Site, value: Value, length: int, target: dict[str, int]
         raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
     for dim, count in given:
         if count not in (1, target.get(dim, 1)):
+            of = _counted(meeting, meeting.side(value) is not meeting.here)
             raise RecipeError(
-                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
-                f"(in prompts of {length} tokens)."
+                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} (in {of})."
             )
 
 
-def require_unmoved(site: Site, source: Sum, length: int, architecture: Architecture) -> None:
-    """Refuses rotated queries and keys at another position than their own.
+def _counted(meeting: Meeting, crossing: bool) -> str:
+    """Which prompts an edit is about, in words."""
+    clean, corrupted = meeting.pair.clean.length, meeting.pair.corrupted.length
+    if crossing and clean != corrupted:
+        return f"a pair of {clean} clean and {corrupted} corrupted tokens"
+    return f"prompts of {meeting.here.length} tokens"
 
-    Raises:
-        RecipeError: With what to move instead.
-    """
-    for _, value in source.values:
-        if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
-            continue
-        here, there = site.pos.resolve(length), value.site.pos.resolve(length)
-        if here and there and here != there:
-            raise RecipeError(
-                f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
-                f"something else elsewhere. Move what they are made of: {site.component}_in."
-            )
+
+def _require_unmoved(site: Site, value: Value, meeting: Meeting, crossing: bool) -> None:
+    """Refuses rotated queries and keys at another position than their own."""
+    rotated = {site.component, value.site.component} <= {"q", "k"} and meeting.architecture.rotated(value.site.layer)
+    if not rotated:
+        return
+    here, there = site.pos.on(meeting.here, crossing), value.site.pos.on(meeting.side(value), crossing)
+    if here and there and here != there:
+        moved = next(((a, b) for a, b in zip(there, here, strict=False) if a != b), (there[0], here[0]))
+        raise RecipeError(
+            f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
+            f"something else elsewhere (here from position {moved[0]} to {moved[1]}). Move what they are made of: "
+            f"{site.component}_in."
+        )
 
 
 def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from tracepatch.architecture import Architecture
 from tracepatch.errors import ComponentError, RecipeError, SiteError
 from tracepatch.rows import EditedWorld, Row
+from tracepatch.shapes import units_of
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -22,7 +23,6 @@ from tracepatch.sites import (
     layers_of,
     select,
     split_index,
-    units_of,
 )
 from tracepatch.sources import Value, WorldName
 from tracepatch.tokens import EncodedPairs
@@ -169,11 +169,19 @@ class Activations:
                 f"{self.kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
             )
         site = Site(self.kind.name, layers.items[0], *picked)
-        return located(site, self.recorder.architecture, self.recorder.encoded)
+        edited = self.recorder.edited.get(self.world)
+        root = self.world if edited is None else edited.root
+        return located(site, self.recorder.architecture, self.recorder.encoded, root)
 
 
-def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Site:
+def located(site: Site, architecture: Architecture, encoded: EncodedPairs, world: WorldName = "clean") -> Site:
     """A site as it was written, in one model and for some prompts: with its layer counted from 0.
+
+    Args:
+        site: As written.
+        architecture: Of the model.
+        encoded: The pairs.
+        world: Whose prompts must have its positions, in some pair.
 
     Raises:
         SiteError: The model has no such layer or unit, or no prompt has such a position.
@@ -187,5 +195,5 @@ def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Si
     if kind.unit:
         units_of(kind, layer, site.unit, architecture.units(kind.name, layer))
     site = replace(site, layer=layer)
-    encoded.require_positions(site)
+    encoded.require_positions(site, world)
     return site
