@@ -58,7 +58,7 @@ def _averaged(common: Common, value: Value, spread: bool) -> str:
     if world.over:
         return f"torch.cat({picked}).mean(0, keepdim=True)"
     counts = {len(site.pos.resolve(len(world.ids[own[i]])) or ()) for i in having}
-    wanted, at_end = len(site.pos.resolve(common.length) or ()), (site.pos.bounds[0] or 0) < 0
+    wanted, at_end = len(site.pos.resolve(common.side(common.row.base).length) or ()), (site.pos.bounds[0] or 0) < 0
     cut = "" if counts == {wanted} else f"[-{wanted}:]" if at_end else f"[:{wanted}]"
     if len(counts) == 1:
         return f"torch.stack({picked}).mean(0){cut}"
@@ -69,7 +69,7 @@ def _averaged(common: Common, value: Value, spread: bool) -> str:
 
 def _of_weights(common: Common, world: ReferenceWorld, value: Value, each: str) -> str:
     site, lengths = value.site, {len(world.ids[n]) for n in _numbers(common, world)}
-    if len(lengths | {common.length}) > 1 and not (site.pos.items and site.src.items):
+    if len(lengths | {common.side(common.row.base).length}) > 1 and not (site.pos.items and site.src.items):
         raise RecipeError(
             f"No script is written for {value}: the mean of attention's weights over prompts of unequal length. Take a "
             "reference of prompts as long as the pair's."

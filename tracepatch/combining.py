@@ -245,3 +245,96 @@ def require_dataset(result: Any) -> None:
         raise ResultError(
             f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance."
         )
+
+
+def by_corruption(effects: xr.Dataset) -> xr.Dataset:
+    """A result of several corruptions of each clean prompt, with ``corruption`` as a dim, and ``pair`` a clean prompt.
+
+    Pairs of the same clean prompt and answers become one. What a prompt does not have is NaN with status 0. So
+    ``tp.over_pairs`` of it averages over prompts, corruption by corruption.
+
+    Raises:
+        ResultError: The pairs' corruptions have no names, or a clean prompt has two of one name.
+    """
+    require_dataset(effects)
+    if "corruption" not in effects.coords or effects["corruption"].dims != ("pair",):
+        raise ResultError(
+            "These pairs' corruptions have no names: make them with tp.corruptions, or pass corruption=… to tp.Pairs."
+        )
+    identity = [name for name in ("clean_prompt", "answer", "wrong") if name in effects.coords]
+    prompts = list(zip(*(effects[name].values.tolist() for name in identity), strict=True))
+    unique, names = list(dict.fromkeys(prompts)), effects["corruption"].values.tolist()
+    at = [(unique.index(prompt), name) for prompt, name in zip(prompts, names, strict=True)]
+    twice = [f"pair {i}: {name!r} of {prompts[i][0]!r}" for i, (_, name) in enumerate(at) if at.index(at[i]) < i]
+    if twice:
+        raise ResultError(f"Some prompts have two corruptions of one name.\n{listing(twice)}\nName them apart.")
+    labels = list(dict.fromkeys(names))
+    grid = np.full((len(labels), len(unique)), -1)
+    for i, (prompt, name) in enumerate(at):
+        grid[labels.index(name), prompt] = i
+    chosen = xr.DataArray(grid, dims=("corruption", "prompt"))
+    found = effects.drop_vars("corruption").isel(pair=chosen.clip(0)).drop_vars("pair")
+    for name in (str(n) for n in (*found.data_vars, *found.coords) if "prompt" in found[n].dims):
+        empty = "" if found[name].dtype.kind in "OUT" else 0 if name == "status" else np.nan
+        found[name] = found[name].where(chosen >= 0, empty)
+    for name in identity:  # the same whatever the corruption
+        found = found.drop_vars(name).assign_coords({name: ("prompt", effects[name].values[grid.max(0)])})
+    found = found.rename(prompt="pair").assign_coords(pair=np.arange(len(unique)), corruption=labels)
+    return found.transpose("metric", "pair", "corruption", ..., missing_dims="ignore")
+
+
+AGREEMENT = ("nothing", "agree", "size", "sign")
+
+
+def agreement_over(
+    effects: xr.Dataset, over: str = "corruption", least: float = 0.05, factor: float = 2.0, variable: str | None = None
+) -> xr.Dataset:
+    """On which cells several corruptions agree, in sign and size; what only one of them shows is its own finding.
+
+    Values are averaged over pairs, as in ``tp.over_pairs``.
+
+    Args:
+        effects: A result or an estimate, with corruptions as pairs' labels or as a dim.
+        over: The dim to compare along; ``corruption``, or another one, such as ``metric`` or ``model``.
+        least: The smallest size that counts: below it a value is nothing.
+        factor: By how much the largest size may exceed the smallest.
+        variable: What is compared: ``normalized``, where there is one, unless said otherwise. Corruptions that hardly
+            change the output have nothing to divide by: compare their ``effect``.
+
+    Returns:
+        Without the dim: ``verdict``: 0 nothing (every value is below `least`), 1 agree (one sign, all at least `least`,
+        sizes within `factor`), 2 size (no opposite signs, but sizes differ by more, or some are nothing), 3 sign (some
+        pull one way and some the other); ``mean``, ``smallest`` and ``largest`` (by size, with sign), and ``count``,
+        how many there are. A cell that fewer than two have is NaN, with the verdict -1.
+
+    Raises:
+        ResultError: The result has no such dim or variable.
+    """
+    main = main_variable(effects)
+    if over == "corruption" and over not in effects.dims:
+        effects = by_corruption(effects)
+    if over not in effects.dims:
+        raise ResultError(f"This result has no dim {over!r}; it has {', '.join(map(str, effects[main].dims))}.")
+    mean = over_pairs(effects)
+    name = variable or ("normalized" if "normalized" in mean else main)
+    if name not in mean or over not in mean[name].dims:
+        raise ResultError(f"This result has no variable {name!r} along {over}; compare its {main}.")
+    values = mean[name]
+    count = values.notnull().sum(over)
+    size, enough = abs(values), count >= 2
+    counts = size >= least
+    up, down = ((counts & (sign * values > 0)).any(over) for sign in (1, -1))
+    largest, smallest = size.max(over), size.min(over)
+    alike = (smallest >= least) & (largest <= factor * smallest)
+    verdict = (2 - alike.astype(np.int8)).where(~(up & down), 3).where(counts.any(over), 0).where(enough, -1)
+    verdict = verdict.astype(np.int8)
+    verdict.attrs.update(flag_values=[-1, *range(4)], flag_meanings=f"absent {' '.join(AGREEMENT)}")
+
+    def at(extreme: xr.DataArray) -> xr.DataArray:
+        return values.where(size == extreme).max(over).where(enough)
+
+    found = {"mean": values.mean(over).where(enough), "smallest": at(smallest), "largest": at(largest)}
+    return xr.Dataset(
+        {"verdict": verdict, **found, "count": count},
+        attrs={**effects.attrs, "compared": name, "over": over, "least": least, "factor": factor},
+    )

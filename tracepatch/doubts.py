@@ -95,7 +95,7 @@ class _Doubts:
 
     def _build(self, group: Group) -> list[Op]:
         sides = self.sides
-        items: list[tuple[Any, ...]] = [("settle", self.base, sides.where(group, self.base), tuple(sorted(self.kept)))]
+        items: list[tuple[Any, ...]] = [sides.settled(group, self.base, sorted(self.kept))]
         for key in self.cells.keys:
             own, beside = self.own[key], self.beside.get(key)
             source: tuple[Any, ...] = ("number", self.source)
@@ -234,8 +234,8 @@ class _Rows:
                 edits = pairs, writes, key[0] in EAGER, most, heads
                 items.append(("row_sizes", ("value", base, *self.own[key]), stream, self.floor, edits))
             items += [("peaks", ("value", base, "pattern", layer)) for _, layer in self.softmax]
-            settle = "settle", base, sides.where(group, base), tuple(sorted(self.settled))
-            ops.append((("contract", (settle, *items)), None))
+            settled = sides.settled(group, base, sorted(self.settled))
+            ops.append((("contract", (settled, *items)), None))
         return ops
 
     def _read(self, group: Group, ops: list[Op], found: list[Any]) -> None:

@@ -54,7 +54,8 @@ class Draws:
         if name not in self.references:
             ids = self._encoded.world(world)
             read = [self._encoded.encoded(world, pair) for pair in range(len(ids) * bool(self._encoded.encoder))]
-            self.references[name] = ReferenceWorld(name, ids, tuple(read), (0,) * len(ids), (0,) * len(ids))
+            rows = (0,) * len(ids)
+            self.references[name] = ReferenceWorld(name, ids, tuple(read), rows, rows, self._encoded.sides(world))
         return name
 
     def count(self, base: WorldName, edits: Iterable[Edit]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -212,3 +213,55 @@ class Job:
         for (_, layer), found in streams(self.writes).items():
             layers[layer] += len(found)
         return 1 + max(layers.values(), default=0)
+
+
+def parts(items: Sequence[Any], length: Callable[[Any], Any], most: int) -> list[list[Any]]:
+    """Items in parts of at most ``most`` of one length, so that nothing is padded; in order within a length."""
+    same: dict[Any, list[Any]] = {}
+    for item in items:
+        same.setdefault(length(item), []).append(item)
+    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
+
+
+def unpatched(pair: int, world: WorldName) -> Job:
+    """A run of a world as it is."""
+    return Job(-1, pair, world, (), 0, 0)
+
+
+def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
+    """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
+    found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
+    order = [found[id(item)] for item in items]
+    return None if order == sorted(order) else order
+
+
+def without_overwritten(writes: list[Write]) -> list[Write]:
+    """A later `=` overrides what the row wrote there before, unless something in between depends on that."""
+    if len({(w.component, w.layer) for w in writes}) == len(writes):
+        return writes
+    kept: list[Write] = []
+    for write in writes:
+        if not (write.add or _depends(write)):
+            for i in range(len(kept) - 1, -1, -1):
+                before = kept[i]
+                if (before.component, before.layer) != (write.component, write.layer):
+                    continue
+                if _depends(before):
+                    break
+                if before.standing is not write.standing:  # the row's edit may yet be pruned
+                    continue
+                overlap = set(before.positions) & set(write.positions)
+                if overlap and _within(before.units, write.units) and _within(before.srcs, write.srcs):
+                    kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
+        kept = [*(w for w in kept if w.positions), write]
+    return kept
+
+
+def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
+    """Whether indices are among others, of which ``None`` are all."""
+    return new is None or (old is not None and set(old) <= set(new))
+
+
+def _depends(write: Write) -> bool:
+    """Whether a write makes its value, or its neighbours', of what is there."""
+    return write.function is not None or write.renormalize or write.portion is not None

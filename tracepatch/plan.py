@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tracepatch.costs import NOTHING, Estimate, Traffic
 from tracepatch.errors import plural
-from tracepatch.jobs import EAGER, Job, Read, Write
+from tracepatch.jobs import EAGER, Job, Read, Write, unpatched
 from tracepatch.metrics import Metric
 from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.rows import EditedWorld, Row
@@ -61,26 +61,6 @@ LATER = (
 )
 
 
-def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
-    """Items in parts of at most ``most`` that share a length, so that nothing is padded; in order within a length."""
-    same: dict[int, list[Any]] = {}
-    for item in items:
-        same.setdefault(length(item), []).append(item)
-    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
-
-
-def unpatched(pair: int, world: WorldName) -> Job:
-    """A run of a world as it is."""
-    return Job(-1, pair, world, (), 0, 0)
-
-
-def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
-    """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
-    found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
-    order = [found[id(item)] for item in items]
-    return None if order == sorted(order) else order
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One traced forward: an unpatched witness, then the rows. A raw trace is alone, after a witness.
@@ -109,20 +89,36 @@ class Batch:
         return self.jobs[0].raw
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """Pairs of one length whose worlds are run, kept, and used together.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is read of the prompts of one length.
 
     Attributes:
         length: Tokens of each prompt.
+        reads: The positions whose logits are computed; none where nothing reads logits.
+        seen: The activations that metrics read.
+    """
+
+    length: int
+    reads: tuple[int, ...]
+    seen: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Pairs of the same lengths whose worlds are run, kept, and used together.
+
+    Attributes:
+        length: Tokens of each prompt; where those of a pair differ, of the clean ones.
         pairs: Their numbers.
         reads: The positions whose logits are computed; none where nothing reads logits.
         seen: The activations that metrics read.
         needed: The (component, layer) of worlds' values that some edit writes.
         edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
-        captures: Traced runs of the unpatched worlds, where they do not ride: one for each length of what an encoder
-            reads.
+        captures: Traced runs of the unpatched worlds, where they do not ride: one for each length of what is read, by
+            an encoder where there is one.
+        corrupted: The corrupted prompts, where they have another length than the clean ones.
     """
 
     length: int
@@ -133,6 +129,18 @@ class Group:
     edited: tuple[tuple[Job, ...], ...] = ()
     captures: int = 1
     seen: tuple[Read, ...] = ()
+    corrupted: Reading | None = None
+
+    def of(self, root: WorldName) -> Reading:
+        """The prompts of a world, clean or corrupted."""
+        if self.corrupted is not None and root == "corrupted":
+            return self.corrupted
+        return Reading(self.length, self.reads, self.seen)
+
+    @property
+    def captured(self) -> int:
+        """Traced runs of all its worlds, edited ones too, where they do not ride."""
+        return self.captures + len(self.edited) * (self.captures if self.corrupted is None else 1)
 
     @property
     def rides(self) -> bool:
@@ -247,7 +255,7 @@ class Plan:
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
         references = sum(len(survey.world.ids) for survey in self.surveys)
         worlds = (len(self.worlds) + len(self.edited)) * self.pairs + references
-        captures = sum(group.captures for group in self.groups if not group.rides) * (1 + len(self.edited))
+        captures = sum(group.captured for group in self.groups if not group.rides)
         surveyed = sum(len(survey.runs) for survey in self.surveys)
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] {m.reads}" for m in self.metrics)
         absent = counts[Proof.ABSENT]

@@ -268,7 +268,8 @@ def _asked(
     whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)
 
     def doubts(chosen: Sequence[int]) -> Variables:
-        if not (cells.source is None or isinstance(cells.source, (Real, np.ndarray, torch.Tensor))):
+        number = cells.source is None or isinstance(cells.source, (Real, np.ndarray, torch.Tensor))
+        if not (cells.plain and number):  # rows know what is written where
             return of_rows(chosen)
         axes: dict[str, Any] = {"component": list(cells.names), **cells.axes}
         found: Variables = {}

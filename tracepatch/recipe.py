@@ -36,7 +36,7 @@ from tracepatch.models import (
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.progress import bar
-from tracepatch.prompts import Pairs
+from tracepatch.prompts import Pairs, require_pairs
 from tracepatch.recording import Recorder
 from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
@@ -44,6 +44,7 @@ from tracepatch.rowwise import estimated
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
+from tracepatch.sources import WorldName
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
 from tracepatch.weights import weightless
@@ -81,7 +82,7 @@ class Patching(Recorder):
         self.seen = tuple(one.site for one in self.metrics if one.site is not None)
         device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:
-            require_measure(one, self.architecture.vocab, self.lengths, self._shape, device)
+            require_measure(one, self.architecture.vocab, self.sides, self._shape, device)
         memory = room_of(model) if memory is None else memory
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
@@ -195,7 +196,7 @@ class Patching(Recorder):
         if plan.jobs and not stored and not plan.remote:  # a queue says nothing of the model
             _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
         self._measured, self._journal = measured, None
-        hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
+        hand_out(plan.rows, measured.saved, self.architecture, self.encoded, self._roots)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
     def estimate(self, estimator: AtP | None = None) -> Result:
@@ -236,6 +237,11 @@ class Patching(Recorder):
             measured = so_far(self.model, self.architecture, self.encoded, plan, journal)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
+    @property
+    def _roots(self) -> dict[WorldName, WorldName]:
+        """Edited world → the world whose prompts it has."""
+        return {name: world.root for name, world in self.edited.items()}
+
     def _new_journal(self) -> Journal:
         return Journal(self.plan, self.model, self.encoded, self._directory, self._checks)
 
@@ -258,7 +264,8 @@ class Patching(Recorder):
         if self._measured is None:
             raise RecipeError("Nothing has run yet: what rows save is there after p.run().")
         attrs = provenance(self.model, self.encoded, self.plan, self._measured)
-        return together(self.plan.rows, self._measured.saved, self.architecture, self.encoded, attrs)
+        given = self.architecture, self.encoded, self._roots
+        return together(self.plan.rows, self._measured.saved, *given, attrs)
 
 
 def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:
@@ -368,7 +375,8 @@ def patch(
         components: One component, or several with the same dims.
         metric: What is read.
         by: The dims to run over; positions, heads and neurons that are left out are patched whole. By default layer ×
-            pos, for heads layer × head, for neurons layer × neuron.
+            pos, for heads layer × head, for neurons layer × neuron. ``span`` instead of ``pos`` runs over the named
+            spans of the pairs.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
         source: Something else to write: ``0``, a tensor, ``tp.mean(prompts)`` or ``tp.resample(prompts)``; the
@@ -377,6 +385,9 @@ def patch(
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.
 
+    Where the positions of a pair's prompts do not correspond one to one (``align=…`` of ``tp.Pairs``), positions are
+    those of the run that is edited, and what is written is their partners' value.
+
     Returns:
         The result, with a dim for each of ``by``, and ``component`` where there are several.
     """
@@ -384,16 +395,3 @@ def patch(
     with Patching(model, pairs, metric, **options) as p:
         Cells.of(p, components, by, direction, source, only).record(p)
     return p.run(progress)
-
-
-def require_pairs(pairs: Any) -> Pairs:
-    """Refuses what is no pairs.
-
-    Raises:
-        RecipeError: So it is.
-    """
-    if not isinstance(pairs, Pairs):
-        raise RecipeError(
-            f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."
-        )
-    return pairs

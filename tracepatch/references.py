@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from tracepatch.alignment import Side
 from tracepatch.errors import RecipeError, SiteError, plural
-from tracepatch.prompts import Pairs
-from tracepatch.sites import ALL, Select, Site, component, positions_of
+from tracepatch.prompts import Pairs, revised
+from tracepatch.shapes import require_somewhere
+from tracepatch.sites import ALL, Select, Site, component
 from tracepatch.sources import WorldName, require_draws, require_seed
 from tracepatch.tokens import EncodedPairs, shown
 
@@ -124,6 +126,7 @@ class ReferenceWorld:
         encoder: Per prompt, the ids that an encoder reads; empty where there is none.
         rows: Per prompt, the row of the tables that it counts in.
         row_of: Per pair, the row that stands for it.
+        sides: Per prompt, its length and its named spans.
         over: Whether the mean is over positions too.
     """
 
@@ -132,6 +135,7 @@ class ReferenceWorld:
     encoder: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
     row_of: tuple[int, ...]
+    sides: tuple[Side, ...]
     over: bool = False
 
     @property
@@ -144,19 +148,26 @@ class ReferenceWorld:
         """Tokens of the longest prompt."""
         return max(self.lengths)
 
-    def require_positions(self, site: Site) -> None:
+    def require_positions(self, site: Site, world: str = "") -> None:
         """Refuses a site whose positions none of the prompts has.
 
         Raises:
             SiteError: With the positions that there are.
         """
         try:
-            positions_of(site, self.lengths)
+            require_somewhere(site, self.sides)
         except SiteError as error:
             raise SiteError(f"{self.name}.{str(error).replace('pair ', 'prompt ')}") from None
 
-    def located(self, site: Site, length: int) -> tuple[tuple[int, ...], tuple[int, ...] | None, Tally]:
-        """Where a site's values stand, for a pair of so many tokens: places along a table's positions and sources.
+    def located(
+        self, site: Site, side: Side, crossing: bool = False
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None, Tally]:
+        """Where a site's values stand, for a prompt of a pair: places along a table's positions and sources.
+
+        Args:
+            site: As it was written.
+            side: The prompt of the pair that is edited.
+            crossing: Whether the edit takes values of the pair's other prompt, too; see ``Select.on``.
 
         Raises:
             SiteError: The pair lacks the positions, or no prompt of the reference has them.
@@ -164,49 +175,58 @@ class ReferenceWorld:
         attends = component(site.component).attends
         along, src = self._along(site.pos), self._along(site.src) if attends else None
         tally = Tally(self.name, site.component, site.layer, along, src)
-        return self._places(site, site.pos, length), self._places(site, site.src, length) if attends else None, tally
+        places = self._places(site, site.pos, side, crossing)
+        return places, self._places(site, site.src, side, crossing) if attends else None, tally
 
-    def picked(self, along: Along, length: int) -> tuple[list[int], list[int]]:
-        """The positions of a prompt of so many tokens that count in a tally, and where in the table they do."""
+    def picked(self, along: Along, side: Side) -> tuple[list[int], list[int]]:
+        """The positions of a prompt that count in a tally, and where in the table they do."""
         if isinstance(along, Select):
-            here = along.resolve(length) or ()
-            return list(here), [0] * len(here) if self.over else list(range(len(here)))
+            here = along.on(side) or ()
+            first = self.room(along) - len(here) if along.span else 0
+            return list(here), [0] * len(here) if self.over else list(range(first, first + len(here)))
+        length = side.length
         return list(range(length)), [p + (self.longest - length) * (along == "end") for p in range(length)]
 
     def room(self, along: Along) -> int:
         """How many positions a table has."""
         if self.over:
             return 1
-        return len(along.items or ()) if isinstance(along, Select) else self.longest
+        return max(len(along.on(side) or ()) for side in self.sides) if isinstance(along, Select) else self.longest
 
-    def moves(self, site: Site, length: int) -> bool:
-        """Whether some value that a site of a pair of so many tokens takes was at another position."""
-        here = site.pos.resolve(length)
+    def moves(self, site: Site, side: Side) -> bool:
+        """Whether some value that a site of a pair's prompt takes was at another position."""
+        here = site.pos.on(side)
         if self.over:
-            return any((site.pos.resolve(n) or here) != here or len(here or ()) > 1 for n in self.lengths)
+            return any((site.pos.on(own) or here) != here or len(here or ()) > 1 for own in self.sides)
         along = self._along(site.pos)
-        taken = {n: along.resolve(n) or here for n in self.lengths} if isinstance(along, Select) else {}
-        return any(found != here for found in taken.values()) or (along == "end" and {*self.lengths} != {length})
+        taken = [along.on(own) or here for own in self.sides] if isinstance(along, Select) else []
+        return any(found != here for found in taken) or (along == "end" and {*self.lengths} != {side.length})
 
     def _along(self, picked: Select) -> Along:
-        if self.over:
+        if self.over or picked.span:  # each prompt its own tokens; those of a span line up by the last one
             return picked
         if picked.items is None:
             return "end" if (picked.bounds[0] or 0) < 0 else "start"
         signs = {item < 0 for item in picked.items}
         return picked if len(signs) > 1 else "end" if signs == {True} else "start"
 
-    def _places(self, site: Site, picked: Select, length: int) -> tuple[int, ...]:
+    def _places(self, site: Site, picked: Select, side: Side, crossing: bool) -> tuple[int, ...]:
         if self.over:  # of its own prompts, whatever the pair has
             return (0,)
-        along, found = self._along(picked), picked.resolve(length)
+        along, found = self._along(picked), picked.on(side, crossing)
         if not found:
             raise SiteError(str(site))
         if isinstance(along, Select):
-            return tuple(range(len(found)))
-        places = tuple(p + (self.longest - length) * (along == "end") for p in found)
+            whole = picked.on(side) or ()  # of a span, values that cross take those tokens that are aligned
+            first = self.room(along) - len(whole) if along.span else 0
+            if first < 0:
+                tokens = plural(len(whole), "token")
+                lacking = f"{self.name}.{site} has {self.room(along)} at most, and a prompt of the pairs has {tokens}"
+                raise SiteError(f"{lacking}: take some of them, as in {picked.span!r}[-1], or a mean over positions")
+            return tuple(first + whole.index(p) for p in found)
+        places = tuple(p + (self.longest - side.length) * (along == "end") for p in found)
         if min(places) < 0 or max(places) >= self.longest:
-            lacking = f"{self.name}.{site} lacks positions that prompts of {plural(length, 'token')} have"
+            lacking = f"{self.name}.{site} lacks positions that prompts of {plural(side.length, 'token')} have"
             raise SiteError(f"{lacking}: the longest prompt of the reference has {self.longest}.")
         return places
 
@@ -250,7 +270,9 @@ def encode(name: WorldName, reference: Reference, encoded: EncodedPairs, draw: i
     asked = bool(policy.prefix) if policy.why == "you asked for it" else None
     bos = asked if given.bos is None else given.bos
     start = encoded.clean[0][0] if encoded.encoder else None
-    made = Pairs(given.clean, bos=bos, decoder=given.decoder).encode(encoded.tokenizer, start)
+    none = ((),) * len(given)
+    alone = revised(given, corrupted=None, bos=bos, answer=none, wrong=none, align=None, corruption=())
+    made = revised(alone, spans=given.spans[:1]).encode(encoded.tokenizer, start)
     texts = "token ids are taken as they are" not in (policy.why, made.bos.why)
     if texts and made.bos.prefix != policy.prefix:
         raise RecipeError(
@@ -259,7 +281,8 @@ def encode(name: WorldName, reference: Reference, encoded: EncodedPairs, draw: i
         )
     read = made.encoder[0] if made.encoder else ()
     if reference.seed is None:
-        return ReferenceWorld(name, made.clean, read, (0,) * len(made), (0,) * len(encoded), reference.over)
+        rows = (0,) * len(made), (0,) * len(encoded)
+        return ReferenceWorld(name, made.clean, read, *rows, made.sides("clean"), reference.over)
     drawn = [_drawn(reference, made, encoded, pair, draw) for pair in range(len(encoded))]
     chosen = sorted(set(drawn))
     return ReferenceWorld(
@@ -268,11 +291,13 @@ def encode(name: WorldName, reference: Reference, encoded: EncodedPairs, draw: i
         tuple(read[i] for i in chosen) if read else (),
         tuple(range(len(chosen))),
         tuple(map(chosen.index, drawn)),
+        tuple(made.sides("clean")[i] for i in chosen),
     )
 
 
 def _drawn(reference: Reference, made: EncodedPairs, encoded: EncodedPairs, pair: int, draw: int) -> int:
-    needed = encoded.lengths[pair]
+    alignment = encoded.alignments[pair]
+    needed = max(alignment.clean.length, alignment.corrupted.length)
     able = [i for i, n in enumerate(made.lengths) if n >= needed]
     if not able:
         raise RecipeError(

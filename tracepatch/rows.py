@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 import xarray as xr
 
+from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
 from tracepatch.portions import Portion
@@ -22,7 +23,16 @@ RESERVED = frozenset(
     (
         *("pair", "metric", "model", "row", "rows", "depth", "status"),
         *("effect", "normalized", "value", "base", "clean", "corrupted"),
-        *("token", "corrupted_token", "answer", "wrong", "clean_prompt", "corrupted_prompt", "decoder_prompt"),
+        *(
+            "token",
+            "corrupted_token",
+            "answer",
+            "wrong",
+            "clean_prompt",
+            "corrupted_prompt",
+            "decoder_prompt",
+            "corruption",
+        ),
     )
 )
 
@@ -226,7 +236,7 @@ def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture
     return label + counts[0] if counts else label
 
 
-def require_label(row: Row, name: str, label: Label, architecture: Architecture, lengths: tuple[int, ...]) -> None:
+def require_label(row: Row, name: str, label: Label, architecture: Architecture, sides: Sequence[Side]) -> None:
     """Refuses a label that none of the row's edits touches, or, in a row without edits, nothing that it saves.
 
     Raises:
@@ -240,7 +250,9 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         touched = any(site.component == label for site in row.sites)
     elif name in ("pos", "dest", "src"):
         along = [site for site in row.sites if name == "pos" or name in component(site.component).index]
-        touched = any(_selects(site.picked(name), label, n) for site in along for n in lengths)
+        touched = any(_stands_at(site.picked(name), label, side) for site in along for side in sides)
+    elif name == "span":
+        touched = any(str(site.picked(dim)) == label for site in row.sites for dim in ("pos", "src"))
     elif name in UNITS:
         split = [site for site in row.sites if component(site.component).unit == name]
         touched = any(_selects(s.unit, label, architecture.units(s.component, s.layer)) for s in split)
@@ -320,6 +332,13 @@ def require_fresh(what: str, edits: Sequence[Edit], taken: Sequence[Site], archi
                 f"{what} takes {site}, which has passed by when {late[0].component} is edited. Take that module's "
                 f"output instead, or edit {site.component} itself."
             )
+
+
+def _stands_at(picked: Select, label: Any, side: Side) -> bool:
+    if picked.items is not None and not picked.span and label in picked.items:
+        return True
+    found, length = picked.on(side) or (), side.length
+    return isinstance(label, int) and -length <= label < length and label % length in found
 
 
 def _selects(picked: Select, label: Any, length: int) -> bool:

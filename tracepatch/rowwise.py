@@ -211,7 +211,8 @@ class _Rows:
         assert isinstance(how, IntegratedGradients)
         ops: list[Op] = [sides.backward(group, base, self.slopes, wanted)]  # for the base's values
         standing = {job.pair: job.writes for job in sides.unpatched(group, base)}
-        most = max(1, int((self.memory or MEMORY) // max(1, sides.pair_bytes(wanted, group.length, how.steps))))
+        length = group.of(sides.tracer.roots.get(base, base)).length
+        most = max(1, int((self.memory or MEMORY) // max(1, sides.pair_bytes(wanted, length, how.steps))))
         for start in range(0, len(own), most):
             part = own[start : start + most]
             moved = [
@@ -313,17 +314,20 @@ def by_place(jobs: Sequence[Job]) -> dict[Key, list[int]]:
 def edits_of(
     sides: Sides, group: Group, jobs: Sequence[Job], memory: int | None
 ) -> Iterator[tuple[Key, list[int], torch.Tensor, tuple[Any, ...], int]]:
-    """What rows write, place by place, as ``contractions.changes`` takes it.
+    """What rows of one base write, place by place, as ``contractions.changes`` takes it.
 
     Yields:
         Component and layer; the numbers of the rows that write there; where their pairs stand; the writes of each part
         of the rows; how many rows a part has.
     """
     place = {pair: i for i, pair in enumerate(group.pairs)}
-    seats = sides.seats(group)
+    if not jobs:
+        return
+    root = sides.tracer.root(jobs[0])
+    length, seats = group.of(root).length, sides.seats(group, root)
     for key, numbers in by_place(jobs).items():
         pairs = torch.tensor([place[jobs[n].pair] for n in numbers])
-        size = kept_bytes(sides.architecture, *key, group.length)
+        size = kept_bytes(sides.architecture, *key, length)
         most = max(1, int((memory or MEMORY) // SHARE // max(1, size)))
         writes = []
         for start in range(0, len(numbers), most):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from tracepatch.architecture import Architecture
 from tracepatch.averages import averages, prompts
@@ -15,6 +16,7 @@ from tracepatch.errors import RecipeError, listing, plural
 from tracepatch.forwards import NAMED, PRISTINE, WIDTH, Common, Forward, comment, indented, safe, written
 from tracepatch.literals import along
 from tracepatch.metrics import Metric
+from tracepatch.reach import scored_at
 from tracepatch.readings import READINGS, Read
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row
@@ -68,8 +70,10 @@ def script(
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
     common = Common(row, pair, architecture, encoded, dict(edited), references=dict(references or {}))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
-    _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
-    _require_present(common)  # of edited worlds the plan has made sure
+    every = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
+    _require_words(every)
+    _require_counted(common, every)
+    _require_present(common, row)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     read = metrics[which].site
     if read is not None and read.component not in STOPS:
@@ -105,18 +109,39 @@ def _require_words(edits: list[Edit]) -> None:
         )
 
 
-def _require_present(common: Common) -> None:
-    edits, pair, encoded = common.row.edits, common.pair, common.encoded
-    values = [(v.world, v.site) for edit in edits for _, v in _values(edit)]
-    sites = [e.site for e in edits] + [site for world, site in values if world not in common.references]
-    absent = [[str(s) for s in sites if not (s.pos.resolve(n) and s.src.resolve(n))] for n in encoded.lengths]
-    if absent[pair]:
-        lacking, tokens = ", ".join(dict.fromkeys(absent[pair])), plural(encoded.lengths[pair], "token")
-        having = ", ".join(str(i) for i, missing in enumerate(absent) if not missing) or "none"
+def _require_counted(common: Common, edits: list[Edit]) -> None:
+    """Refuses values of references where a pair's prompts, or the reference's, are not indexed by numbers alone."""
+    mapped = common.encoded.alignments[common.pair].mapped
+    for value in (v for edit in edits for _, v in _values(edit) if v.world in common.references):
+        if mapped or value.site.pos.span or value.site.src.span:
+            raise RecipeError(
+                f"No script is written for {value}: in pairs that are aligned, and by spans, prompts of a reference "
+                "have positions of their own. Index the reference by positions, in pairs that correspond one by one."
+            )
+
+
+def _require_present(common: Common, row: Row) -> None:
+    lacking = [_lacking(replace(common, pair=i), row) for i in range(len(common.encoded))]
+    if lacking[common.pair]:
+        tokens = plural(common.side(row.base).length, "token")
+        having = ", ".join(str(i) for i, missing in enumerate(lacking) if not missing) or "none"
         raise RecipeError(
-            f"The row does not exist in pair {pair}: its prompts have {tokens}, which are too few for {lacking}. "
-            f"Pairs that have all of the row's positions: {having}."
+            f"The row does not exist in pair {common.pair}: its prompts have {tokens}, which are too few for "
+            f"{', '.join(lacking[common.pair])}. Pairs that have all of the row's positions: {having}."
         )
+
+
+def _lacking(common: Common, row: Row) -> list[str]:
+    """The sites of a row's edits that a pair does not have."""
+    found: dict[str, None] = {}
+    for edit in row.edits:
+        crossing = common.crosses(edit, row.base)
+        values = [(v.world, v.site) for _, v in _values(edit) if v.world not in common.references]
+        for world, site in ((row.base, edit.site), *values):
+            side = common.side(world)
+            if not (site.pos.on(side, crossing) and site.src.on(side, crossing)):
+                found[str(site)] = None
+    return list(found)
 
 
 class _Script:
@@ -124,7 +149,8 @@ class _Script:
 
     def __init__(self, common: Common, worlds: list[WorldName], which: int, metric: Metric) -> None:
         self.common, self.worlds, self.which, self.metric = common, worlds, which, metric
-        self.row, self.pair, self.encoded, self.length = common.row, common.pair, common.encoded, common.length
+        self.row, self.pair, self.encoded = common.row, common.pair, common.encoded
+        self.side = common.side(common.row.base)
 
     def text(self, model: str) -> str:
         """All of it; what the edits and the metric take from other runs is known only when they have been written."""
@@ -236,23 +262,23 @@ class _Script:
                     "Ask for another metric: row.as_nnsight(pair, 'NAME')."
                 )
             self.common.parameters["metric"] = f"p.metrics[{self.which}]"
-            held = {need: list(self._given(need, (), "")) for need in self.metric.needs}
+            held = {need: list(self._given(need, (), "", False)) for need in self.metric.needs}
             of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
             return [f"value = metric({self.live}.float(), {{{of_pair}}})[0]  # of {self.metric.site}, [row, ...]"]
-        metric, positions = self.metric, self.metric.positions.resolve(self.length) or ()
-        several, last = len(positions) > 1, positions == (self.length - 1,)
+        metric, positions, length = self.metric, scored_at(self.metric, self.side) or (), self.side.length
+        several, last = len(positions) > 1, positions == (length - 1,)
         if metric.function in READINGS:
-            at = along(positions, not several, self.length)
+            at = along(positions, not several, length)
             name = "last" if last else "read"
-            read = Read(name, several, {need: self._given(need, positions, f"0, {at}") for need in metric.needs})
+            read = Read(name, several, {need: self._given(need, positions, "0", not several) for need in metric.needs})
             return [
                 f"{name} = logits[{-1 if last else at}].float()  # [{'position, ' if several else ''}vocab]",
                 f"value = {READINGS[metric.function](read)}{self._named(metric)}",
             ]
         self.common.parameters["metric"] = f"p.metrics[{self.which}]"
-        at, given = along(positions, False, self.length), []
+        at, given = along(positions, False, length), []
         for need in metric.needs:
-            what = self._given(need, positions, f":, {at}")
+            what = self._given(need, positions, ":", False)
             given.append(
                 f"{need!r}: {what if isinstance(what, str) else f'torch.tensor([{list(what)}]).to(logits.device)'}"
             )
@@ -269,20 +295,21 @@ class _Script:
         words = [f"{i} is {word!r}" for i, word in zip(ids, self.encoded.words(ids), strict=True)]
         return f"  # {', '.join(words)}" if 0 < len(words) <= NAMED else ""
 
-    def _given(self, need: str, positions: tuple[int, ...], at: str) -> tuple[int, ...] | str:
+    def _given(self, need: str, positions: tuple[int, ...], rows: str, scalar: bool) -> tuple[int, ...] | str:
         """What a metric needs of the pair: ids, or another run's log-probabilities as code."""
         if need in PRISTINE:
-            return f"{self.common.kept(need, 'logits', 0)}[{at}].float().log_softmax(-1)"
+            there = self.common.side(need)
+            at = along(scored_at(self.metric, there) or (), scalar, there.length)
+            return f"{self.common.kept(need, 'logits', 0)}[{rows}, {at}].float().log_softmax(-1)"
         if need == "tokens":
             return self.encoded.world(self.common.root(self.row.base))[self.pair]
         if need == "continuation":
             ids, appended = self.encoded.clean[self.pair], self.encoded.appended[self.pair]
             answer = (*ids[len(ids) - appended :], *self.encoded.answer[self.pair])
             return (-1,) * (len(positions) - len(answer)) + answer
-        found: tuple[int, ...] = getattr(self.encoded, "clean" if need == "next" else need)[self.pair]
         if need == "next":  # after the last token the answer
-            follow = (*found[1:], *(self.encoded.answer[self.pair][:1] or (0,)))
-            found = tuple(follow[p] for p in positions)
+            return tuple(self.encoded.following(self.pair, self.side.world, p) or 0 for p in positions)
+        found: tuple[int, ...] = getattr(self.encoded, need)[self.pair]
         return found
 
 

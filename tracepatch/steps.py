@@ -141,7 +141,7 @@ class Here:
             raise
         except Exception as error:
             raise step.failed(number, error) from error
-        whole = len(self._architecture) * (call.group.length if call else _length(op))
+        whole = len(self._architecture) * (call.prompts.length if call else _length(op))
         self.forwards = (self.forwards or 0.0) + (self._counted - cells) / whole
         gc.collect()  # a trace ends as a circle, with every activation of its run in it
         self._lasting |= {key: value for key, value in known.items() if key[0] in LASTING}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from tracepatch.architecture import Architecture
-from tracepatch.jobs import Job
-from tracepatch.plan import parts
+from tracepatch.jobs import Job, parts
 from tracepatch.reach import layers_of
 from tracepatch.references import ReferenceWorld, Survey, Tally
 
@@ -42,7 +42,7 @@ def cost(architecture: Architecture, found: Survey) -> float:
     return len(found.world.ids) * min(found.until, depth) / depth
 
 
-def _size(world: ReferenceWorld, number: int) -> int:
-    """The same for prompts that can be run side by side."""
+def _size(world: ReferenceWorld, number: int) -> tuple[Any, ...]:
+    """The same for prompts that can be run side by side: equally long, with their spans at the same places."""
     read = len(world.encoder[number]) if world.encoder else 0
-    return len(world.ids[number]) + (read << 32)
+    return len(world.ids[number]), read, world.sides[number].spans

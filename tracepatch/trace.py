@@ -205,7 +205,7 @@ def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: 
         read = kept[at] if isinstance(at, tuple) else logits[:, at.to(logits.device)].float()
         read = read if columns is None else read[..., columns.to(read.device)]
         # Shadow rows, which stand at the end, have logits, but nothing else that metrics read.
-        needed = {name: needs(value, at, known)[: len(read)].to(read.device) for name, value in given.items()}
+        needed = {name: needs(value, known)[: len(read)].to(read.device) for name, value in given.items()}
         found = function(read, needed)
         scores.append((found if found.ndim == 2 else found[:, None]).to(scores[0].device if scores else read.device))
     if not scores:
@@ -214,15 +214,16 @@ def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: 
     return torch.cat([found[:rows] for found in scores], 1).float().cpu()
 
 
-def needs(value: Any, at: torch.Tensor, known: dict[Any, Any]) -> torch.Tensor:
-    """What a metric is given: a tensor, worlds' log-probabilities ``("reference", worlds)``, or rows of a table."""
+def needs(value: Any, known: dict[Any, Any]) -> torch.Tensor:
+    """What a metric is given: a tensor, worlds' log-probabilities ``("reference", worlds, at)``, or rows of a table."""
     if isinstance(value, torch.Tensor):
         return value
     if value[0] == "known":
         table: torch.Tensor = known[value[1]]
         return table[value[2].to(table.device)]
     reference: torch.Tensor = known["reference", 0]
-    return reference[value[1].to(reference.device)][:, at.to(reference.device)]
+    worlds, at = on(reference.device, value[1:])
+    return reference[worlds][:, at]
 
 
 def inside(

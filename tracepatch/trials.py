@@ -6,48 +6,43 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 
-from tracepatch.architecture import Architecture
-from tracepatch.errors import MetricError, RecipeError, SiteError
+from tracepatch.alignment import Side
+from tracepatch.errors import MetricError, RecipeError
+from tracepatch.fitting import Dims, fits
 from tracepatch.metrics import Metric
-from tracepatch.portions import Features
-from tracepatch.references import ReferenceWorld
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
-from tracepatch.sites import ALL, COMPONENTS, SPLIT_READERS, Site, component
-from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site
+from tracepatch.sources import Function, Sum, Value, WorldName
 
-Dims: TypeAlias = tuple[tuple[str, int], ...]
-"""Names and sizes, as indexing a site gives them."""
 TAKEN = frozenset(
     (*RESERVED, *(dim for kind in COMPONENTS.values() for dim in (*kind.index, *kind.dims)), "name", "component")
 )
 
 
 def require_measure(
-    metric: Metric, vocab: int, lengths: Sequence[int], shape: Callable[[Site, int], Dims | None], device: Any
+    metric: Metric, vocab: int, sides: Sequence[Side], shape: Callable[[Site, Side], Dims | None], device: Any
 ) -> None:
     """Tries a metric on made-up values, of each shape that it will be given.
 
     Args:
         metric: The metric.
         vocab: How many logits there are.
-        lengths: Of the prompts.
-        shape: Dims and sizes of a site in prompts of a length, which may lack it.
+        sides: The prompts.
+        shape: Dims and sizes of a site in a prompt, which may lack it.
         device: Where a metric of an activation is computed.
 
     Raises:
         MetricError: It fails, has the wrong shape, or mixes rows.
     """
     if metric.site is None:
-        require_sound(metric, vocab, len(metric.positions.resolve(lengths[0]) or (0,)))
+        require_sound(metric, vocab, len(metric.positions.on(sides[0]) or (0,)))
         return
-    for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
+    for dims in dict.fromkeys(shape(metric.site, side) for side in sides):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
 
@@ -209,128 +204,6 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-def require_portion(what: str, site: Site, source: Part, add: bool, architecture: Architecture) -> Part:
-    """A portion of a site, tried on vectors of its width.
-
-    Args:
-        what: The site, with its world.
-        site: Where it is written.
-        source: What is written.
-        add: Whether it is added.
-        architecture: Of the model.
-
-    Raises:
-        RecipeError: It is added, or the site has no vectors of that width, whole, in which it would be a portion.
-    """
-    if add:
-        raise RecipeError(f"{what}: {source} says what a portion of the site becomes, so write =, and not +=.")
-    total = summed(source)
-    assert total is not None
-    for one in (site, *(value.site for _, value in total.values)):
-        kind = component(one.component)
-        split = kind.dims[-1] in kind.index and not one.unit.all
-        if kind.attends or kind.dims[-1] == "scale" or split:
-            raise RecipeError(
-                f"{what}: {source} is a portion of vectors, and {one} is not one: "
-                f"{'take all of it, ' if split else ''}or pick what is written by its index."
-            )
-    width = architecture.width(site.component, site.layer)
-    if component(site.component).unit == component(site.component).dims[-1]:
-        width = architecture.units(site.component, site.layer)
-    if isinstance(source.portion, Features):
-        return replace(source, portion=source.portion.fitted(width))
-    if source.portion.width != width:
-        raise RecipeError(f"{what} has vectors of {width}, and {source} speaks of vectors of {source.portion.width}.")
-    return source
-
-
-def require_fit(
-    site: Site,
-    source: Sum,
-    length: int,
-    shape: Callable[[Site], Dims | None],
-    references: Mapping[WorldName, ReferenceWorld],
-) -> None:
-    """Refuses values and tensors that do not fit a site in prompts of some length.
-
-    Raises:
-        RecipeError: With the dims of both, or with the positions that a reference lacks.
-    """
-    target = shape(site)
-    if target is None:
-        return
-    for _, value in source.values:
-        world = references.get(value.world)
-        dims = shape(value.site if world is None or not world.over else replace(value.site, pos=ALL))
-        if world is not None and dims is not None:
-            dims = _given_by(world, value, length, dims)
-        _require_value(site, value, length, dict(target), dims)
-    if source.constant is None:
-        return
-    given = tuple(source.constant.tensor.shape)
-    if not fits(given, tuple(n for _, n in target)):
-        wanted = ", ".join(f"{dim} {n}" for dim, n in target)
-        raise RecipeError(
-            f"A tensor of shape {list(given)} does not fit {site}, which is [{wanted}] in prompts of {length} tokens."
-        )
-
-
-def _given_by(world: ReferenceWorld, value: Value, length: int, dims: Dims) -> Dims:
-    """The dims of a reference's value, for prompts of some length."""
-    kind = component(value.site.component)
-    if kind.name == "logits" or (world.over and kind.attends):
-        raise RecipeError(
-            f"{value} cannot be a source: a reference has no mean of logits, and of scores and patterns none over "
-            "positions. Write a tensor, or take the mean position by position."
-        )
-    try:
-        world.located(value.site, length)
-    except SiteError as error:
-        raise RecipeError(f"{value} cannot be a source: {error}.") from None
-    return tuple(dim for dim in dims if not (world.over and dim[0] == "pos"))
-
-
-def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
-    if given is None:
-        return
-    ends = [component(s.component).dims[-1] for s in (site, value.site)]
-    if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
-        given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
-    elif ends[0] != ends[1]:
-        raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
-    for dim, count in given:
-        if count not in (1, target.get(dim, 1)):
-            raise RecipeError(
-                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
-                f"(in prompts of {length} tokens)."
-            )
-
-
-def require_unmoved(
-    site: Site,
-    source: Sum,
-    length: int,
-    architecture: Architecture,
-    references: Mapping[WorldName, ReferenceWorld],
-) -> None:
-    """Refuses rotated queries and keys at another position than their own.
-
-    Raises:
-        RecipeError: With what to move instead.
-    """
-    for _, value in source.values:
-        if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
-            continue
-        here, there = site.pos.resolve(length), value.site.pos.resolve(length)
-        reference = references.get(value.world)
-        moved = reference is not None and reference.moves(value.site, length)
-        if here and there and (here != there or moved):
-            raise RecipeError(
-                f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
-                f"something else elsewhere. Move what they are made of: {site.component}_in."
-            )
-
-
 def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
     """Refuses what single heads read in a world that edits it: it has no one value there, as it has elsewhere.
 
@@ -346,14 +219,6 @@ def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
                     "source that it was edited with."
                 )
             world = edited.get(world.of)
-
-
-def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a shape broadcasts to another, as arrays do."""
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
 
 
 def _called(function: Callable[..., Any], values: Sequence[torch.Tensor], name: str, dims: Dims) -> Any:

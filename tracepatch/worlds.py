@@ -11,6 +11,7 @@ from tracepatch.errors import ComponentError, RecipeError, SiteError
 from tracepatch.metrics import Metric
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import EditedWorld, Row
+from tracepatch.shapes import units_of
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -24,7 +25,6 @@ from tracepatch.sites import (
     layers_of,
     select,
     split_index,
-    units_of,
 )
 from tracepatch.sources import Value, WorldName
 from tracepatch.tokens import EncodedPairs
@@ -174,13 +174,24 @@ class Activations:
                 f"{self.kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
             )
         site = Site(self.kind.name, layers.items[0], *picked)
-        return located(
-            site, self.recorder.architecture, self.recorder.references.get(self.world, self.recorder.encoded)
-        )
+        found = self.recorder.references.get(self.world)
+        if found is not None:
+            return located(site, self.recorder.architecture, found)
+        edited = self.recorder.edited.get(self.world)
+        root = self.world if edited is None else edited.root
+        return located(site, self.recorder.architecture, self.recorder.encoded, root)
 
 
-def located(site: Site, architecture: Architecture, prompts: EncodedPairs | ReferenceWorld) -> Site:
+def located(
+    site: Site, architecture: Architecture, prompts: EncodedPairs | ReferenceWorld, world: WorldName = "clean"
+) -> Site:
     """A site as it was written, in one model and for some prompts: with its layer counted from 0.
+
+    Args:
+        site: As written.
+        architecture: Of the model.
+        prompts: The pairs, or the prompts of a reference.
+        world: Whose prompts must have its positions, in some pair.
 
     Raises:
         SiteError: The model has no such layer or unit, or no prompt has such a position.
@@ -194,7 +205,7 @@ def located(site: Site, architecture: Architecture, prompts: EncodedPairs | Refe
     if kind.unit:
         units_of(kind, layer, site.unit, architecture.units(kind.name, layer))
     site = replace(site, layer=layer)
-    prompts.require_positions(site)
+    prompts.require_positions(site, world)
     return site
 
 
