@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from reference import Edit, Reference
 from torch import Tensor
 
+from tracepatch.portions import Subspace
 from tracepatch.prompts import Pairs
 from tracepatch.rows import EditedWorld, Row
 from tracepatch.sites import Select, Site, select
+from tracepatch.sources import Part, summed
 from tracepatch.tokens import EncodedPairs
 
 ATTENDING = ("scores", "pattern")  # [head, dest, src]
@@ -119,6 +122,62 @@ def attending(edit: Any, site: Site, live: Tensor, value: Tensor) -> Edit:
     return Edit(site.component, site.layer, value, positions=at[1], unit=at[0], sources=at[2], mode=mode)
 
 
+def portioned(portion: Any, value: Tensor, live: Tensor) -> Tensor:
+    """A live value with a portion of it as in a source: the textbook formula, whole matrices, one vector at a time."""
+    if isinstance(portion, Subspace):
+        span = portion.basis.tensor.to(live.dtype)
+        return live + (value.expand_as(live) - live) @ (torch.linalg.pinv(span) @ span)
+    encode, decode = coder(portion.dictionary, live.dtype)
+    flat, other = live.reshape(-1, live.shape[-1]), value.expand_as(live).reshape(-1, live.shape[-1])
+    out = []
+    for one, given in zip(flat, other, strict=True):
+        before = encode(one[None])
+        after, taken = before.clone(), encode(given[None])
+        chosen = torch.arange(before.shape[1])[index(portion.chosen)].reshape(-1).tolist()
+        for n, i in enumerate(chosen):
+            clamp = None if portion.clamp is None else portion.clamp.tensor.expand(len(chosen))[n]
+            after[0, i] = taken[0, i] if clamp is None else clamp
+        out.append(decode(after)[0] + one - decode(before)[0])
+    return torch.stack(out).reshape(live.shape)
+
+
+def coder(of: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A dictionary as two functions."""
+    if not of.weights:
+        return of.encode, of.decode
+    encoder, bias, decoder, before = (None if c is None else c.tensor.to(dtype) for c in of.weights)
+
+    def encode(x: Tensor) -> Tensor:
+        found = (x if before is None else x - before) @ encoder
+        found = found if bias is None else found + bias
+        if of.activation == "relu":
+            return found.clamp(min=0)
+        if of.activation == "jumprelu":
+            return found * (found > of.parameter.tensor.to(dtype))
+        least = found.sort(-1).values[:, -of.parameter, None]
+        return (found * (found >= least)).clamp(min=0)
+
+    return encode, lambda f: f @ decoder
+
+
+def aligned(found: list[Tensor], select: Select, dim: int, length: int) -> Tensor:
+    """The mean of values of prompts of unequal length along a dim, as the pair's own index has them.
+
+    Slices that begin at the end line up there, all others at the start: what is left is as long as the pair's.
+    """
+    if select.items is not None:
+        return torch.stack(found).mean(0)
+    at_end, longest = (select.bounds[0] or 0) < 0, max(one.shape[dim] for one in found)
+    wide = []
+    for one in found:
+        shape = list(one.shape)
+        shape[dim] = longest - one.shape[dim]
+        gap = torch.full(shape, torch.nan, dtype=one.dtype)
+        wide.append(torch.cat([gap, one] if at_end else [one, gap], dim))
+    mean, count = torch.stack(wide).nanmean(0), len(range(length)[slice(*select.bounds)])
+    return mean.narrow(dim, longest - count if at_end else 0, count)
+
+
 class Slow:
     """The oracle for recorded rows of one model on some pairs."""
 
@@ -129,6 +188,7 @@ class Slow:
         eager: bool = False,
         edited: Mapping[str, EditedWorld] | None = None,
         sides: Sequence[Sides] | None = None,
+        references: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoded, module = encoded, untouched(model)
         self.sides = [None] * len(encoded) if sides is None else list(sides)
@@ -146,6 +206,8 @@ class Slow:
             self.references = dict.fromkeys(self.ids, Reference(module))
         self.reference = next(iter(self.references.values()))
         self.values = {key: self.references[key].values(ids) for key, ids in self.ids.items()}
+        self.worlds, self.module = references or {}, module
+        self.prompts: dict[tuple[str, int], Any] = {}  # of references: the values of each prompt, alone
         self.standing: dict[tuple[str, int], list[Edit]] = {key: [] for key in self.ids}
         for world in (edited or {}).values():
             for pair in range(len(encoded)):
@@ -166,26 +228,28 @@ class Slow:
         """Recorded edits as the oracle's."""
         found = []
         for edit in edits:
-            recorded, source = edit.site, edit.source.terms()
+            recorded, source = edit.site, summed(edit.source)
             root, sides = self.root[base], self.sides[pair]
-            crossing = any(self.root[part.world] != root for _, part in source.values)
+            crossing = any(self.root[part.world] != root for _, part in source.values if part.world in self.root)
             site = placed(recorded, sides, root, crossing)
             live = self.values[base, pair][site.component, site.layer]
             split = live.ndim == 3 or site.component in SPLIT
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
-                place = one_name(part.site.component, part.site.layer, self.reference.layers)
-                world = self.values[part.world, pair][place]
-                there = placed(part.site, sides, self.root[part.world], crossing)
-                term = pick(world, there, world.ndim == 3 or part.site.component in SPLIT)
+                term = self.value(
+                    part, pair, len(live) if site.component not in ATTENDING else live.shape[-1], crossing
+                )
+                if part.world in self.worlds and self.worlds[part.world].over and not site.pos.scalar:
+                    term = term[None]
                 value = value + factor * (
                     term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term
                 )
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
             for factor, noise in source.noise:
-                value = value + factor * noise.draw(f"pair {pair}, {recorded}", target.shape)
+                unit = 1.0 if noise.unit is None else self.picks(noise.unit).std()
+                value = value + factor * unit * noise.draw(f"pair {pair}, {recorded}", target.shape)
             value = value.expand(target.shape)
             if site.component in ATTENDING:
                 found.append(attending(edit, site, live, value))
@@ -196,10 +260,45 @@ class Slow:
                 value = value[:, None]
             at = torch.arange(len(live))[index(site.pos)].reshape(-1).tolist()
             units = torch.arange(live.shape[1])[index(site.unit)].reshape(-1).tolist() if split else None
-            found.append(
-                Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set")
-            )
+            mode = "add" if edit.add else "set"
+            if isinstance(edit.source, Part):
+                mode, value = "of", partial(portioned, edit.source.portion, value)
+            found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode=mode))
         return found
+
+    def value(self, part: Any, pair: int, length: int, crossing: bool = False) -> Tensor:
+        """What a value of a world, or of a reference, is in a pair of so many tokens."""
+        place = one_name(part.site.component, part.site.layer, self.reference.layers)
+        if part.world not in self.worlds:
+            world = self.values[part.world, pair][place]
+            there = placed(part.site, self.sides[pair], self.root[part.world], crossing)
+            return pick(world, there, world.ndim == 3 or part.site.component in SPLIT)
+        world = self.worlds[part.world]
+        own = [i for i in range(len(world.ids)) if world.rows[i] == world.row_of[pair]]
+        found = [one for i in own if (one := self.picked(world, i, part.site)) is not None]
+        if world.over:
+            return torch.cat([one[None] if part.site.pos.scalar else one for one in found]).mean(0)
+        if part.site.component not in ATTENDING:
+            return aligned(found, part.site.pos, 0, length)
+        assert len({one.shape for one in found}) == 1, "the oracle lines weights up for prompts of one length only"
+        return torch.stack(found).mean(0)
+
+    def picked(self, world: Any, number: int, site: Site) -> Tensor | None:
+        """What a site is in one prompt of a reference; ``None`` where it lacks the positions."""
+        if (world.name, number) not in self.prompts:
+            ids = torch.tensor(world.ids[number])
+            runs = Reference(self.module, torch.tensor(world.encoder[number])) if world.encoder else self.reference
+            self.prompts[world.name, number] = runs.values(ids)
+        value = self.prompts[world.name, number][one_name(site.component, site.layer, self.reference.layers)]
+        if not site.pos.resolve(len(world.ids[number])):
+            return None
+        return pick(value, site, value.ndim == 3 or site.component in SPLIT)
+
+    def picks(self, unit: Any) -> Tensor:
+        """All numbers of a value in all prompts of a reference."""
+        world = self.worlds[unit.world]
+        found = [self.picked(world, i, unit.site) for i in range(len(world.ids))]
+        return torch.cat([one.flatten() for one in found if one is not None])
 
     def logits(self, row: Row, pair: int) -> Tensor:
         """The logits [pos, vocab] of a row."""

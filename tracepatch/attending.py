@@ -170,7 +170,7 @@ class _Weights:
 
         def build(group: Group) -> list[Op]:
             keep = [("v", layer) for layer in self.cells.layers["pattern"]] if self.values else []
-            ops = self.sides.known(group, keep) if self.other else []
+            ops = self.sides.known(group, keep)
             ops.append(self.sides.backward(group, self.base, self.slopes, self.taps))
             items = tuple(contraction(group, key, number) for key in keys for number in metrics)
             return [*ops, (("contract", items), None)]

@@ -259,7 +259,7 @@ class _Study:
             keep |= {("v", layer) for layer in self.wanted.layers.get("pattern", ()) if self._biased}
         if isinstance(how, IntegratedGradients):
             keep |= {("embed", 0)} if how.along == "inputs" else set()
-        ops = sides.known(group, keep) if self.worlds or self.edited else []
+        ops = sides.known(group, keep)
         if isinstance(how, IntegratedGradients):
             return [*ops, *self._integrated(group, how)]
         drops = self._drops if isinstance(how, AtPStar) and how.drop else ()

@@ -102,7 +102,7 @@ def gradients(
     labels += [("gradient", base, number, *key) for base in bases for number in numbers for key in keys]
 
     def build(group: Group) -> list[Op]:
-        ops = sides.known(group, map(stream_of, keys) if lone else ()) if worlds else []
+        ops = sides.known(group, map(stream_of, keys) if lone else ())
         items: list[tuple[Any, ...]] = []
         if lone:
             items.append(sides.settled(group, lone, keys))

@@ -13,8 +13,10 @@ from tracepatch.errors import RecipeError
 from tracepatch.grids import SPAN
 from tracepatch.layout import Key
 from tracepatch.recording import Recorder
+from tracepatch.references import Reference
 from tracepatch.sites import PLACES, Component, Select, component, select
 from tracepatch.sources import OTHER, Function, WorldName, as_source
+from tracepatch.worlds import World
 
 Direction: TypeAlias = Literal["denoising", "noising"]
 BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
@@ -103,6 +105,12 @@ class Cells:
     @property
     def crossing(self) -> bool:
         """Whether values come from the other prompt; what is the same for both has no partner to come from."""
+        if isinstance(self.source, Reference):
+            return False
+        if isinstance(self.source, World):
+            name, recorded = self.source._name, self.source._recorder
+            root = recorded.edited[name].root if name in recorded.edited else name
+            return name not in recorded.references and root != self.base
         given = None if self.source is None else as_source(self.source)
         return given is None or (isinstance(given, Function) and given.arguments > 1)
 
@@ -172,7 +180,7 @@ class Cells:
         self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
     ) -> list[tuple[Any, ...]]:
         """Records a row for each cell, or for those with certain labels, in the order of the dims; their labels."""
-        world, other, found = getattr(recorder, self.base), OTHER[self.base], []
+        world, given, found = getattr(recorder, self.base), taken(recorder, self.base, self.source), []
         kept = self.partnered(recorder)
         for kind, labels in self.labels(recorder):
             if among is not None and tuple(labels.values()) not in among:
@@ -181,8 +189,7 @@ class Cells:
             site = tuple(_picked(dim, kind, labels, kept) for dim in kind.index)
             with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
-                value = self.source
-                target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value
+                target[site] = getattr(given, kind.name)[site] if isinstance(given, World) else given
         return found
 
 
@@ -197,6 +204,19 @@ def _picked(dim: str, kind: Component, labels: dict[str, Any], kept: dict[str, A
     names = (dim, SPAN) if dim == kind.place else (dim,)
     found = [where[name] for where in (labels, kept) for name in names if name in where]
     return found[0] if found else slice(None)
+
+
+def taken(recorder: Recorder, base: WorldName, source: Any) -> Any:
+    """What is written in a sweep: the world that values are taken from, or what stands at every site alike.
+
+    Args:
+        recorder: The recording.
+        base: The run that is edited.
+        source: As a user gives it: ``None`` for the other run, or ``tp.mean``, a world, a number, a tensor.
+    """
+    if source is None:
+        return getattr(recorder, OTHER[base])
+    return recorder.reference(source) if isinstance(source, Reference) else source
 
 
 def base_of(direction: Any) -> WorldName:

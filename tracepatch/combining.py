@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from tracepatch.errors import ResultError, listing
+from tracepatch.errors import MeasurementWarning, ResultError, listing
 from tracepatch.plan import Status
 
 MAIN = ("effect", "estimate")  # what a result is about: measured, or approximated
+CANCEL = 0.1  # of the size of differences, below which their mean is no yardstick
+NOTHING = 1e-5  # of the size of what it is a difference of, below which a difference is none
 
 
 def over_pairs(effects: xr.Dataset) -> xr.Dataset:
@@ -25,23 +28,7 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     main = main_variable(effects)
     if "pair" not in effects[main].dims:
         return effects
-    ratios = {"normalized": main, "normalized_estimate": "estimate"}
-    numeric = [
-        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
-    ]
-    present = effects[main].notnull()
-    chosen = effects[numeric]
-    if not present.all():  # where a pair has no such cell, its baselines do not count either
-        baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
-        chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
-    mean = chosen.mean("pair", keep_attrs=True)
-    for name, of in ratios.items():
-        if name in effects:
-            gap = whole_difference(effects, name).where(effects[of].notnull()).mean("pair")
-            mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
-            mean[name].attrs = dict(effects[name].attrs)
-    if "status" in effects:
-        mean = mean.assign(status=_status(effects["status"]))
+    mean = _over(effects, "pair")
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):
         if name in effects.coords and "pair" in effects[name].dims:
             first = effects[name].isel(pair=0, drop=True)
@@ -51,19 +38,82 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
 
 
+def over_draws(effects: xr.Dataset) -> xr.Dataset:
+    """The same result averaged over draws of noise, or of prompts: ``normalized`` is again a ratio of means.
+
+    Before or after ``over_pairs``: means of the metric, in its unit, are taken in any order. A result without draws
+    comes back as it is.
+    """
+    if "draw" not in effects[main_variable(effects)].dims:
+        return effects
+    return _over(effects, "draw").assign_attrs({**effects.attrs, "averaged_draws": effects.sizes["draw"]})
+
+
+def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
+    """Averaged over a dim of the effects."""
+    main = main_variable(effects)
+    own = {"normalized": main, "normalized_estimate": "estimate"}
+    ratios = {name: effects[name].attrs.get("of", own.get(name)) for name in map(str, effects.data_vars)}
+    ratios = {name: of for name, of in ratios.items() if of is not None}
+    numeric = [
+        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
+    ]
+    present = effects[main].notnull()
+    chosen = effects[numeric]
+    if not present.all():  # where a pair has no such cell, its baselines do not count either
+        baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
+        chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
+    mean = chosen.mean(dim, keep_attrs=True)
+    for name, of in ratios.items():  # of a mean, over a mean difference of unpatched runs
+        there = effects[of].notnull()
+        scale: Any = np.maximum(abs(effects["clean"]), abs(effects[_other(effects, name)]))
+        gap = _yardstick(
+            whole_difference(effects, name).where(there), scale.where(there), dim, warn=name == "normalized"
+        )
+        mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
+        mean[name].attrs = dict(effects[name].attrs)
+    if "status" in effects:
+        mean = mean.assign(status=_status(effects["status"], dim))
+    return mean
+
+
+def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str, warn: bool) -> xr.DataArray:
+    """The mean difference of unpatched runs, by which effects are divided; NaN where there is next to none."""
+    mean, size = gap.mean(dim), abs(gap).mean(dim)
+    nothing = size <= NOTHING * scale.mean(dim)
+    cancels = (abs(mean) < CANCEL * size) & ~nothing
+    why = []
+    if bool((nothing & size.notnull()).any()):
+        why.append("is next to nothing beside what it is a difference of, and normalized NaN")
+    if bool(cancels.any()):
+        why.append(f"has both signs, and cancels over {dim}s to less than a tenth of its size")
+    if why and warn:
+        warnings.warn(
+            f"The difference of the unpatched runs {', or '.join(why)}. Read effect, not normalized.",
+            MeasurementWarning,
+            stacklevel=4,
+        )
+    return mean.where(~nothing)
+
+
 def whole_difference(effects: xr.Dataset, name: str = "normalized") -> xr.DataArray:
     """What a fraction divides by, for each pair: clean − corrupted, or − the world that stands in for it."""
-    other = str(effects[name].attrs.get("over", "corrupted"))
-    found: xr.DataArray = effects["clean"] - effects[other]
+    found: xr.DataArray = effects["clean"] - effects[_other(effects, name)]
     return found
 
 
-def _status(status: xr.DataArray) -> xr.DataArray:
-    """The status of a mean over pairs: of what is in it, measured before estimated before proved."""
-    found = xr.zeros_like(status.isel(pair=0, drop=True))
+def _other(effects: xr.Dataset, name: str) -> str:
+    return str(effects[name].attrs.get("over", "corrupted"))
+
+
+def _status(status: xr.DataArray, dim: str) -> xr.DataArray:
+    """The status of a mean over a dim: of what is in it, measured before estimated before proved."""
+    if dim not in status.dims:
+        return status
+    found = xr.zeros_like(status.isel({dim: 0}, drop=True))
     # What is pending leaves a mean of what there is; a mean is a proved zero if all that is in it was proved.
     for kind in (Status.PENDING, Status.PROVED_ZERO, Status.ESTIMATED, Status.MEASURED):
-        found = found.where(~(status == kind).any("pair"), int(kind))
+        found = found.where(~(status == kind).any(dim), int(kind))
     return found.astype(np.int8).assign_attrs(status.attrs)
 
 

@@ -205,10 +205,10 @@ class _Rows:
         self.beside = {key: canonical(Site("resid_post", key[1]), depth) for key in self.keys if key[0] in ADDS}
         self.softmax = [k for k in self.keys if k[0] in CHOOSES and self.architecture.offers("pattern", k[1])]
         self.settled = {*self.own.values(), *self.beside.values(), *(("pattern", layer) for _, layer in self.softmax)}
-        terms = {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+        terms = {key for job in jobs for w in job.writes for key in w.needed}
         self.kept = self.settled | terms
         given = self.p.model, self.architecture, self.p.encoded, self.p.metrics
-        self.sides = Sides(*given, plan.worlds, plan.edited, self.kept, memory=self.memory)
+        self.sides = Sides(*given, plan.worlds, plan.edited, self.kept, self.memory, plan.references, plan.surveys)
         self.shape = plan.pairs, len(plan.rows)
         self.found = {"patch_size": np.full(self.shape, np.nan)}
         if self.softmax:

@@ -54,7 +54,7 @@ def entered(job: Job, length: int, end: int, first: int, known: int) -> Job | st
             return "edit the stream before a standing edit of it"
     if end < length:
         inside = [w for w in own if w.component != "logits"]
-        taken = [max(t.positions) for w in inside for t in w.terms]
+        taken = [max(t.positions) for w in inside for t in w.terms if t.tally is None]
         if max([max(w.positions) for w in inside], default=0) >= end or max(taken, default=0) >= known:
             return "edit or take positions after the last one that is read"
     writes = tuple([explicit(w, length) for w in standing_in(job.writes, start, birth, end)])
@@ -84,7 +84,7 @@ def above(job: Job, architecture: Architecture, seen: Iterable[Read] = ()) -> Jo
     (one,) = first
     # In 16 bits a sum that is put together otherwise is off by its last bit.
     exact = architecture.dtype.itemsize >= 4
-    if not (known and exact) or one.function or any(w.standing for w in job.writes):
+    if not (known and exact) or one.function or one.portion or any(w.standing for w in job.writes):
         return job
     taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
     write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))

@@ -12,11 +12,13 @@ from typing import TypeAlias
 
 from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.literals import along, joined, literal, number, plus
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row, standing
 from tracepatch.shapes import shape_of
 from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site
-from tracepatch.sources import Constant, Function, Noise, Value, WorldName
+from tracepatch.sources import Function, Noise, Part, Sum, Value, WorldName, summed
 from tracepatch.spelling import STOPS, Spot
 from tracepatch.tokens import EncodedPairs
 
@@ -42,6 +44,8 @@ class Common:
         parameters: What has to be passed to the script, with what a user passes.
         wanted: World → the values that are taken from it.
         defines: Functions that the lines call.
+        references: The reference worlds.
+        averages: What is taken of them: a value, and whether it is the spread of its numbers → its variable.
     """
 
     row: Row
@@ -52,6 +56,8 @@ class Common:
     parameters: dict[str, str] = field(default_factory=dict)
     wanted: dict[WorldName, dict[Key, None]] = field(default_factory=lambda: defaultdict(dict))
     defines: dict[str, None] = field(default_factory=dict)
+    references: dict[WorldName, ReferenceWorld] = field(default_factory=dict)
+    averages: dict[tuple[Value, bool], str] = field(default_factory=dict)
 
     def side(self, world: WorldName) -> Side:
         """The positions of a world's prompt."""
@@ -61,7 +67,9 @@ class Common:
         """Whether an edit of a world takes values of the other prompt."""
         if isinstance(edit.source, Function):
             return edit.source.arguments > 1
-        return any(self.root(value.world) != self.root(world) for _, value in edit.source.terms().values)
+        total = summed(edit.source) or Sum((), None)
+        worlds = {value.world for _, value in total.values} - {*self.references}
+        return any(self.root(other) != self.root(world) for other in worlds)
 
     def root(self, world: WorldName) -> WorldName:
         """The world whose prompts it runs on."""
@@ -74,7 +82,16 @@ class Common:
     def kept(self, world: WorldName, name: str, layer: int) -> str:
         """The variable with a value of another run, which is taken from now on."""
         self.wanted[world][name, layer] = None
-        return f"{world}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+        return f"{self.named(world)}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+
+    def named(self, world: WorldName) -> str:
+        """A world in the names of variables."""
+        return f"reference_{list(self.references).index(world)}" if world in self.references else world
+
+    def averaged(self, value: Value, spread: bool = False) -> str:
+        """The variable with the mean of a reference's value, all its units, or with the spread of its numbers."""
+        word = "std" if spread else "mean"
+        return self.averages.setdefault((value, spread), f"{word}_{len(self.averages)}")
 
     def passed(self, owner: WorldName, what: str) -> str:
         """The parameter for what the edits of the row (or of a world, the owner) hold and cannot be written down."""
@@ -135,7 +152,9 @@ class Forward:
             visits[(stop.order, 0, late, STAGES[name]), tuple(lines)] = None
         if last:
             visits[(float("inf"), 1, 0, 0), (last,)] = None
-        ids = f"{self.common.root(self.world)}_tokens" + (f".repeat({self.rows}, 1)" if self.rows > 1 else "")
+        alone = self.world in self.common.references
+        ids = "ids_tokens" if alone else f"{self.common.root(self.world)}_tokens"
+        ids += f".repeat({self.rows}, 1)" if self.rows > 1 else ""
         found = [line for _, part in sorted(visits, key=lambda visit: visit[0]) for line in part]
         given = f"input_ids={ids}"
         if self.common.encoded.encoder:
@@ -167,7 +186,7 @@ class Forward:
         """Whether every head is made to read the same."""
         if isinstance(edit.source, Function):
             return False
-        source = edit.source.terms()
+        source = summed(edit.source) or Sum((), None)
         sites = [v.site for _, v in source.values if v.site.component not in SPLIT_READERS]
         one = [len(s.unit.resolve(self.architecture.units(s.component, s.layer)) or (0,)) == 1 for s in sites]
         tensor = edit.tensor
@@ -192,6 +211,10 @@ class Forward:
         made = (
             self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit, crossing)
         )
+        if isinstance(source, Part):
+            own = [e for e in common.edits_of(owner) if isinstance(e.source, Part)]
+            which = [e is edit for e in own].index(True)
+            made = f"{common.passed(owner, 'portions')}[{which}]({name}[{live}], {made})"
         if together and edit.add:
             made = f"{name}[{live}] + {made}"
         lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}", *after]
@@ -215,15 +238,20 @@ class Forward:
         return f"{common.passed(owner, 'functions')}[{which}]({', '.join([f'{site.component}[{cells}]', *values])})"
 
     def _sum(self, owner: WorldName, edit: Edit, crossing: bool) -> str:
-        source, found = edit.source.terms(), ""
+        source, found = summed(edit.source) or Sum((), None), ""
         for factor, value in source.values:
             term = self._value(value, edit.site, crossing)
             found = plus(found, factor, term if abs(factor) == 1 else f"{number(abs(factor))} * {term}")
         for factor, noise in source.noise:
-            found = plus(found, factor * noise.scale, self._noise(abs(factor), noise, edit.site, crossing))
+            unit = "" if noise.unit is None else f" * {self.common.averaged(noise.unit, spread=True)}"
+            drawn = self._noise(abs(factor), noise, edit.site, crossing) + unit
+            found = plus(found, factor * noise.scale, drawn)
         return found if source.constant is None else self._plus_constant(found, source.constant, owner, edit)
 
     def _value(self, value: Value, target: Site, crossing: bool) -> str:
+        if value.world in self.common.references:
+            cells = self._in_line(value.site, target, self.here, False, self.common.references[value.world])
+            return f"{self.common.averaged(value)}[{cells}]"
         kept = self.common.kept(value.world, value.site.component, value.site.layer)
         there = self.common.side(value.world), crossing
         same = value.site == target
@@ -272,20 +300,27 @@ class Forward:
             parts = [p if scalar else str(list(indices)) for p, (indices, scalar, _) in zip(parts, found, strict=True)]
         return parts
 
-    def _in_line(self, site: Site, target: Site, side: Side, crossing: bool) -> str:
-        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast."""
+    def _in_line(self, site: Site, target: Site, side: Side, crossing: bool, mean: ReferenceWorld | None = None) -> str:
+        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast.
+
+        A mean has just the positions that are taken, and all units.
+        """
         if COMPONENTS[site.component].attends:
-            return joined("0", self._weight_parts(site, side, crossing, target))
+            parts = self._weight_parts(site, side, crossing, target)
+            if mean is None:
+                return joined("0", parts)
+            return joined(parts[0], ["0" if select.scalar else ":" for select in (target.pos, target.src)])
         positions = site.pos.on(side, crossing) or ()
+        several = len(positions) > 1 and not (mean and mean.over)
         # Where the target has several heads, a dim for them has to stand behind the positions.
-        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and len(positions) > 1
-        parts = [along(positions, len(positions) == 1, side.length)]
+        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and several
+        parts = [along(positions, not several, side.length) if mean is None else ":" if several else "0"]
         if COMPONENTS[site.component].unit:
             count = self.architecture.units(site.component, site.layer)
             parts.append(self._units(site, len(site.unit.resolve(count) or ()) == 1 and not behind))
         elif behind:
             parts.append("None")
-        return joined("0", parts)
+        return joined("0", parts) if mean is None else joined(parts[0], parts[1:])
 
     def _units(self, site: Site, scalar: bool) -> str:
         count = self.architecture.units(site.component, site.layer)

@@ -16,8 +16,8 @@ from tracepatch.architecture import Architecture
 from tracepatch.costs import Costs, kept_bytes, seen_bytes, table_bytes
 from tracepatch.entrance import BEFORE, above, attended, entered, explicit, looks_back, outside, standing_in
 from tracepatch.errors import plural
-from tracepatch.jobs import Job, Read
-from tracepatch.plan import Batch, Group, Reading, parts
+from tracepatch.jobs import Job, Read, parts
+from tracepatch.plan import Batch, Group, Reading
 from tracepatch.profiles import Profile
 from tracepatch.sources import WorldName
 from tracepatch.table import Form, Table, seat
@@ -100,7 +100,7 @@ class Packer:
     def _worlds_at_once(self, profile: Profile, pairs: Sequence[int], jobs: dict[int, list[Job]]) -> int:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
         length = max(profile.alignment.clean.length, profile.alignment.corrupted.length)
-        needed = {(t.component, t.layer) for job in every for w in job.writes for t in w.terms}
+        needed = {key for job in every for w in job.writes for key in w.needed}
         if self.form != "flat":
             needed |= {("resid_pre", layer) for layer in range(self.depth + 1)}
             needed |= {(name, layer) for layer in range(self.depth) for name in ("keys", "values")}
@@ -188,7 +188,7 @@ class Packer:
         sampled = any(isinstance(self._entered(job, prompts, end, shared), str) for job in sample)
         whole_prompts = flat or self.standing or sampled or any(job.raw for job in ready)
         # What a table does not have: it grows after the embedding, and what is read of it leaves before the logits.
-        beyond = any(outside(t.component) for job in every for w in job.writes for t in w.terms)
+        beyond = any(outside(name) for job in every for w in job.writes for name, _ in w.needed)
         beyond |= any(outside(read.component) for read in self.seen)
         rides = self.rides and shared and not (self.standing or beyond) and (end == length or not whole_prompts)
         if self.form == "packed" and tabled and rides:
@@ -211,10 +211,10 @@ class Packer:
     def _needed(self, every: list[Job], batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
         """What of the worlds is written somewhere, or where rows are born on top of them in a run of its own."""
         for write in (w for job in every for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+            yield from write.needed
         tables = [b.table for b in batches if b.table]
         for write in (w for table in tables for job in table.jobs for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+            yield from write.needed
         for table in (table for table in tables if not table.worlds):
             yield from (("resid_pre", job.birth) for job in table.jobs)
             yield from ((read.component, read.layer) for read in self.seen)
@@ -344,7 +344,7 @@ def divided(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
 def _rides(job: Job) -> bool:
     """Whether what a row writes has passed by, in the forward that computes the worlds, when it is written."""
     return all(
-        (t.component, t.layer) == (w.component, w.layer) or t.layer < w.layer for w in job.writes for t in w.terms
+        (name, layer) == (w.component, w.layer) or layer < w.layer for w in job.writes for name, layer in w.needed
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.cautions import cautions
 from tracepatch.costs import (
     Estimate,
     default_costs,
@@ -35,8 +36,10 @@ from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.profiles import Profile, profile_of, require_given
 from tracepatch.reach import layers_needed
-from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, Value, WorldName
+from tracepatch.references import ReferenceWorld, Survey
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sources import WorldName, noises
+from tracepatch.surveys import cost, surveys
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -76,6 +79,7 @@ def make_plan(
     device: str = "cpu",
     pace: float | None = None,
     ends: str = "",
+    references: Sequence[ReferenceWorld] = (),
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -97,6 +101,7 @@ def make_plan(
         device: The type of device that it runs on.
         pace: How many times longer than estimated a run of this model took here, if there was one.
         ends: Why a forward of the model cannot end below its last layer, in words; empty if it can.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There are no rows.
@@ -113,7 +118,7 @@ def make_plan(
     require_given(metrics, encoded)
     profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
-    if any(_draws(edit) for edit in edits):
+    if any(noises(edit.source) for edit in edits):
         profiles = [
             replace(profile, pair=n) for n, profile in zip(numbers or range(len(encoded)), profiles, strict=True)
         ]
@@ -130,9 +135,13 @@ def make_plan(
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
+    notes += cautions(metrics, rows, (world.name for world in references), encoded.corrupted is not None)
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
-    lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
+    others = {world.name: world for world in references}
+    lowering = {
+        profile: Lowering(architecture, profile, prune, worlds, named, others) for profile in dict.fromkeys(profiles)
+    }
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     saving = {
         profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
@@ -166,6 +175,7 @@ def make_plan(
     until = len(architecture) + 1 if ends else until
     depth = min(until, len(architecture))
     sample = _sample(lowering, profiles, rows, jobs, proofs, until)
+    measured += sample
     row_bytes = max(
         flat_bytes(architecture, side.length, len(p.reads_of(side.world)))
         + saved_bytes(architecture, p.seen_of(side.world), side.length)
@@ -201,6 +211,8 @@ def make_plan(
         sides = profile.alignment.clean, profile.alignment.corrupted
         alike[sides[0].length, sides[1].length, profile.scored, profile.seen].append(pair)
     together = sorted(alike.items(), key=lambda item: item[0][:2])
+    at_once = max(1, int(budget // 2 // max(1, row_bytes)))
+    surveyed = tuple(surveys(architecture, references, measured, at_once, not ends))
     groups = tuple(g for _, pairs in together for g in packer.groups(pairs, profiles, jobs))
     uneven = sum(not profile.shared for profile in profiles)
     if uneven:
@@ -208,7 +220,9 @@ def make_plan(
             f"{plural(uneven, 'pair')} of prompts that differ in length, or in where metrics read: their worlds run "
             "first, by themselves, and a batch has rows of clean or of corrupted prompts alone"
         )
-    steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
+    steps = sum(1 + len(group.batches) for group in groups) + bool(sample) + sum(len(s.runs) for s in surveyed)
+    beside = len(groups) * sum(n for s in surveyed for n in s.world.lengths)
+    columns = sum(1 + len(m.parts) for m in metrics)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
@@ -224,12 +238,14 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
-        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics), steps) if remote else None,
+        traffic=traffic(measured, encoded.lengths, columns, steps, beside) if remote else None,
         edited=tuple(edited),
         sample=sample,
-        estimate=_estimate(architecture, packer, groups, worlds, pace),
+        estimate=_estimate(architecture, packer, groups, worlds, pace, surveyed),
         slower=tuple(packer.slower(why)),
         until=until,
+        references=tuple(references),
+        surveys=surveyed,
     )
     check(plan)
     return plan
@@ -248,6 +264,7 @@ def _estimate(
     groups: Sequence[Group],
     worlds: tuple[WorldName, ...],
     pace: float | None,
+    surveyed: Sequence[Survey],
 ) -> Estimate:
     """What the runs of a plan cost, by their shapes."""
     depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
@@ -269,6 +286,9 @@ def _estimate(
         forwards += sum(shapes) * computed
         seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
         largest = max(largest, max(shapes, default=0) * costs.row_bytes)
+    for survey in surveyed:
+        forwards += cost(architecture, survey)
+        seconds += sum(costs.flat_seconds(*shape, min(survey.until, depth)) for shape in survey.shapes)
     return Estimate(forwards, largest, seconds * (pace or 1), pace)
 
 
@@ -301,10 +321,6 @@ def _sample(
             chosen += [one] if writes and not {w.component for w in writes} & EAGER - seen else []
             break
     return tuple(chosen)
-
-
-def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:

@@ -78,11 +78,11 @@ def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
         for need in metric.needs:
             if need == "corrupted" and encoded.corrupted is None:
                 offenders.append("the pairs have no corrupted prompts")
-            if need in ("answer", "wrong"):
-                empty = [i for i, ids in enumerate(getattr(encoded, need)) if not ids]
+            for side in (need,) if need in ("answer", "wrong") else ("answer", "wrong") * (need == "direct"):
+                empty = [i for i, ids in enumerate(getattr(encoded, side)) if not ids]
                 if empty:
                     offenders.append(
-                        f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})"
+                        f"{len(empty)} of {len(encoded)} pairs have no {side} (the first: pair {empty[0]})"
                     )
         if offenders:
             raise MetricError(

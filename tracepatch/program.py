@@ -14,7 +14,10 @@ import torch
 
 from tracepatch.backward import backward
 from tracepatch.contractions import contracted
-from tracepatch.trace import forward, raw, sandboxed, scored, wires
+from tracepatch.tallies import add, finish
+from tracepatch.trace import direct, forward, raw, sandboxed, scored, wires
+
+LASTING = ("wires", "tally", "tallied")  # the same for all groups of pairs
 
 
 def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
@@ -26,7 +29,9 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
             it (``"piece"``), or nothing; ``("join", …)``, which puts pieces together; ``("wires", …)``, which looks
             what blocks take from outside; ``("raw", …)``, a forward in which a function acts; ``("backward", run,
             asked)``, a forward whose metrics are differentiated; ``("contract", items)``, numbers from what is known;
-            or ``("forget",)``.
+            ``("add", …)``, a forward of prompts of a reference, and ``("finish", …)`` once all of them have run;
+            ``("direct", …)``, a forward of a pair's own prompts that shows what the stream adds to logits; or
+            ``("forget",)``, after which only what lasts is known.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``; changed in place.
 
     Returns:
@@ -51,10 +56,35 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
     if kind == "contract":
         return contracted(known, given[0])
     if kind == "forget":
-        return known.clear()
+        for key in [key for key in known if key[0] not in LASTING]:
+            del known[key]
+        return None
+    if kind in ("add", "finish"):
+        return referred(model, op, known)
+    if kind == "direct":
+        key, *given, rows, count = given
+        if ("tallied", *key, rows[0].item()) not in known:
+            found = direct(model, *given)
+            table = known.get(key, found.new_zeros(count, found.shape[1]))
+            table[rows.to(table.device)] = found
+            known.update({key: table, ("tallied", *key, rows[0].item()): rows})
+        return None
     if kind == "wires":
         return wires(model, known, *given)
     return raw(model, known, *given)
+
+
+def referred(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> None:
+    """A forward of prompts of a reference, or the end of them; nothing where they have run before."""
+    kind, name, *given = op
+    if ("tallied", name) in known:
+        return
+    if kind == "add":
+        run, rows, moves = given
+        kept, _ = forward(model, run, known)
+        add(known, kept, rows, moves)
+    else:
+        finish(known, name, *given)
 
 
 def program(model: Any, tree: Any, numbers: tuple[torch.Tensor, ...], first: int, seconds: float) -> dict[str, Any]:

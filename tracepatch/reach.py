@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from tracepatch.alignment import Side
@@ -25,6 +26,31 @@ BESIDE = ENTERING | set(SPLIT_READERS.values())  # what single heads read leaves
 EVERY = range(sys.maxsize)  # any position
 LAST = frozenset({"logits_in", "logits_in_scale", "logits"})  # after the last layer
 COMPARED = frozenset({"next", "clean", "corrupted"})  # what a metric may need of another prompt's positions
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """What a site is in prompts of one length.
+
+    Attributes:
+        place: Component and layer, one name for each place of the stream.
+        positions: The positions.
+        offsets: As many numbers from 0 on.
+        units: Heads or neurons; ``None`` for all, or where there are none.
+        srcs: The positions attended to; ``None`` for all, or where there are none.
+        scalar: Whether the index was one integer: for positions, units, sources.
+        split: Whether it has units.
+        attends: Whether it has positions that are attended to.
+    """
+
+    place: tuple[str, int]
+    positions: tuple[int, ...]
+    offsets: tuple[int, ...]
+    units: tuple[int, ...] | None
+    srcs: tuple[int, ...] | None
+    scalar: tuple[bool, bool, bool]
+    split: bool
+    attends: bool
 
 
 def canonical(site: Site, depth: int) -> tuple[str, int]:
@@ -128,6 +154,19 @@ def reached(
     return range(max(read.positions) + 1) if unknown or first <= last else read.positions
 
 
+def cells(
+    site: Site,
+    depth: int,
+    positions: tuple[int, ...],
+    units: tuple[int, ...] | None,
+    srcs: tuple[int, ...] | None,
+) -> Cells:
+    """What a site is, given its positions, units and sources; see ``indices``."""
+    kind, scalar = component(site.component), (site.pos.scalar, site.unit.scalar, site.src.scalar)
+    offsets, split = tuple(range(len(positions))), kind.unit is not None
+    return Cells(canonical(site, depth), positions, offsets, units, srcs, scalar, split, kind.attends)
+
+
 def layers_of(architecture: Architecture, name: str, layer: int) -> int:
     """How many layers a forward computes until a value is there; one more than there are for what is above them all."""
     depth = len(architecture)
@@ -147,5 +186,5 @@ def layers_needed(architecture: Architecture, reads: Iterable[Read], jobs: Itera
     jobs = list(jobs)
     reached = {(read.component, read.layer) for read in (*reads, *(r for job in jobs for r in job.reads))}
     reached |= {(w.component, w.layer) for job in jobs for w in job.writes}
-    reached |= {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+    reached |= {key for job in jobs for w in job.writes for key in w.needed}
     return max(1, *(layers_of(architecture, name, layer) for name, layer in reached))

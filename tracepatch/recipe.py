@@ -6,7 +6,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -49,7 +48,7 @@ from tracepatch.sources import WorldName
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
 from tracepatch.weights import weightless
-from tracepatch.worlds import located
+from tracepatch.worlds import fitted
 
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
 
@@ -79,10 +78,7 @@ class Patching(Recorder):
         encoded = require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
-        self.metrics = tuple(
-            one if one.site is None else replace(one, site=located(one.site, self.architecture, self.encoded))
-            for one in as_metrics(metric)
-        )
+        self.metrics = tuple(fitted(one, self.architecture, encoded) for one in as_metrics(metric))
         self.seen = tuple(one.site for one in self.metrics if one.site is not None)
         device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:
@@ -120,6 +116,7 @@ class Patching(Recorder):
                 metrics=self.metrics,
                 model=name_of(self.model),
                 edited=self.edited,
+                references=self.references,
             )
             for row in self.rows:
                 row._script = write
@@ -147,7 +144,8 @@ class Patching(Recorder):
             why=why,
             device=device_of(self.model).type,
             pace=_PACES.get(self.model),
-            ends="" if of_logits else unending(self.model, self.architecture),
+            ends="" if of_logits and not self.references else unending(self.model, self.architecture),
+            references=tuple(self.references.values()),
             **self._limits,
         )
         if plan.remote:
@@ -381,7 +379,8 @@ def patch(
             spans of the pairs.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
-        source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
+        source: Something else to write: ``0``, a tensor, ``tp.mean(prompts)`` or ``tp.resample(prompts)``; the
+            direction still says which run is edited.
         only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.

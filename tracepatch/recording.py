@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
 from tracepatch.alignment import Aligned, Side
 from tracepatch.architecture import Architecture
+from tracepatch.draws import Draws
 from tracepatch.errors import RecipeError, SiteError
+from tracepatch.fitting import Meeting, require_fit, require_portion
 from tracepatch.grids import Grid
+from tracepatch.prompts import Pairs
+from tracepatch.references import Reference, mean, resample
 from tracepatch.rows import (
     RESERVED,
     Edit,
@@ -33,10 +37,10 @@ from tracepatch.rows import (
     takes_one,
 )
 from tracepatch.shapes import shape_of
-from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, Increment, Noise, Sum, Value, WorldName, as_source
+from tracepatch.sites import COMPONENTS, Site, component
+from tracepatch.sources import Function, Increment, Noise, Part, Sum, Value, WorldName, as_source, summed
 from tracepatch.tokens import EncodedPairs
-from tracepatch.trials import Meeting, require_fit, require_plain, require_result, saved
+from tracepatch.trials import require_plain, require_result, saved
 from tracepatch.worlds import World
 
 
@@ -50,6 +54,8 @@ class Recorder:
             values.
         rows: What was recorded.
         seen: The activations that metrics read.
+        edited: The edited worlds, by name.
+        references: The reference worlds, by name.
     """
 
     def __init__(self, architecture: Architecture, encoded: EncodedPairs) -> None:
@@ -58,7 +64,8 @@ class Recorder:
         self.rows: list[Row] = []
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
-        self.edited: dict[WorldName, EditedWorld] = {}
+        self._draws = Draws(encoded)
+        self.edited, self.references = self._draws.edited, self._draws.references
         self.sites: dict[str, dict[Any, Site]] = {}
         self.opened: Row | None = None
         self._ended = False
@@ -98,21 +105,61 @@ class Recorder:
                 f"A world cannot be called {name!r}: choose a word that names no other world ({', '.join(known)}), no "
                 "component and no variable of a result."
             )
-        if not isinstance(of, World) or of._recorder is not self:
-            raise RecipeError(f"of= is a world of this recording, such as p.clean, not {of!r}.")
+        if not isinstance(of, World) or of._recorder is not self or of._name in self.references:
+            what = of._name if isinstance(of, World) else repr(of)
+            raise RecipeError(f"of= is a world of this recording that has a run, such as p.clean, not {what}.")
         below = self.edited.get(of._name)
         if below is not None:
             below.used = True
         self.edited[name] = EditedWorld(name, of._name, below.root if below else of._name)
         return World(self, name)
 
-    @staticmethod
-    def gaussian(scale: float, seed: int = 0) -> Noise:
-        """Gaussian noise of a standard deviation, in the activation's unit: a source, as in ``site += p.gaussian(3)``.
+    def gaussian(self, scale: float, seed: int = 0, *, of: str | Value | None = None, draws: int = 1) -> Noise:
+        """Gaussian noise of a standard deviation: a source, as in ``site += p.gaussian(3, of="embed")``.
 
         Every site and pair draws its own; the same seed gives the same noise again.
+
+        Args:
+            scale: The standard deviation: in the activation's unit or, with ``of``, a multiple of another one.
+            seed: Which noise.
+            of: What the scale is a multiple of: the standard deviation of all numbers of ``"embed"`` in the clean
+                prompts, or of a value of the clean or corrupted world, as in ``of=p.clean.embed[subject]``.
+            draws: How often the noise is drawn; rows are then measured once for each draw, with the label ``draw``,
+                and ``tp.over_draws`` averages them.
+
+        Raises:
+            RecipeError: It is no standard deviation, seed, number of draws, or value of an unpatched world.
         """
-        return Noise.of(scale, seed)
+        return Noise.of(scale, seed, None if of is None else self._unit(of), draws)
+
+    def _unit(self, of: Any) -> Value:
+        if isinstance(of, str) and component(of).index == ("pos",):
+            of = getattr(self.clean, of)[:]
+        attends = isinstance(of, Value) and (component(of.site.component).attends or of.site.component == "logits")
+        if not isinstance(of, Value) or of.world not in ("clean", "corrupted") or attends:
+            raise RecipeError(
+                f"of={of!s} has no standard deviation that noise could be a multiple of: pass 'embed', or a vector's "
+                "place in an unpatched world, such as p.clean.resid_pre[3, :]."
+            )
+        return Value(self._draws.prompts(of.world), of.site)
+
+    def mean(self, prompts: Pairs | Sequence[Any], over: Literal["positions"] | None = None) -> World:
+        """The mean over a set of prompts, indexed like a world: ``p.clean.z[5, :, 3] = p.mean(prompts).z[5, :, 3]``.
+
+        ``tracepatch.references.mean`` describes the arguments.
+        """
+        return self.reference(mean(prompts, over))
+
+    def resample(self, prompts: Pairs | Sequence[Any], seed: int = 0, draws: int = 1) -> World:
+        """For each pair a prompt drawn from a set, indexed like a world; all sites of a pair take the same prompt.
+
+        ``tracepatch.references.resample`` describes the arguments.
+        """
+        return self.reference(resample(prompts, seed, draws))
+
+    def reference(self, declared: Reference) -> World:
+        """The world of a reference from ``tp.mean`` or ``tp.resample``: for the right side of edits only."""
+        return World(self, self._draws.reference(declared))
 
     def row(self, *, renormalize: bool = False, **labels: Label) -> _RowBlock:
         """A block whose edits are one patched forward.
@@ -291,6 +338,8 @@ class Recorder:
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
         row, own = self.opened, self.edited.get(world)
+        if world in self.references:
+            raise RecipeError(f"{world}.{site} cannot be edited: it is no run, but values to be written in one.")
         if row is None and (own is None or self._ended):
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
@@ -319,18 +368,23 @@ class Recorder:
                 "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
+        total = summed(source)
         if isinstance(source, Function):
             self._require_result(world, site, source)
         else:
-            self._require_fit(world, site, source.terms(), plain=isinstance(source, Value) and source.site == site)
-        taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
+            assert total is not None
+            own_place = isinstance(source, Value) and source.site == site and source.world not in self.references
+            self._require_fit(world, site, total, plain=own_place)
+        if isinstance(source, Part):
+            source = require_portion(f"{world}.{site}", site, source, add, self.architecture)
+        taken = set() if total is None else {value.world for _, value in total.values}
         for other in (self.edited[name] for name in taken if name in self.edited):
             if row is None and other is own:
                 raise RecipeError(f"{world}.{site}: a standing edit of {world} cannot take {world}'s own values.")
             other.used = True
-        if not isinstance(source, Function):
-            require_plain(source.terms(), self.edited)
-            for _, value in source.terms().values:
+        if total is not None:
+            require_plain(total, self.edited)
+            for _, value in total.values:
                 require_fresh(f"{world}.{site}", self._standing(value.world), [value.site], self.architecture)
         if row is None:
             assert own is not None
@@ -370,7 +424,8 @@ class Recorder:
         if plain and key in self._tried:
             return
         roots = {name: edited.root for name, edited in self.edited.items()}
-        meetings = [Meeting(pair, self._root(world), self.architecture, roots) for pair in self.alignments]
+        own = self._root(world), self.architecture, roots, self.references
+        meetings = [Meeting(pair, *own) for pair in self.alignments]
         found = [require_fit(site, source, meeting) for meeting in meetings]  # each is tried
         if not any(found):
             raise SiteError(
@@ -432,14 +487,15 @@ class Recorder:
             require_label(row, name, label, self.architecture, self._sides(row.base))
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
         require_apart(f"row({row.described})", every, self.architecture)
-        key = tuple(row.labels.items())
-        if key in self._taken:
-            labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
-            raise RecipeError(
-                f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'."
-            )
-        self._taken.add(key)
-        self.rows.append(row)
+        for one in self._draws.rows(row, len(self.rows)):
+            key = tuple(one.labels.items())
+            if key in self._taken:
+                labels = ", ".join(f"{k}={v!r}" for k, v in one.labels.items())
+                raise RecipeError(
+                    f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'."
+                )
+            self._taken.add(key)
+            self.rows.append(one)
 
 
 class _RowBlock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.rows import Label, Row
 from tracepatch.sites import PLACES, select
-from tracepatch.sources import Function, Source, Value
+from tracepatch.sources import Part, Source, Value, WorldName, summed
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -106,8 +107,19 @@ def _dataset(
     for part in dict.fromkeys(p for m in plan.metrics for p in m.parts):
         data[f"effect_{part}"] = ((*lead, *dims), variable(values - base, part))
     data["base"] = (lead, baseline(next(iter(bases)))) if len(bases) == 1 else ((*lead, *dims), variable(base))
-    for world in (*plan.worlds, *(world.name for world in plan.edited)):
+    for world in plan.worlds:
         data[world] = (lead, baseline(world))
+    drawn: dict[WorldName, list[WorldName]] = {}
+    for edited in plan.edited:
+        drawn.setdefault(edited.origin or edited.name, []).append(edited.name)
+    for origin, draws in drawn.items():
+        if len(draws) == 1:
+            data[origin] = (lead, baseline(origin))
+            continue
+        own = coords.setdefault("draw", list(range(len(draws))))
+        alike = isinstance(own, list) and len(own) == len(draws)
+        dim = "draw" if alike else f"{origin}_draw"
+        data[origin] = ((*lead, dim), np.stack([baseline(draw) for draw in draws], -1))
     proofs = plan.proofs[numbers]
     status = np.where(
         absent,
@@ -124,7 +136,8 @@ def _dataset(
         dataset = normalize(dataset, _own_noise(measured), "corrupted")
     elif plan.edited:
         dataset = normalize(dataset, _own_noise(measured), "base")
-    dataset.attrs["base"] = " and ".join(sorted(bases))
+    origins = {world.name: world.origin or world.name for world in plan.edited}
+    dataset.attrs["base"] = " and ".join(sorted({origins.get(base, base) for base in bases}))
     sources = (e.source for row in rows for e in row.edits)
     written = {_described(s) for s in sources}
     dataset.attrs["written"] = written.pop() if len(written) == 1 else "other"
@@ -136,7 +149,7 @@ def _dataset(
         "base",
         "clean",
         "corrupted",
-        *(world.name for world in plan.edited),
+        *drawn,
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
     ):
         if name in dataset:
@@ -151,7 +164,7 @@ def _dataset(
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
         "base",
         *plan.worlds,
-        *(world.name for world in plan.edited),
+        *drawn,
         "status",
     ]
     return dataset[[name for name in order if name in dataset]]
@@ -179,9 +192,9 @@ def _described(source: Source) -> str:
     """What was written, in a word: a world, or a number."""
     if isinstance(source, Value):
         return source.world
-    if isinstance(source, Function):
+    total = summed(source)
+    if total is None or isinstance(source, Part):
         return "other"
-    total = source.terms()
     number = total.constant is not None and not total.values and not total.constant.tensor.shape
     return str(total) if number else "other"
 
@@ -329,8 +342,21 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "noise_floor": json.dumps(
             {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}
         ),
+        **({"references": json.dumps(_references(plan))} if plan.references else {}),
         "seconds": round(measured.seconds, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _references(plan: Plan) -> dict[WorldName, dict[str, Any]]:
+    """What the reference worlds are made of: how many prompts, their tokens by hash, and the first one's."""
+    return {
+        world.name: {
+            "prompts": len(world.ids),
+            "hash": hashlib.sha256(repr((world.ids, world.encoder, world.row_of)).encode()).hexdigest()[:16],
+            "first": list(world.ids[0]),
+        }
+        for world in plan.references
     }
 
 

@@ -13,8 +13,9 @@ import xarray as xr
 from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
+from tracepatch.portions import Portion
 from tracepatch.sites import UNITS, Select, Site, component
-from tracepatch.sources import Function, Source, WorldName
+from tracepatch.sources import Function, Part, Source, WorldName, summed
 
 Label: TypeAlias = int | float | str
 # Names that results use themselves.
@@ -52,7 +53,8 @@ class Edit:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The fixed tensor that it writes, alone or in a sum; ``None`` if there is none, or it is one number."""
-        constant = None if isinstance(self.source, Function) else self.source.terms().constant
+        total = summed(self.source)
+        constant = None if total is None else total.constant
         return None if constant is None or not constant.tensor.shape else constant.tensor
 
 
@@ -66,6 +68,11 @@ class Edits:
     def tensors(self) -> list[torch.Tensor]:
         """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
         return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def portions(self) -> list[Portion]:
+        """Which portions of live values its edits replace, in their order; those that replace all are left out."""
+        return [e.source.portion for e in self.edits if isinstance(e.source, Part)]
 
     @property
     def functions(self) -> list[Callable[..., torch.Tensor]]:
@@ -83,6 +90,8 @@ class EditedWorld(Edits):
         root: The pristine world below all edited ones: its prompts.
         edits: What always happens in it, in the order of recording.
         used: Whether a row or another world has used it, after which it cannot change.
+        origin: The world that it is a further draw of; empty for one that was recorded.
+        draw: Which draw of it.
     """
 
     name: WorldName
@@ -90,6 +99,8 @@ class EditedWorld(Edits):
     root: WorldName
     edits: list[Edit] = field(default_factory=list)
     used: bool = False
+    origin: WorldName = ""
+    draw: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))

@@ -11,15 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tracepatch.architecture import Architecture
+from tracepatch.averages import averages, prompts
 from tracepatch.errors import RecipeError, listing, plural
 from tracepatch.forwards import NAMED, PRISTINE, WIDTH, Common, Forward, comment, indented, safe, written
 from tracepatch.literals import along
 from tracepatch.metrics import Metric
 from tracepatch.reach import scored_at
 from tracepatch.readings import READINGS, Read
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Value, WorldName, summed
 from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
@@ -40,6 +42,7 @@ def script(
     metrics: tuple[Metric, ...],
     model: str,
     edited: Mapping[WorldName, EditedWorld],
+    references: Mapping[WorldName, ReferenceWorld] | None = None,
 ) -> str:
     """The script of a row on a pair; ``Row.as_nnsight`` describes it.
 
@@ -52,6 +55,7 @@ def script(
         metrics: What is read.
         model: What the model is called.
         edited: The edited worlds.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There is no such pair or metric, the pair lacks the row's positions, or the row holds what no
@@ -64,9 +68,11 @@ def script(
     names = [m.name for m in metrics]
     if metric is not None and metric not in names:
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
-    common = Common(row, pair, architecture, encoded, dict(edited))
+    common = Common(row, pair, architecture, encoded, dict(edited), references=dict(references or {}))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
-    _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
+    every = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
+    _require_words(every)
+    _require_counted(common, every)
     _require_present(common, row)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     read = metrics[which].site
@@ -84,11 +90,12 @@ def _worlds(common: Common, given: Iterable[WorldName]) -> list[WorldName]:
 
     def add(world: WorldName) -> None:
         if world not in found:
-            for other in (common.edited[world].of, *sorted(_sources(common.edited[world].edits))):
+            taken = _sources(common.edited[world].edits) - {*common.references}
+            for other in (common.edited[world].of, *sorted(taken)):
                 add(other)
             found.append(world)
 
-    for world in sorted(given, key=[*PRISTINE, *common.edited].index):
+    for world in sorted({*given} - {*common.references}, key=[*PRISTINE, *common.edited].index):
         add(world)
     return found
 
@@ -100,6 +107,17 @@ def _require_words(edits: list[Edit]) -> None:
             f"{plural(len(unknown), 'edit')} of this row cannot be written as a plain script.\n"
             f"{listing([str(e) for e in unknown])}\nScripts are written for {', '.join(STOPS)}."
         )
+
+
+def _require_counted(common: Common, edits: list[Edit]) -> None:
+    """Refuses values of references where a pair's prompts, or the reference's, are not indexed by numbers alone."""
+    mapped = common.encoded.alignments[common.pair].mapped
+    for value in (v for edit in edits for _, v in _values(edit) if v.world in common.references):
+        if mapped or value.site.pos.span or value.site.src.span:
+            raise RecipeError(
+                f"No script is written for {value}: in pairs that are aligned, and by spans, prompts of a reference "
+                "have positions of their own. Index the reference by positions, in pairs that correspond one by one."
+            )
 
 
 def _require_present(common: Common, row: Row) -> None:
@@ -118,8 +136,8 @@ def _lacking(common: Common, row: Row) -> list[str]:
     found: dict[str, None] = {}
     for edit in row.edits:
         crossing = common.crosses(edit, row.base)
-        values = () if isinstance(edit.source, Function) else edit.source.terms().values
-        for world, site in ((row.base, edit.site), *((value.world, value.site) for _, value in values)):
+        values = [(v.world, v.site) for _, v in _values(edit) if v.world not in common.references]
+        for world, site in ((row.base, edit.site), *values):
             side = common.side(world)
             if not (site.pos.on(side, crossing) and site.src.on(side, crossing)):
                 found[str(site)] = None
@@ -138,13 +156,14 @@ class _Script:
         """All of it; what the edits and the metric take from other runs is known only when they have been written."""
         patched, value, common = self._patched(), self._value(), self.common
         runs = [self._run(world) for world in reversed(self.worlds) if common.wanted[world]]
+        runs += [list(averages(common))] if common.averages else []
         body = [line for part in (*reversed(runs), patched) for line in (*part, "")]
         used = {
             common.root(world)
             for world in (self.row.base, *self.worlds)
             if world == self.row.base or common.wanted[world]
         }
-        tokens = [self._tokens(world) for world in PRISTINE if world in used]
+        tokens = [self._tokens(world) for world in PRISTINE if world in used] + [list(prompts(common))]
         names = sorted(common.parameters)
         body = [*EAGER, "", *indented(body[:-1]), BACK] if self._eager() else indented(body[:-1])
         lines = [
@@ -237,6 +256,11 @@ class _Script:
     def _value(self) -> list[str]:
         """The metric, from ``logits [pos, vocab]``, or from the live value that was kept."""
         if self.metric.site is not None:
+            if "direct" in self.metric.needs:
+                raise RecipeError(
+                    f"No plain script is written for {self.metric.name!r}, which needs the unembedding's directions. "
+                    "Ask for another metric: row.as_nnsight(pair, 'NAME')."
+                )
             self.common.parameters["metric"] = f"p.metrics[{self.which}]"
             held = {need: list(self._given(need, (), "", False)) for need in self.metric.needs}
             of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
@@ -277,6 +301,12 @@ class _Script:
             there = self.common.side(need)
             at = along(scored_at(self.metric, there) or (), scalar, there.length)
             return f"{self.common.kept(need, 'logits', 0)}[{rows}, {at}].float().log_softmax(-1)"
+        if need == "tokens":
+            return self.encoded.world(self.common.root(self.row.base))[self.pair]
+        if need == "continuation":
+            ids, appended = self.encoded.clean[self.pair], self.encoded.appended[self.pair]
+            answer = (*ids[len(ids) - appended :], *self.encoded.answer[self.pair])
+            return (-1,) * (len(positions) - len(answer)) + answer
         if need == "next":  # after the last token the answer
             return tuple(self.encoded.following(self.pair, self.side.world, p) or 0 for p in positions)
         found: tuple[int, ...] = getattr(self.encoded, need)[self.pair]
@@ -285,9 +315,13 @@ class _Script:
 
 def _sources(edits: Iterable[Edit]) -> set[WorldName]:
     """The worlds whose values edits take."""
-    return {v.world for e in edits if not isinstance(e.source, Function) for _, v in e.source.terms().values}
+    return {v.world for e in edits for _, v in _values(e)}
 
 
 def _sites(edit: Edit) -> list[Site]:
-    values = () if isinstance(edit.source, Function) else edit.source.terms().values
-    return [edit.site, *(value.site for _, value in values)]
+    return [edit.site, *(value.site for _, value in _values(edit))]
+
+
+def _values(edit: Edit) -> tuple[tuple[float, Value], ...]:
+    total = summed(edit.source)
+    return () if total is None else total.values

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,29 +15,32 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
-from tracepatch.jobs import EAGER, Job
-from tracepatch.layout import Key, heads_of
+from tracepatch.jobs import EAGER, Job, order_of, parts
+from tracepatch.layout import Key, Seats, heads_of
 from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, name_of, remote_of, room_of
-from tracepatch.plan import Group, Plan, Reading, order_of, parts
+from tracepatch.plan import Group, Plan, Reading
 from tracepatch.planner import MEMORY, world_job
 from tracepatch.profiles import profile_of, require_given
 from tracepatch.reach import layers_of
+from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.remote import There
 from tracepatch.rows import EditedWorld
 from tracepatch.slopes import LINE, Between, Slopes
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Step, Taken
+from tracepatch.surveying import surveyed
+from tracepatch.surveys import cost
 from tracepatch.tokens import EncodedPairs
 from tracepatch.traced import Call, Tracer
+from tracepatch.weights import frozen
 
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
 
@@ -72,15 +74,17 @@ class Sides:
         edited: Sequence[EditedWorld] = (),
         wanted: Iterable[Key] = (),
         memory: int | None = None,
+        references: Sequence[ReferenceWorld] = (),
+        surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
         self._profiles = [replace(profile, pair=n) for n, profile in enumerate(self._profiles)]
-        named = {world.name: world for world in edited}
+        named, others = {world.name: world for world in edited}, {world.name: world for world in references}
         pristine = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
-        self._lowering = [Lowering(architecture, p, False, pristine, named) for p in self._profiles]
+        self._lowering = [Lowering(architecture, p, False, pristine, named, others) for p in self._profiles]
         self._memory = memory or room_of(model) or MEMORY
         widths = np.cumsum([0, *(1 + len(m.parts) for m in metrics)])
         self.columns = tuple(int(n) for n in widths[:-1])
@@ -105,9 +109,13 @@ class Sides:
             budget=self._memory,
             edited=self.edited,
             until=until,
+            references=tuple(references),
+            surveys=tuple(surveys),
         )
         self.tracer = Tracer(model, architecture, encoded, self.plan)
+        self._surveyed = sum(cost(architecture, survey) for survey in surveys) / len(encoded)
         self.counted: dict[str, float] = defaultdict(float)  # forwards and backwards, in prompts
+        self.counted["forwards"] = self._surveyed
 
     @property
     def cost(self) -> str:
@@ -169,11 +177,11 @@ class Sides:
     # ------------------------------------------------------------------------------------------------ operations
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
-        """Runs the unpatched worlds of pairs, then the edited ones, and keeps some of their values."""
-        keep = sorted({*keep, *((t.component, t.layer) for w in self._writes(group) for t in w.terms)})
+        """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
+        keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
         late = [m for m in self.metrics if m.compares]
         direct = [m for m in self.metrics if not m.compares]
-        ops: list[Op] = []
+        ops: list[Op] = [(op, None) for op in surveyed(self.tracer)]
         pristine = [Job(-1, pair, world, (), 0, 0) for pair in group.pairs for world in self.worlds]
         for jobs in (pristine, *group.edited):
             if not jobs:
@@ -259,6 +267,10 @@ class Sides:
                 yield from zip((jobs[i] for i in order), own, strict=True)
                 pieces, jobs = [], []
 
+    def seats(self, group: Group, root: WorldName) -> Seats:
+        """Where what is known of each pair's worlds stands, for runs of its clean or corrupted prompts."""
+        return Seats(self.tracer.places(group), group.of(root).length)
+
     @staticmethod
     def unpatched(group: Group, base: WorldName) -> list[Job]:
         """The runs of a world, one a pair; of an edited one with its standing edits."""
@@ -331,12 +343,13 @@ class Sides:
         here = not remote_of(self.model)
         runner = Here(self.model, self.architecture, eager) if here else There(self.model, eager, say)
         asked = list(groups)
-        with runner.ready(), _frozen(module_of(self.model)):
+        with runner.ready(), frozen(module_of(self.model)):
             try:
                 runner.go((self._step(group, build, read), ()) for group in asked)
             except _MovedError:
                 _MUTATING.add(type(module_of(self.model)))
                 self.counted.clear()
+                self.counted["forwards"] = self._surveyed
                 runner.go((self._step(group, build, read), ()) for group in asked)
 
     def _step(
@@ -376,7 +389,7 @@ class Sides:
         if any(words in str(error) for words in (MOVED, *INPLACE)):
             return _MovedError(MOVED)
         call = next(call for _, call in (*reversed(ops[: number + 1]), *ops[number:]) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
 
 def _scales(how: Iterable[tuple[Key, tuple[Any, ...]]]) -> Iterator[tuple[Key, Any]]:
@@ -385,16 +398,3 @@ def _scales(how: Iterable[tuple[Key, tuple[Any, ...]]]) -> Iterator[tuple[Key, A
         held = given[-1] if kind in ("reader", "heads") else None
         if isinstance(held, tuple):
             yield key, held
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """The module with parameters that are not differentiated by, so that nothing is kept for their sake."""
-    changed = [p for p in module.parameters() if p.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)

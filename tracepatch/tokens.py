@@ -65,6 +65,8 @@ class EncodedPairs:
         unaligned: Why pairs could not be aligned as asked, a line for each.
         corruption: Per pair, what its corruption is called; empty where they have no names.
         align: How the positions of a pair's prompts correspond, in a word.
+        appended: Per pair, how many tokens of its answer stand at the end of its prompts: all but the last one; empty
+            where answers are one token.
     """
 
     clean_prompts: tuple[Prompt, ...]
@@ -83,6 +85,7 @@ class EncodedPairs:
     unaligned: tuple[str, ...] = ()
     corruption: tuple[str, ...] = ()
     align: str = "position by position"
+    appended: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.alignments:

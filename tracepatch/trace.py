@@ -14,7 +14,7 @@ import nnsight
 import torch
 
 from tracepatch.masks import wired
-from tracepatch.norms import module_at
+from tracepatch.norms import directions, module_at
 from tracepatch.taps import KINDS, tapped
 from tracepatch.writing import edited, on, perform, retain
 
@@ -165,6 +165,15 @@ def wires_inside(model: Any, blocks: tuple[str, ...], wrapped: bool, unembed: st
     return wires
 
 
+def direct(model: Any, inputs: dict[str, Any], given: tuple[Any, ...]) -> torch.Tensor:
+    """A traced forward of some prompts that shows what the stream adds to sums of logits; see ``norms.directions``."""
+    taken = {name: value.to(home(model)) for name, value in inputs.items()}
+    with torch.no_grad():
+        with model.trace(**taken, use_cache=False):
+            found = nnsight.save(directions(model, sandboxed(model), *given))
+    return found  # type: ignore[no-any-return]  # nnsight has no types
+
+
 def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Token ids as the arguments of a forward."""
     return {"input_ids": ids} if encoder is None else {"input_ids": encoder, "decoder_input_ids": ids}
@@ -206,9 +215,12 @@ def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: 
 
 
 def needs(value: Any, known: dict[Any, Any]) -> torch.Tensor:
-    """What a metric is given: a tensor, or of ``("reference", worlds, at)`` those worlds' log-probabilities there."""
+    """What a metric is given: a tensor, worlds' log-probabilities ``("reference", worlds, at)``, or rows of a table."""
     if isinstance(value, torch.Tensor):
         return value
+    if value[0] == "known":
+        table: torch.Tensor = known[value[1]]
+        return table[value[2].to(table.device)]
     reference: torch.Tensor = known["reference", 0]
     worlds, at = on(reference.device, value[1:])
     return reference[worlds][:, at]

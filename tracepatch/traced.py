@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tracepatch import trace
+from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.climb import entering, looked, standing, world_cells
 from tracepatch.errors import MeasurementError
@@ -114,7 +115,7 @@ class Tracer:
             slopes: What a backward needs at the places; see ``slopes.Slopes``.
         """
         prompts, packed = group.of(self.root(jobs[0])), table if table is not None and table.form == "packed" else None
-        seats = Seats({run: i for i, run in enumerate(self.order(group))}, prompts.length, table)
+        seats = Seats(self.places(group), prompts.length, table)
         writes = columns(jobs, self.architecture, seats)
         reads, saving = read_columns(jobs)
         seen = looked(self.architecture, prompts.seen, jobs, table, seats.world_of, prompts.length)
@@ -159,6 +160,10 @@ class Tracer:
             places=tuple(path for (path, *_), _ in visited) or tuple(s.path for s in self.architecture.layers),
         )
 
+    def side(self, job: Job) -> Side:
+        """The positions of a run's prompt."""
+        return self.encoded.alignments[job.pair].side(self.root(job))
+
     def outcome(self, call: Call, scores: torch.Tensor, told: dict[Any, Any]) -> Outcome:
         """What a traced run gave, as ``program.operate`` returned it.
 
@@ -173,8 +178,10 @@ class Tracer:
         fired = require_fired(self.plan.rows, call.prompts.reads, call.jobs, told, call.ran) if self.checks else 0
         return Outcome(scores, fired if call.jobs[-1].row >= 0 else 0, saved)
 
-    def failed(self, call: Call, error: Exception) -> MeasurementError:
+    def failed(self, call: Call, error: Exception, op: tuple[Any, ...]) -> MeasurementError:
         """An error of a traced run in words: where, for which rows, and what to do."""
+        if op[0] == "add":
+            return MeasurementError(failure(error, call.places, f"  prompts of {op[1]}", len(op[3])))
         of = named(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
         return MeasurementError(failure(error, call.places, of, call.ran[-1]))
 
@@ -182,6 +189,17 @@ class Tracer:
         """The runs whose values are kept, as they stand in what is known."""
         pristine = [(pair, world) for pair in group.pairs for world in self.plan.worlds]
         return pristine + [(job.pair, job.base) for world in group.edited for job in world]
+
+    @property
+    def pristine(self) -> tuple[WorldName, ...]:
+        """The worlds of the pairs' own prompts."""
+        return ("clean",) if self.encoded.corrupted is None else ("clean", "corrupted")
+
+    def places(self, group: Group) -> dict[Run, int]:
+        """Where the values of each pair's worlds stand in what is known: of a reference world, in its own tables."""
+        found = {run: i for i, run in enumerate(self.order(group))}
+        worlds = [survey.world for survey in self.plan.surveys]
+        return found | {(pair, world.name): world.row_of[pair] for pair in group.pairs for world in worlds}
 
     def root(self, job: Job) -> WorldName:
         """The pristine world whose prompts a run has."""
@@ -292,8 +310,7 @@ class Tracer:
             rows: What is measured.
             few: The only vocabulary columns that are computed, sorted; all otherwise.
         """
-        root, names = self.root(rows[0]), [m.name for m in self.plan.metrics]
-        side = self.encoded.alignments[rows[0].pair].side(root)
+        root, names, side = self.root(rows[0]), [m.name for m in self.plan.metrics], self.side(rows[0])
         place, numbers = ({x: i for i, x in enumerate(of)} for of in (group.of(root).reads, names))
         found: list[tuple[Any, ...]] = []
         for metric in metrics:
@@ -312,14 +329,29 @@ class Tracer:
             found.append((metric.function, at, given, picked))
         return tuple(found)
 
+    def _answer(self, pair: int) -> tuple[int, ...]:
+        """An answer of several tokens, of which all but the last stand at the end of the prompts."""
+        ids, appended = self.encoded.clean[pair], self.encoded.appended[pair]
+        return (*ids[len(ids) - appended :], *self.encoded.answer[pair])
+
     def _given(self, need: str, metric: Metric, group: Group, rows: Sequence[Job]) -> Any:
         """A tensor, or which worlds' log-probabilities, and at which of their reads; see ``trace.needs``."""
         if need in NEEDS_ANSWER:
             ids = [getattr(self.encoded, need)[row.pair] for row in rows]
             widest = max(len(i) for i in ids)
             return torch.tensor([[*i, *[-1] * (widest - len(i))] for i in ids])
+        if need == "tokens":
+            return torch.tensor([self.encoded.world(self.root(row))[row.pair] for row in rows])
+        if need == "continuation":
+            wide = len(scored_at(metric, self.side(rows[0])) or ())
+            answers = [self._answer(row.pair) for row in rows]
+            return torch.tensor([(-1,) * (wide - len(ids)) + ids for ids in answers])
+        if need == "direct":
+            worlds, count = self.pristine, len(self.encoded)
+            places = [worlds.index(self.root(row)) * count + row.pair for row in rows]
+            return "known", direct_key(metric), torch.tensor(places)
         if need == "next":
-            side = self.encoded.alignments[rows[0].pair].side(self.root(rows[0]))
+            side = self.side(rows[0])
             read, world = scored_at(metric, side) or (), side.world
             return torch.tensor([[self.encoded.following(row.pair, world, p) or 0 for p in read] for row in rows])
         order = {run: i for i, run in enumerate(self.order(group))}
@@ -327,3 +359,9 @@ class Tracer:
         place = {p: i for i, p in enumerate(group.of(need).reads)}
         at = torch.tensor([place[p] for p in scored_at(metric, other) or ()])
         return "reference", torch.tensor([order[row.pair, need] for row in rows]), at
+
+
+def direct_key(metric: Metric) -> tuple[str, ...]:
+    """What the directions of a metric's position are known by."""
+    assert metric.site is not None
+    return "tally", "direct", str(metric.site.pos)

@@ -6,24 +6,19 @@ A mistake is then raised at the line that made it, and not in the middle of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 
-from tracepatch.alignment import Alignment, Side
-from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError
-from tracepatch.metrics import Metric, require_sound
+from tracepatch.alignment import Side
+from tracepatch.errors import MetricError, RecipeError
+from tracepatch.fitting import Dims, fits
+from tracepatch.metrics import Metric
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
-from tracepatch.shapes import shape_of
-from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site
 from tracepatch.sources import Function, Sum, Value, WorldName
 
-Dims: TypeAlias = tuple[tuple[str, int], ...]
-"""Names and sizes, as indexing a site gives them."""
 TAKEN = frozenset(
     (*RESERVED, *(dim for kind in COMPONENTS.values() for dim in (*kind.index, *kind.dims)), "name", "component")
 )
@@ -50,6 +45,68 @@ def require_measure(
     for dims in dict.fromkeys(shape(metric.site, side) for side in sides):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
+
+
+def require_sound(chosen: Metric, vocab: int, reads: int, dims: Dims = (), device: Any = "cpu") -> None:
+    """Tries a metric on made-up logits, or on a made-up activation.
+
+    Args:
+        chosen: The metric.
+        vocab: How many logits there are.
+        reads: At how many positions it reads them.
+        dims: Names and sizes of the activation, if it reads one.
+        device: Where it will be called with that.
+
+    Raises:
+        MetricError: It raises, has the wrong shape, or mixes rows.
+    """
+    rows = 3
+    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
+    if beyond:
+        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
+    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
+    generator = torch.Generator().manual_seed(0)
+    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
+    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
+    everything = {
+        "answer": torch.zeros(rows, 1, dtype=torch.long),
+        "wrong": torch.ones(rows, 1, dtype=torch.long),
+        "next": torch.zeros(rows, reads, dtype=torch.long),
+        "continuation": torch.zeros(rows, reads, dtype=torch.long),
+        "tokens": torch.arange(max((n for dim, n in dims if dim in ("dest", "src")), default=4)).repeat(rows, 1),
+        "direct": torch.randn(rows, dict(dims).get("d_model", 1), generator=generator),
+    }
+    if chosen.site is None:
+        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
+    given = {need: everything[need].to(logits.device) for need in chosen.needs}
+    try:
+        found = chosen.function(logits.clone(), dict(given))
+    except Exception as error:
+        seen = (
+            f"{[rows, vocab]} [row, vocab] (one position is read)"
+            if chosen.squeezed
+            else f"{[rows, reads, vocab]} [row, read, vocab]"
+        )
+        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
+        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
+    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
+    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
+        raise MetricError(
+            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
+            f"returned {got}. Keep the row dim: reduce over the others only."
+        )
+    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
+    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
+        raise MetricError(
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
+            "is a run of "
+            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
+        )
+
+
+def _values(site: Site, rows: int, dims: Dims) -> str:
+    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def require_result(source: Function, site: Site, dims: Dims) -> None:
@@ -147,108 +204,6 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """An edit of one prompt of a pair with values of the same or the other one: where both are indexed.
-
-    Attributes:
-        pair: The alignment of the two prompts.
-        root: The world whose prompt is edited.
-        architecture: Of the model.
-        roots: Edited world → the world whose prompt it has; of others the world itself.
-    """
-
-    pair: Alignment
-    root: WorldName
-    architecture: Architecture
-    roots: Mapping[WorldName, WorldName]
-
-    def crosses(self, source: Sum) -> bool:
-        """Whether some value is of the other prompt."""
-        return any(self.side(value) is not self.here for _, value in source.values)
-
-    @property
-    def here(self) -> Side:
-        """The prompt that is edited."""
-        return self.pair.side(self.root)
-
-    def side(self, value: Value) -> Side:
-        """The prompt that a value is of."""
-        return self.pair.side(self.roots.get(value.world, value.world))
-
-    def shape(self, site: Site, side: Side, crossing: bool) -> Dims | None:
-        """Dims and sizes as indexing a site in a prompt gives them."""
-        name, layer = site.component, site.layer
-        return shape_of(
-            site, side, self.architecture.units(name, layer), self.architecture.width(name, layer), crossing
-        )
-
-
-def require_fit(site: Site, source: Sum, meeting: Meeting) -> bool:
-    """Refuses values and tensors that do not fit a site in a pair, and rotated ones at other positions than their own.
-
-    Returns:
-        Whether the pair has all the positions.
-
-    Raises:
-        RecipeError: With the dims of both, or with what to move instead.
-    """
-    crossing = meeting.crosses(source)
-    target = meeting.shape(site, meeting.here, crossing)
-    given = [meeting.shape(value.site, meeting.side(value), crossing) for _, value in source.values]
-    if target is None or None in given:
-        return False
-    for (_, value), dims in zip(source.values, given, strict=True):
-        _require_unmoved(site, value, meeting, crossing)
-        _require_value(site, value, meeting, dict(target), dims or ())
-    if source.constant is None:
-        return True
-    shape = tuple(source.constant.tensor.shape)
-    if not fits(shape, tuple(n for _, n in target)):
-        told = ", ".join(f"{dim} {n}" for dim, n in target)
-        raise RecipeError(
-            f"A tensor of shape {list(shape)} does not fit {site}, which is [{told}] in {_counted(meeting, crossing)}."
-        )
-    return True
-
-
-def _require_value(site: Site, value: Value, meeting: Meeting, target: dict[str, int], given: Dims) -> None:
-    ends = [component(s.component).dims[-1] for s in (site, value.site)]
-    if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
-        given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
-    elif ends[0] != ends[1]:
-        raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
-    for dim, count in given:
-        if count not in (1, target.get(dim, 1)):
-            of = _counted(meeting, meeting.side(value) is not meeting.here)
-            raise RecipeError(
-                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} (in {of})."
-            )
-
-
-def _counted(meeting: Meeting, crossing: bool) -> str:
-    """Which prompts an edit is about, in words."""
-    clean, corrupted = meeting.pair.clean.length, meeting.pair.corrupted.length
-    if crossing and clean != corrupted:
-        return f"a pair of {clean} clean and {corrupted} corrupted tokens"
-    return f"prompts of {meeting.here.length} tokens"
-
-
-def _require_unmoved(site: Site, value: Value, meeting: Meeting, crossing: bool) -> None:
-    """Refuses rotated queries and keys at another position than their own."""
-    rotated = {site.component, value.site.component} <= {"q", "k"} and meeting.architecture.rotated(value.site.layer)
-    if not rotated:
-        return
-    here, there = site.pos.on(meeting.here, crossing), value.site.pos.on(meeting.side(value), crossing)
-    if here and there and here != there:
-        moved = next(((a, b) for a, b in zip(there, here, strict=False) if a != b), (there[0], here[0]))
-        raise RecipeError(
-            f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
-            f"something else elsewhere (here from position {moved[0]} to {moved[1]}). Move what they are made of: "
-            f"{site.component}_in."
-        )
-
-
 def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
     """Refuses what single heads read in a world that edits it: it has no one value there, as it has elsewhere.
 
@@ -264,14 +219,6 @@ def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
                     "source that it was edited with."
                 )
             world = edited.get(world.of)
-
-
-def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a shape broadcasts to another, as arrays do."""
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
 
 
 def _called(function: Callable[..., Any], values: Sequence[torch.Tensor], name: str, dims: Dims) -> Any:
