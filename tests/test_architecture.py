@@ -16,6 +16,7 @@ from transformers import BertConfig, BertLMHeadModel
 import tracepatch as tp
 from tracepatch import errors, trace
 from tracepatch.architecture import architecture_of
+from tracepatch.forms import allowed
 from tracepatch.layout import Seats, stops
 from tracepatch.sites import SCALES
 
@@ -296,3 +297,7 @@ def test_a_model_without_causality_is_not_pruned() -> None:
     assert p.plan.jobs == len(p.rows)
     assert "nothing is pruned" in p.plan.explain()
     assert float(abs(p.run()["effect"].sel(pos=0, layer=2)).max()) > 1e-3, "before the difference, and yet not zero"
+    causal = tp.load(build("llama"), tokenizer())
+    assert allowed(causal, tp.Architecture(causal)).form == "packed", (
+        "others of its class and config are not judged by it"
+    )

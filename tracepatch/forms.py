@@ -35,7 +35,7 @@ from tracepatch.weights import weightless
 LENGTH, DIFFER = 9, (2, 5)  # of the prompts that are tried, and where the two of each pair differ
 READ = 8  # logits that are compared
 _ENDS: dict[tuple[str, str], str] = {}
-_KNOWN: dict[tuple[str, str, bool, Form | None], Allowed] = {}
+_KNOWN: dict[tuple[str, str, bool, Form | None, str], Allowed] = {}
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def allowed(model: Model, architecture: Architecture, eager: bool = False, only:
     module = module_of(model)
     config = {k: v for k, v in module.config.to_dict().items() if not k.startswith("_name")}
     kind = f"{type(module).__name__} {architecture.dtype} {module.config._attn_implementation}"
-    key = kind, json.dumps(config, sort_keys=True, default=str), eager, only
+    reason = _never(architecture)  # of this model: what was proved of it need not hold of others of its class
+    key = kind, json.dumps(config, sort_keys=True, default=str), eager, only, reason
     if key not in _KNOWN:
         tables = FORMS[:-1] if only is None else tuple(form for form in FORMS[:-1] if form == only)
-        reason = _never(architecture)
         _KNOWN[key] = (
             Allowed("flat", dict.fromkeys(tables, reason)) if reason else _tried(model, architecture, eager, tables)
         )
