@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from tracepatch.sites import SPLIT_READERS, component
 from tracepatch.sources import Constant, Function, WorldName
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def _many(cls: type[T]) -> type[T]:
+    """A dataclass that mypy takes for frozen: plans make very many, and frozen ones take five times as long to make."""
+    return dataclass(slots=True, unsafe_hash=True)(cls)
+
 
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
@@ -16,7 +25,7 @@ CACHED = frozenset({"k", "v"})
 """What a cache holds: where earlier tokens stand in one, they come before a table's own."""
 
 
-@dataclass(frozen=True, slots=True)
+@_many
 class Term:
     """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""
 
@@ -29,7 +38,7 @@ class Term:
     srcs: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@_many
 class Write:
     """One edit of one row with every index resolved: the sum of its terms and constant is set, or added, at its cells.
 
@@ -152,7 +161,7 @@ def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ..
     return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Job:
     """A row on a pair that must be measured.
 

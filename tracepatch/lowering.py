@@ -12,7 +12,7 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,7 @@ class Cells:
         scalar: Whether the index was one integer: for positions, units, sources.
         split: Whether it has units.
         attends: Whether it has positions that are attended to.
+        by_unit: Whether its units are written one by one, also where all are.
     """
 
     place: tuple[str, int]
@@ -83,6 +84,7 @@ class Cells:
     scalar: tuple[bool, bool, bool]
     split: bool
     attends: bool
+    by_unit: bool
 
 
 class Lowering:
@@ -108,7 +110,8 @@ class Lowering:
         }
         self._targeted = {(read.component, read.layer) for read in self.targets}
         # What many rows share is found once.
-        self._sites: dict[Site, Cells] = {}
+        self._cells_of: dict[Site, Cells] = {}
+        self._known: dict[int, tuple[Site, Cells]] = {}  # the same by identity: a site's hash takes longer than it
         self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
         self._reach: dict[Any, frozenset[int]] = {}
         self._agreement: dict[Any, frozenset[int]] = {}
@@ -130,7 +133,9 @@ class Lowering:
         """The writes of a row that survive pruning; where none does, the proof."""
         if row.raw is not None:  # nothing is known of it
             return (), Proof.NONE
-        edits = [(edit, True) for edit in self.standing.get(row.base, ())] + [(edit, False) for edit in row.edits]
+        edits = [(edit, False) for edit in row.edits]
+        if row.base in self.standing:
+            edits = [(edit, True) for edit in self.standing[row.base]] + edits
         if len(edits) > 1:
             edits.sort(key=lambda pair: self._moment(pair[0]))
         try:
@@ -147,35 +152,35 @@ class Lowering:
         acting = [n for n, w in enumerate(writes) if w.function is not None]
         mixing = [n for n in acting if len(writes[n].positions) > 1]
         for number, write in enumerate(writes):
+            positions = write.positions
             if write.standing:
-                if write.function is not None and len(write.positions) > 1:  # it may mix positions
-                    live = min(live, *write.positions)
+                if write.function is not None and len(positions) > 1:  # it may mix positions
+                    live = min(live, *positions)
                 kept.append(write)
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
             inside = self._reached(write, carried, mixed=bool(acting))
-            reach = [i for i, p in enumerate(write.positions) if p in inside]
+            reach: Sequence[int] = range(len(positions))
+            if not inside.issuperset(positions):
+                reach = [i for i in reach if positions[i] in inside]
             if write.function is not None and reach:  # it may mix positions
-                live = min(live, *write.positions)
+                live = min(live, *positions)
                 kept.append(write)
                 continue
             inert = self._inert(write, row.base)
-            alive = [i for i in reach if write.positions[i] >= live or write.positions[i] not in inert]
-            unreachable |= len(reach) < len(write.positions)
+            alive = [i for i in reach if positions[i] >= live or positions[i] not in inert] if inert else reach
+            unreachable |= len(reach) < len(positions)
             equal |= len(alive) < len(reach)
             if not alive:
                 continue
-            live = min(live, *(write.positions[i] for i in alive))
-            if len(alive) < len(write.positions):
+            if len(alive) < len(positions):
                 write = narrowed(write, alive)
+            live = min(live, *write.positions)
             kept.append(write)
-        if all(write.standing for write in kept):
-            kept = []
-        proof = (
-            Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
-        )
-        return tuple(kept), proof
+        if kept and not (row.base in self.standing and all(write.standing for write in kept)):
+            return tuple(kept), Proof.NONE
+        return (), Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
 
     def reads(self, row: Row) -> tuple[Read, ...]:
         """The live values that a row saves, as far as the prompt has them."""
@@ -197,20 +202,24 @@ class Lowering:
 
     def _write(self, edit: Edit, standing: bool = False) -> Write:
         site, source = edit.site, edit.source
-        here, constant = self._cells(site), None
-        if isinstance(source, Function):
-            values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
-        elif isinstance(source, Value):
-            values = [(1.0, source)]
+        here, constant, function = self._cells(site), None, None
+        values: tuple[tuple[float, Value], ...]
+        if isinstance(source, Value):
+            values = ((1.0, source),)
+        elif isinstance(source, Function):
+            values = tuple([(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]])
+            function = source
         else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
+            total = source.terms()
+            values, constant = total.values, self._constant(site, total)
         places = [here if value.site is site else self._cells(value.site) for _, value in values]
-        units, srcs = here.units, here.srcs
-        by_unit = here.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there in places)):
-            units = self._every(site)
-        if srcs is None and any(there.srcs for there in places):
-            srcs = tuple(range(self.profile.length))
+        units = self._every(site) if here.units is None and here.by_unit else here.units
+        srcs = here.srcs
+        for there in places:
+            if units is None and there.units and len(there.units) > 1:
+                units = self._every(site)
+            if srcs is None and there.srcs:
+                srcs = tuple(range(self.profile.length))
         terms = []
         for (factor, value), there in zip(values, places, strict=True):
             heads, attended = there.units, there.srcs
@@ -222,20 +231,22 @@ class Lowering:
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
             terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended))
+        written, layer = ("logits", self.depth) if site.component == "logits" else here.place
         return Write(
-            *(("logits", self.depth) if site.component == "logits" else here.place),
-            positions=here.positions,
-            offsets=here.offsets,
-            units=units,
-            add=edit.add,
-            terms=tuple(terms),
-            constant=constant,
-            recorded=len(here.positions),
-            scalar=here.scalar,
-            function=source if isinstance(source, Function) else None,
-            srcs=srcs,
-            renormalize=edit.renormalize,
-            standing=standing,
+            written,
+            layer,
+            here.positions,
+            here.offsets,
+            units,
+            edit.add,
+            tuple(terms),
+            constant,
+            len(here.positions),
+            here.scalar,
+            function,
+            srcs,
+            edit.renormalize,
+            standing,
         )
 
     def _constant(self, site: Site, source: Sum) -> Constant | None:
@@ -254,11 +265,14 @@ class Lowering:
 
     def _cells(self, site: Site) -> Cells:
         """What a site is in these prompts; found once, as many edits write and take the same."""
-        found = self._sites.get(site)
+        known = self._known.get(id(site))
+        if known is not None and known[0] is site:
+            return known[1]
+        found = self._cells_of.get(site)
         if found is None:
             positions, units, srcs = indices(site, self.architecture, self.profile.length)
             kind = component(site.component)
-            found = self._sites[site] = Cells(
+            found = self._cells_of[site] = Cells(
                 canonical(site, self.depth),
                 positions,
                 tuple(range(len(positions))),
@@ -267,7 +281,9 @@ class Lowering:
                 (site.pos.scalar, site.unit.scalar, site.src.scalar),
                 kind.unit is not None,
                 kind.attends,
+                kind.attends or site.component in SPLIT_READERS,
             )
+        self._known[id(site)] = site, found
         return found
 
     def _every(self, site: Site) -> tuple[int, ...]:
@@ -284,19 +300,19 @@ class Lowering:
             self._reach[key] = found
         return found
 
-    def _inert(self, write: Write, base: WorldName) -> Container[int]:
+    def _inert(self, write: Write, base: WorldName) -> Collection[int]:
         """The positions at which the source equals the base, given that no earlier edit has reached them."""
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)
         here = name, write.layer, units, write.srcs
-        agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
             same_place = (term.component, term.layer, term.units, term.srcs) == here
             if same_place and term.positions == write.positions:  # what most edits are
-                return agreed[0] if term.factor == 1 else ()
+                return self._agreed(term.world, base, term.component, term.layer) if term.factor == 1 else ()
         if write.constant is not None and bool(write.constant.tensor.any()):
             return ()
+        agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
         known: dict[Any, bool] = {}  # which terms agree with the base decides, and how far off they are taken
         found = set()
         for i, position in enumerate(write.positions):

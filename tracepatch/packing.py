@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tracepatch.architecture import Architecture
 from tracepatch.costs import Costs, kept_bytes, seen_bytes, table_bytes
@@ -19,11 +20,11 @@ from tracepatch.errors import plural
 from tracepatch.jobs import Job, Read
 from tracepatch.plan import Batch, Group, parts
 from tracepatch.sources import WorldName
-from tracepatch.table import Form, Table, seat
+from tracepatch.table import ORDER, Form, Table, seat, shapes
 from tracepatch.tokens import EncodedPairs
 
 RIDE = 320  # tokens a pair that are measured in the run that computes its worlds
-LANES = (1, 2, 4, 8, 16, 32)
+LANES = (2, 4, 8, 16, 32)
 
 
 @dataclass
@@ -127,15 +128,16 @@ class Packer:
         self, length: int, pairs: list[int], reads_of: list[tuple[int, ...]], jobs: dict[int, list[Job]]
     ) -> Group:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
+        writes = [w for job in every for w in job.writes]
+        taken = {(t.component, t.layer) for w in writes for t in w.terms}
         reads = {p for pair in pairs for p in reads_of[pair]}
-        for write in (w for job in every for w in job.writes):
-            reads |= {p for t in write.terms if t.component == "logits" for p in t.positions}
-            if write.component == "logits" and write.function is not None:
-                reads |= set(write.positions)
+        if any(name == "logits" for name, _ in taken):
+            reads |= {p for w in writes for t in w.terms if t.component == "logits" for p in t.positions}
+        reads |= {p for w in writes if w.component == "logits" and w.function is not None for p in w.positions}
         reads |= {p for job in every for read in job.reads if read.component == "logits" for p in read.positions}
         positions = reads | {p for read in self.seen for p in (*read.positions, *attended(read, length))}
         end = max(positions) + 1
-        ready = sorted((job for pair in pairs for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
+        ready = sorted((job for pair in pairs for job in jobs[pair]), key=attrgetter("birth", "row", "pair"))
         tabled: list[Job] = []
         flat: list[Job] = []
         for job in (job for job in ready if not job.raw):
@@ -152,7 +154,7 @@ class Packer:
         )
         whole_prompts = flat or self.standing or sampled or any(job.raw for job in ready)
         # What a table does not have: it grows after the embedding, and what is read of it leaves before the logits.
-        beyond = any(outside(t.component) for job in every for w in job.writes for t in w.terms)
+        beyond = any(outside(name) for name, _ in taken)
         beyond |= any(outside(read.component) for read in self.seen)
         rides = self.rides and not (self.standing or beyond) and (end == length or not whole_prompts)
         if self.form == "packed" and tabled and rides:
@@ -166,7 +168,7 @@ class Packer:
             length=length,
             pairs=tuple(pairs),
             reads=tuple(sorted(reads)),
-            needed=frozenset(self._needed(every, batches, min(reads, default=length))),
+            needed=frozenset(taken.union(self._needed(batches, min(reads, default=length)))),
             batches=tuple(batches),
             edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
             captures=max(1, len(lengths)),
@@ -180,15 +182,13 @@ class Packer:
             return f"are read in {hidden[0]}"
         return entered(job, length, end, min(reads, default=length) if self.form == "staggered" else length)
 
-    def _needed(self, every: list[Job], batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
-        """What of the worlds is written somewhere, or where rows are born on top of them in a run of its own."""
-        for write in (w for job in every for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+    def _needed(self, batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
+        """What of the worlds is written in tables, or where rows are born on top of them in a run of its own."""
         tables = [b.table for b in batches if b.table]
-        for write in (w for table in tables for job in table.jobs for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+        for table in tables:
+            yield from {(t.component, t.layer) for job in table.jobs for w in job.writes for t in w.terms}
         for table in (table for table in tables if not table.worlds):
-            yield from (("resid_pre", job.birth) for job in table.jobs)
+            yield from {("resid_pre", job.birth) for job in table.jobs}
             yield from ((read.component, read.layer) for read in self.seen)
             if any(job.start > first_read for job in table.jobs):
                 yield "resid_pre", len(self.architecture)
@@ -198,7 +198,7 @@ class Packer:
         room, count = dict.fromkeys(pairs, ride), self.batch_size or len(jobs)
         riding: list[Job] = []
         later: list[Job] = []
-        for job in sorted(jobs, key=_order):
+        for job in sorted(jobs, key=ORDER):
             if room[job.pair] >= end - job.start and len(riding) < count and _rides(job):
                 riding.append(job)
                 room[job.pair] -= end - job.start
@@ -234,7 +234,7 @@ class Packer:
         if self.form == "flat":
             return
         packed = self.form == "packed"
-        jobs = sorted(jobs, key=_order if packed else lambda j: (j.start, j.birth))
+        jobs = sorted(jobs, key=ORDER if packed else attrgetter("start", "birth"))
         taken: list[Job] = []
         load = 0
         for job in jobs:
@@ -251,13 +251,17 @@ class Packer:
     def _table(self, jobs: list[Job], end: int) -> Iterator[Batch]:
         """The table of some rows, or several where memory has no room for one."""
         everyone = [self._witness(jobs, end), *jobs]
-        runs = len({(job.pair, job.base) for job in jobs}) if self.form == "packed" else len(jobs)
-        table = seat(everyone, self.form, self.depth, end)
-        for lanes in (n for n in LANES[1:] if runs < n <= len(jobs)):
-            wider = seat(everyone, self.form, self.depth, end, lanes=lanes)
-            if self.costs.seconds(wider) >= self.costs.seconds(table):
-                break
-            table = wider
+        best, least = 1, float("inf")
+        if self.form == "packed":
+            first, prefix = min([job.birth for job in everyone]), max([job.start for job in everyone])
+            runs = len({(job.pair, job.base) for job in jobs})
+            lanes = [1, *(n for n in LANES if runs < n <= len(jobs))]
+            for count, shape in zip(lanes, shapes(everyone, self.depth, end, lanes), strict=True):
+                seconds = self.costs.seconds(shape[first:-1], prefix, len(everyone))
+                if seconds >= least:
+                    break
+                best, least = count, seconds
+        table = seat(everyone, self.form, self.depth, end, lanes=best)
         if self._too_large(table) and len(jobs) > 1:
             middle = len(jobs) // 2
             yield from self._table(jobs[:middle], end)
@@ -318,7 +322,3 @@ def _rides(job: Job) -> bool:
     return all(
         (t.component, t.layer) == (w.component, w.layer) or t.layer < w.layer for w in job.writes for t in w.terms
     )
-
-
-def _order(job: Job) -> tuple[int, int]:
-    return job.birth, job.start

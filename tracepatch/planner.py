@@ -34,8 +34,8 @@ from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
 from tracepatch.reach import layers_needed, read_at
-from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, Value, WorldName
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sources import Noise, Sum, WorldName
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -111,8 +111,8 @@ def make_plan(
         )
     require_given(metrics, encoded)
     profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
-    edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
-    if any(_draws(edit) for edit in edits):
+    edits = [edit for one in (*rows, *edited) for edit in one.edits]
+    if any(isinstance(edit.source, (Sum, Noise)) and edit.source.terms().noise for edit in edits):
         profiles = [
             replace(profile, pair=n) for n, profile in zip(numbers or range(len(encoded)), profiles, strict=True)
         ]
@@ -125,7 +125,7 @@ def make_plan(
     if encoded.encoder:
         notes.append("an encoder reads the prompts: layers and positions are the decoder's")
     halved = architecture.dtype.itemsize < 4
-    if halved and any(e.site.component == "resid_mid" for row in rows for e in row.edits):
+    if halved and any(edit.site.component == "resid_mid" for row in rows for edit in row.edits):
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
@@ -142,20 +142,22 @@ def make_plan(
     for pair, profile in enumerate(profiles):
         seen: dict[Any, int] = {}
         jobs[pair] = []
-        for number, (writes, proof) in enumerate(lowered[profile]):
-            proofs[number, pair] = proof
-            if rows[number].raw is not None:
-                jobs[pair].append(Job(number, pair, rows[number].base, (), 0, 0, raw=True))
+        proofs[:, pair] = np.fromiter((proof for _, proof in lowered[profile]), np.int8, len(rows))
+        for number, (row, (writes, proof)) in enumerate(zip(rows, lowered[profile], strict=True)):
+            if row.raw is not None:
+                jobs[pair].append(Job(number, pair, row.base, (), 0, 0, raw=True))
                 continue
-            if proof != Proof.NONE:
+            if proof:
                 continue
             reads = saving[profile].get(number, ())
-            key = (rows[number].base, writes)
-            if prune and key in seen and not reads:
-                proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, seen[key] * len(encoded) + pair
-                continue
-            seen[key] = number
-            jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
+            if prune and reads:
+                seen[row.base, writes] = number
+            elif prune:
+                first = seen.setdefault((row.base, writes), number)
+                if first != number:
+                    proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, first * len(encoded) + pair
+                    continue
+            jobs[pair].append(_job(number, pair, row.base, writes, reads))
     standing = [[world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
     until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
@@ -250,7 +252,7 @@ def _estimate(
                 continue
             inside = batch.table.shape[batch.table.first : -1]
             forwards += sum(lanes * slots for lanes, slots in inside) / (group.length * depth)
-            seconds += costs.seconds(batch.table)
+            seconds += costs.seconds(inside, batch.table.prefix, len(batch.table.jobs))
             logits = len(group.reads) * (packer.columns or architecture.vocab)
             taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, group.seen)
             largest = max(largest, taken)
@@ -291,11 +293,10 @@ def _sample(
     return tuple(chosen)
 
 
-def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
-
-
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
+    if len(writes) == 1:  # what most rows are
+        (write,) = writes
+        return Job(row, pair, base, writes, min(write.positions), write.layer, reads)
     start = min([min(w.positions) for w in writes], default=0)
     return Job(row, pair, base, writes, start, min([w.layer for w in writes], default=0), reads)
 
