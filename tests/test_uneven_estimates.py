@@ -246,6 +246,52 @@ def test_what_flows_sums_to_the_estimate_of_the_values() -> None:
     assert (flow["estimate"].notnull().any(("dest", "head")) == wanted.notnull()).all()
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_sweeps_of_several_sites_patch_partners(direction: Any) -> None:
+    """Windows of one layer are single patches, and sets are rows with partners written by hand."""
+    model, base = model_of("gpt2"), {v: k for k, v in DIRECTIONS.items()}[direction]
+    for options in ({}, {"source": 0}, {"only": {"pos": [2]}, "by": ("layer",)}):
+        one = tp.patch(model, PAIRS, "mlp_out", direction=direction, **options)  # type: ignore[arg-type]
+        window = tp.sweeps.windows(model, PAIRS, "mlp_out", 1, direction=direction, **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(window["effect"], one["effect"], atol=1e-9)
+        assert one.coords.get("pos") is None or (one["token"] == window["token"]).all()
+    sets = {"both": [("mlp_out", 0, 2), ("z", 1, slice(None), 3)], "late": [("mlp_out", 1, 2), ("mlp_out", 1, 0)]}
+    found = tp.sweeps.together(model, PAIRS, sets, direction=direction)["effect"]
+    with tp.patching(model, PAIRS[0]) as p:
+        mine, other = getattr(p, base), getattr(p, OTHER[base])
+        met = partners(SIDES[0], base)
+        with p.row(set="both"):
+            mine.mlp_out[0, 2] = other.mlp_out[0, met[2]]
+            mine.z[1, sorted(met), 3] = other.z[1, [met[q] for q in sorted(met)], 3]
+        with p.row(set="late"):
+            mine.mlp_out[1, 2] = other.mlp_out[1, met[2]]
+            mine.mlp_out[1, 0] = other.mlp_out[1, met[0]]
+    np.testing.assert_allclose(found.isel(pair=0), p.run()["effect"].isel(pair=0), atol=1e-9)
+
+
+def test_both_directions_speak_of_the_same_partners() -> None:
+    model = model_of("gpt2")
+    found = tp.sweeps.both_directions(model, PAIRS, "resid_pre", by=("layer", "pos"))["effect"]
+    back, lost = (tp.patch(model, PAIRS, "resid_pre", direction=way)["effect"] for way in ("denoising", "noising"))
+    for pair, side in enumerate(SIDES):
+        for here, there in side.links.items():
+            both = found.sel(pair=pair, pos=there)
+            np.testing.assert_allclose(both.sel(direction="denoising"), back.sel(pair=pair, pos=there), atol=1e-9)
+            np.testing.assert_allclose(both.sel(direction="noising"), lost.sel(pair=pair, pos=here), atol=1e-9)
+
+
+def test_what_is_kept_is_counted_in_the_clean_run() -> None:
+    model = model_of("gpt2")
+    kept = tp.sweeps.keep_only(model, PAIRS[3], "mlp_out", {"late": [("mlp_out", 1, 7)]}, by=("layer", "pos"))
+    with tp.patching(model, PAIRS[3]) as p:
+        with p.row(kept="late"):
+            for layer in p.grid("mlp_out", "layer"):
+                for here, there in SIDES[3].links.items():
+                    if (layer, here) != (1, 7):
+                        p.clean.mlp_out[layer, here] = p.corrupted.mlp_out[layer, there]
+    np.testing.assert_allclose(kept["value"].sel(kept="late"), p.run()["value"].sel(kept="late"), atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("what", "call"),
     [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tracepatch.cells import Direction
+from tracepatch.cells import Direction, base_of, crosses, partnered
 from tracepatch.combining import NOTHING
 from tracepatch.errors import RecipeError
 from tracepatch.metrics import Metrics, logit_diff
@@ -70,9 +70,12 @@ def windows(
     dims, chosen = along(name, by), only or {}
     if "layer" not in dims:
         raise RecipeError(f"Windows of layers run over layer: by=('layer', …), not {by!r}.")
+    base = base_of(direction)
     with Patching(model, pairs, metric, **options) as p:
-        layers = range(len(p.architecture))
-        for w, index in itertools.product(widths, p.grid(name, dims, **chosen)):
+        layers, crossing = range(len(p.architecture)), crosses(source, base)
+        chosen = partnered(p, base, chosen) if crossing else chosen
+        grid = p.grid(name, dims, base=getattr(p, base), aligned=crossing, **chosen)
+        for w, index in itertools.product(widths, grid):
             labels: dict[str, Any] = dict(zip(dims, index, strict=True))
             inside = [n for n in _window(labels["layer"], w) if n in layers and p.architecture.offers(name, n)]
             with p.row(**(labels if len(widths) == 1 else {"width": w, **labels})):
@@ -256,7 +259,8 @@ def keep_only(
     """
     dims = along(name, by)
     with Patching(model, pairs, metric, **options) as p:
-        grid = [at(name, dict(zip(dims, index, strict=True))) for index in p.grid(name, dims)]
+        cells = p.grid(name, dims, base=p.clean, aligned=crosses(source, "clean"))
+        grid = [at(name, dict(zip(dims, index, strict=True))) for index in cells]
         every = {picked(name, dims, place): place for place in grid}
         for label, places in {"nothing": (), **kept}.items():
             left = {

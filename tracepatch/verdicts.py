@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tracepatch.cells import BASES
+from tracepatch.cells import BASES, partnered
 from tracepatch.combining import over_pairs
 from tracepatch.errors import RecipeError
 from tracepatch.joint import run
@@ -69,8 +69,9 @@ def both_directions(
         raise RecipeError(f"A share of the difference is a number above 0, up to 1: {', '.join(wrong)}.")
     if not isinstance(pairs, Pairs) or pairs.corrupted is None:
         raise RecipeError("Both directions take pairs with corrupted prompts: tp.Pairs(clean=…, corrupted=…, …).")
-    dims, chosen = along(name, by), only or {}
+    dims = along(name, by)
     with Patching(model, pairs, metric, **options) as p:
+        chosen = partnered(p, "corrupted", only or {})
         for direction in BASES:
             for index in p.grid(name, dims, **chosen):
                 labels: dict[str, Any] = dict(zip(dims, index, strict=True))
