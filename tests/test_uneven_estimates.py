@@ -323,3 +323,25 @@ def test_pictures_and_intervals_of_unequal_lengths() -> None:
     found = tp.intervals(effects, seed=0)
     both = found["low"] <= found["high"] if "low" in found else mean["effect"].notnull()
     assert both.any()
+
+
+def test_answers_of_several_tokens_stand_at_the_end_of_both_prompts() -> None:
+    """The appended tokens correspond one by one: a map that goes on behind both prompts gives the same."""
+    model = model_of("gpt2")
+    answers = ["w50 w51 w52", "w41", "w45 w44", "w33 w34 w35"]
+    pairs = tp.Pairs(PAIRS.clean, PAIRS.corrupted, answers, align=[dict(side.links) for side in SIDES])
+    found = tp.patch(model, tp.continued(pairs), "resid_pre", tp.continuation, by="layer")
+    for pair, (side, answer) in enumerate(zip(SIDES, answers, strict=True)):
+        *before, last = answer.split()
+        clean, corrupted = (ids[pair].split() for ids in (PAIRS.clean, PAIRS.corrupted or ()))
+        links = {**side.links, **{len(clean) + i: len(corrupted) + i for i in range(len(before))}}
+        longer = tp.Pairs(" ".join([*clean, *before]), " ".join([*corrupted, *before]), last, align=links)
+        vocab = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+        def said(logits: torch.Tensor, ids: list[int] = vocab) -> torch.Tensor:
+            own = logits.log_softmax(-1)
+            return sum((own[:, i, t] for i, t in enumerate(ids)), torch.zeros_like(own[:, 0, 0]))
+
+        metric = tp.metric(said, "said", positions=slice(-len(vocab), None))
+        by_hand = tp.patch(model, longer, "resid_pre", metric, by="layer")
+        np.testing.assert_allclose(found["value"].isel(pair=pair), by_hand["value"].isel(pair=0), atol=1e-6)
