@@ -269,29 +269,6 @@ def test_sweeps_of_several_sites_patch_partners(direction: Any) -> None:
     np.testing.assert_allclose(found.isel(pair=0), p.run()["effect"].isel(pair=0), atol=1e-9)
 
 
-def test_both_directions_speak_of_the_same_partners() -> None:
-    model = model_of("gpt2")
-    found = tp.sweeps.both_directions(model, PAIRS, "resid_pre", by=("layer", "pos"))["effect"]
-    back, lost = (tp.patch(model, PAIRS, "resid_pre", direction=way)["effect"] for way in ("denoising", "noising"))
-    for pair, side in enumerate(SIDES):
-        for here, there in side.links.items():
-            both = found.sel(pair=pair, pos=there)
-            np.testing.assert_allclose(both.sel(direction="denoising"), back.sel(pair=pair, pos=there), atol=1e-9)
-            np.testing.assert_allclose(both.sel(direction="noising"), lost.sel(pair=pair, pos=here), atol=1e-9)
-
-
-def test_what_is_kept_is_counted_in_the_clean_run() -> None:
-    model = model_of("gpt2")
-    kept = tp.sweeps.keep_only(model, PAIRS[3], "mlp_out", {"late": [("mlp_out", 1, 7)]}, by=("layer", "pos"))
-    with tp.patching(model, PAIRS[3]) as p:
-        with p.row(kept="late"):
-            for layer in p.grid("mlp_out", "layer"):
-                for here, there in SIDES[3].links.items():
-                    if (layer, here) != (1, 7):
-                        p.clean.mlp_out[layer, here] = p.corrupted.mlp_out[layer, there]
-    np.testing.assert_allclose(kept["value"].sel(kept="late"), p.run()["value"].sel(kept="late"), atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("what", "call"),
     [

@@ -19,17 +19,18 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``backward``, ``program``, ``weights``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``,
 ``spans``, ``checklist``, ``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``corruptions``,
 ``continuations``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``measures``, ``calls``,
-``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
-``fitting``, ``trials``, ``worlds``, ``draws``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
-``reach``, ``profiles``, ``lowering``, ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``, ``climb``,
-``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``surveying``, ``steps``, ``remote``, ``identity``,
-``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
-``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
-``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``, ``recipe``,
-``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``, ``agreement``, ``doubts``,
-``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``,
-``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``,
-``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
+``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``,
+``rows``, ``fitting``, ``trials``, ``worlds``, ``draws``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``,
+``plan``, ``reach``, ``profiles``, ``lowering``, ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``,
+``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``surveying``, ``steps``, ``remote``,
+``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
+``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``,
+``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``,
+``recipe``, ``studies``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``,
+``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
+``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``,
+``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``,
+``catalogue``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -73,6 +74,7 @@ from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.sources import vector
+from tracepatch.studies import Study, study
 from tracepatch.templates import Template
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
@@ -93,6 +95,7 @@ __all__ = [
     "Recipe",
     "RelP",
     "Status",
+    "Study",
     "Template",
     "accuracy",
     "adopt",
@@ -143,6 +146,7 @@ __all__ = [
     "recipe",
     "resample",
     "save_result",
+    "study",
     "sweeps",
     "tasks",
     "toys",

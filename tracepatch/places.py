@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tracepatch.alignment import Aligned
-from tracepatch.cells import Direction, base_of, crosses, default_by, index_along, partnered, taken
+from tracepatch.cells import Direction, base_of, crosses, default_by, index_of, partnered, taken
 from tracepatch.errors import RecipeError
 from tracepatch.grids import SPAN
 from tracepatch.recording import Recorder
@@ -28,8 +28,7 @@ def along(name: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def at(name: str, labels: Mapping[str, Any]) -> Place:
     """The place of a component with these indices; all along the dims that are left out."""
-    kind = component(name)
-    return (name, *(index_along(dim, kind, dict(labels), {}) for dim in kind.index))
+    return (name, *index_of(component(name), labels, {}))
 
 
 def write(p: Recorder, direction: Direction, source: Any, *places: Place) -> None:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
-from tracepatch.costs import kept_bytes
-from tracepatch.errors import MeasurementError, listing, plural
+from tracepatch.costs import backward_bytes, kept_bytes
+from tracepatch.errors import MeasurementError, MetricError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
 from tracepatch.layout import Key, Seats, heads_of
@@ -78,6 +78,12 @@ class Sides:
         surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
+        jumping = [metric.name for metric in metrics if not metric.differentiable]
+        if jumping:
+            raise MetricError(
+                f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate a metric that changes "
+                "smoothly, such as tp.logit_diff, or measure this one with tp.patch."
+            )
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
@@ -163,15 +169,9 @@ class Sides:
 
     def pair_bytes(self, keys: Iterable[Key], length: int, rows: int = 1) -> int:
         """Memory of one pair: what a backward keeps of each layer, and values and gradients of components."""
-        architecture, size = self.architecture, self.architecture.dtype.itemsize
-        layer_bytes = 0
-        for layer in architecture.layers:
-            heads = architecture.units("z", layer.index)
-            layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
-        kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
-        logits = (
-            3 * max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted")) * architecture.vocab * 4
-        )
+        kept = sum(kept_bytes(self.architecture, name, layer, length) for name, layer in keys)
+        reads = max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted"))
+        layer_bytes, logits = backward_bytes(self.architecture, length), 3 * reads * self.architecture.vocab * 4
         return int(rows * (layer_bytes + logits + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
