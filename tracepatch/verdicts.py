@@ -85,4 +85,4 @@ def both_directions(
     meanings = " ".join(word.replace(" ", "_") for word in VERDICTS)
     return found.assign(
         verdict=verdict.assign_attrs(flag_values=list(range(len(VERDICTS))), flag_meanings=meanings, **shares)
-    )
+    ).assign_attrs(written="corrupted and clean")  # into the clean and the corrupted run
