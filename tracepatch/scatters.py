@@ -24,6 +24,7 @@ from tracepatch.findings import Audit
 from tracepatch.marks import FAINT, PALETTE, Look, corner_text, key, looks, name_points, sequence, site_words, tokens_of
 from tracepatch.panels import named, title_of, told
 from tracepatch.plan import Status
+from tracepatch.verdicts import directions_of
 
 COLOURED = ("component", "model", "layer")  # what points are coloured by if nothing else is said
 WIDE = 60  # characters of a title
@@ -236,7 +237,7 @@ def quadrants(
         ResultError: The results are not of these two directions or share no site, or a threshold is not positive.
     """
     if noising is None:
-        denoising, noising, shares = _two_ways(denoising)
+        denoising, noising, shares = directions_of(denoising)
         sufficient = shares["sufficient"] if sufficient is None else sufficient
         necessary = shares["necessary"] if necessary is None else necessary
     sufficient, necessary = (0.2 if share is None else share for share in (sufficient, necessary))
@@ -383,22 +384,6 @@ def _distinct(x: Any, y: Any, axes: tuple[_Axis, _Axis]) -> list[list[str]]:
             if ours[0] != ours[1]:
                 return [[f"{own}: {line[0]}", *line[1:]] for own, line in zip(ours, lines, strict=True)]
     return lines
-
-
-def _two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
-    """A result of both directions as one of each, and its thresholds."""
-    main_variable(both)
-    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
-        raise ResultError(
-            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
-            "quadrants(denoising, noising)."
-        )
-    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
-    parts = [
-        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
-        for way, (base, written) in ways.items()
-    ]
-    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
 
 
 def _require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:
