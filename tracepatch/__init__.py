@@ -23,10 +23,10 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``,
 ``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``,
 ``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``,
-``estimates``, ``recipe``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``, ``findings``,
-``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``, ``capture``,
-``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``,
-``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
+``estimates``, ``recipe``, ``studies``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
+``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``,
+``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``,
+``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``catalogue``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -53,6 +53,7 @@ from tracepatch.report import write_report
 from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
+from tracepatch.studies import Study, study
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
 
@@ -71,6 +72,7 @@ __all__ = [
     "Recipe",
     "RelP",
     "Status",
+    "Study",
     "adopt",
     "attention_attribution",
     "attribute",
@@ -102,6 +104,7 @@ __all__ = [
     "rank",
     "recipe",
     "save_result",
+    "study",
     "toys",
     "value_flow",
     "verified_top",

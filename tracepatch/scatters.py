@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from tracepatch.panels import named, title_of, told
 from tracepatch.plan import Status
 
 COLOURED = ("component", "model", "layer")  # what points are coloured by if nothing else is said
+WIDE = 60  # characters of a title
 NOTABLE = 0.02  # of the axis: smaller disagreements are not named
 DASHES: dict[str, Any] = {"color": "#707070", "linewidth": 0.8, "linestyle": (0, (4, 3))}
 VERDICTS = {
@@ -158,7 +160,7 @@ def scatter(
     canvas = fitted(figure, 4.6, 4.7)
     ax = canvas.add_subplot()
     default = title_of(x) if isinstance(x, xr.Dataset) else ""
-    ax.set_title(default if title is None else title, fontsize=MEDIUM, parse_math=False)
+    ax.set_title(textwrap.fill(default, WIDE) if title is None else title, fontsize=MEDIUM, parse_math=False)
     handles = _coloured(ax, points, color)
     _limits(ax, points.both, points.same)
     if points.same:
@@ -196,7 +198,7 @@ def audit(audited: xr.Dataset, **options: Any) -> Figure:
         axes.append(data.where(patched).assign_attrs(units=view.unit, long_name=words))
     lines = [f"Pearson r = {rounded(found.pearson)}", f"Spearman ρ = {rounded(found.spearman)}"]
     corner = "\n".join([*lines, f"{int(patched.sum()):,} of {plural(found.cells, 'site')}"])
-    options = {"title": title_of(over_pairs(audited)), "corner": corner, **options}
+    options = {"title": textwrap.fill(title_of(over_pairs(audited)), WIDE), "corner": corner, **options}
     return scatter(axes[0], axes[1], **options)
 
 
