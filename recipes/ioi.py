@@ -18,19 +18,7 @@ denoising sweep misses parts that only work together; a noising sweep misses par
 
 from __future__ import annotations
 
-import random
-
 import tracepatch as tp
-
-NAMES = """
-    John Mary Tom James Dan Sean Mark Alice Robert Michael David William Richard Joseph Thomas Charles Daniel Matthew
-    Anthony Steven Paul Andrew Kevin Brian George Edward Jason Ryan Jacob Eric Jonathan Stephen Justin Scott Brandon
-    Benjamin Samuel Frank Jennifer Elizabeth Susan Jessica Sarah Karen Lisa Nancy Ashley Emily Michelle Laura Rebecca
-    Rachel Anna Amy Kate Jane Emma
-""".split()
-PLACES = ("store", "park", "school", "office", "garden", "house", "station", "restaurant")
-OBJECTS = ("bag", "drink", "book", "ring", "ball", "snack", "key", "letter")
-TEMPLATE = "When {first} and {second} went to the {place}, {subject} gave the {thing} to"
 
 
 def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
@@ -41,33 +29,7 @@ def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
         count: How many pairs; rounded up to an even number.
         seed: The same seed gives the same pairs, as long as the same words are one token.
     """
-    names, places, things = (
-        tp.one_token(tokenizer, [f" {word}" for word in words]) for words in (NAMES, PLACES, OBJECTS)
-    )
-    if len(names) < 2 or not places or not things:
-        raise tp.errors.PromptError(
-            f"This tokenizer has {len(names)} of our {len(NAMES)} names, {len(places)} of {len(PLACES)} "
-            f"places and {len(things)} of "
-            f"{len(OBJECTS)} objects as one token; the task needs two names, a place and an object."
-        )
-    rng = random.Random(seed)
-    clean, corrupted, answer, wrong = [], [], [], []
-    for number in range((count + 1) // 2):
-        first, second = rng.sample(names, 2)
-        # ABBA and BABA in turn: the subject is named second, then first.
-        subject, other = (second, first) if number % 2 == 0 else (first, second)
-        words = {
-            "first": first.strip(),
-            "second": second.strip(),
-            "place": rng.choice(places).strip(),
-            "thing": rng.choice(things).strip(),
-        }
-        clean.append(TEMPLATE.format(subject=subject.strip(), **words))
-        corrupted.append(TEMPLATE.format(subject=other.strip(), **words))
-        answer.append(other)
-        wrong.append(subject)
-    name = f"IOI, {len(names)} of {len(NAMES)} names are one token here"
-    return tp.Pairs(clean, corrupted, answer, wrong, name=name, seed=seed).both_roles()
+    return tp.tasks.ioi(tokenizer, count, seed)
 
 
 @tp.recipe

@@ -70,13 +70,14 @@ class Edit:
             v_in the unit dim may be left out: every unit then gets the same value.
         positions: Which positions (destinations, for scores and pattern); all if None.
         unit: Which head, kv_head, neuron or expert, or a list of them; all if None.
-        mode: "set" replaces the live value, "add" adds to it.
+        mode: "set" replaces the live value, "add" adds to it; "of" sets what `value`, a function, makes of it, with
+            all dims.
         sources: Which source positions, for scores and pattern only; all if None.
     """
 
     component: str
     layer: int
-    value: Tensor
+    value: Any
     positions: Sequence[int] | None = None
     unit: int | Sequence[int] | None = None
     mode: str = "set"
@@ -853,6 +854,10 @@ def _edited(live: Tensor, edit: Edit) -> Tensor:
     index = torch.meshgrid(*[torch.tensor(list(p), dtype=torch.long) for p in picked], indexing="ij")
     old = live[index]  # one dim per dim of the component
 
+    if edit.mode == "of":
+        out = live.clone()
+        out[index] = edit.value(old).to(live.dtype)
+        return out
     value = edit.value.to(live.dtype)
     if value.ndim == 0:
         value = value.expand_as(old)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from reference import Edit, Reference
 from torch import Tensor
 
+from tracepatch.portions import Subspace
 from tracepatch.prompts import Pairs
 from tracepatch.rows import EditedWorld, Row
-from tracepatch.sites import Select, Site
+from tracepatch.sites import Select, Site, select
+from tracepatch.sources import Part, summed
 from tracepatch.tokens import EncodedPairs
 
 ATTENDING = ("scores", "pattern")  # [head, dest, src]
@@ -24,6 +28,54 @@ def index(select: Select) -> Any:
     if select.items is None:
         return slice(*select.bounds)
     return select.items[0] if select.scalar else list(select.items)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a test says of the two prompts of a pair, in the plainest form.
+
+    Attributes:
+        links: Clean position → corrupted position.
+        spans: World → span → positions.
+    """
+
+    links: Mapping[int, int]
+    spans: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+
+    def partner(self, world: str, position: int) -> int:
+        """The position of the other prompt that corresponds to one of a world's."""
+        forth = self.links if world == "clean" else {b: a for a, b in self.links.items()}
+        return forth[position]
+
+    def place(self, select: Select, world: str, crossing: bool) -> Any:
+        """The index into the prompt of a world that a recorded one stands for."""
+        other = {"clean": "corrupted", "corrupted": "clean"}[world]
+        if select.span:
+            own = list(self.spans[world][select.span])
+            if crossing and select.items is None and select.bounds == (None, None, None):
+                there = self.spans[other][select.span]
+                clean = own if world == "clean" else there
+                met = [(a, b) for a, b in sorted(self.links.items()) if a in clean]
+                return [p for p, q in (m if world == "clean" else m[::-1] for m in met) if p in own and q in there]
+            found = torch.tensor(own)[index(replace(select, span=""))]
+            return found.tolist()
+        if select.of:
+            found = [(self.partner(select.of, p), p)[select.of == world] for p in select.items or ()]
+            return found[0] if select.scalar else found
+        if crossing and select.all:
+            return [(a, b)[world == "corrupted"] for a, b in sorted(self.links.items())]
+        return index(select)
+
+
+def placed(site: Site, sides: Sides | None, world: str, crossing: bool) -> Site:
+    """The site with the positions of one prompt written out."""
+    if sides is None:
+        return site
+    found = {}
+    for dim in ("pos", "src"):
+        at = sides.place(getattr(site, dim), world, crossing)
+        found[dim] = select(at, "pos")
+    return replace(site, **found)
 
 
 def pick(value: Tensor, site: Site, split: bool) -> Tensor:
@@ -60,15 +112,70 @@ def untouched(module: Any) -> Any:
     return fresh.eval()
 
 
-def attending(edit: Any, live: Tensor, value: Tensor) -> Edit:
+def attending(edit: Any, site: Site, live: Tensor, value: Tensor) -> Edit:
     """The oracle's edit of scores or a pattern [head, dest, src]."""
-    site = edit.site
     for dim, picked in enumerate((site.unit, site.pos, site.src)):
         value = value.unsqueeze(dim) if picked.scalar else value
     picks = (site.unit, site.pos, site.src)
     at = [torch.arange(n)[index(s)].reshape(-1).tolist() for s, n in zip(picks, live.shape, strict=True)]
     mode = "add" if edit.add else "set"
     return Edit(site.component, site.layer, value, positions=at[1], unit=at[0], sources=at[2], mode=mode)
+
+
+def portioned(portion: Any, value: Tensor, live: Tensor) -> Tensor:
+    """A live value with a portion of it as in a source: the textbook formula, whole matrices, one vector at a time."""
+    if isinstance(portion, Subspace):
+        span = portion.basis.tensor.to(live.dtype)
+        return live + (value.expand_as(live) - live) @ (torch.linalg.pinv(span) @ span)
+    encode, decode = coder(portion.dictionary, live.dtype)
+    flat, other = live.reshape(-1, live.shape[-1]), value.expand_as(live).reshape(-1, live.shape[-1])
+    out = []
+    for one, given in zip(flat, other, strict=True):
+        before = encode(one[None])
+        after, taken = before.clone(), encode(given[None])
+        chosen = torch.arange(before.shape[1])[index(portion.chosen)].reshape(-1).tolist()
+        for n, i in enumerate(chosen):
+            clamp = None if portion.clamp is None else portion.clamp.tensor.expand(len(chosen))[n]
+            after[0, i] = taken[0, i] if clamp is None else clamp
+        out.append(decode(after)[0] + one - decode(before)[0])
+    return torch.stack(out).reshape(live.shape)
+
+
+def coder(of: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A dictionary as two functions."""
+    if not of.weights:
+        return of.encode, of.decode
+    encoder, bias, decoder, before = (None if c is None else c.tensor.to(dtype) for c in of.weights)
+
+    def encode(x: Tensor) -> Tensor:
+        found = (x if before is None else x - before) @ encoder
+        found = found if bias is None else found + bias
+        if of.activation == "relu":
+            return found.clamp(min=0)
+        if of.activation == "jumprelu":
+            return found * (found > of.parameter.tensor.to(dtype))
+        least = found.sort(-1).values[:, -of.parameter, None]
+        return (found * (found >= least)).clamp(min=0)
+
+    return encode, lambda f: f @ decoder
+
+
+def aligned(found: list[Tensor], select: Select, dim: int, length: int) -> Tensor:
+    """The mean of values of prompts of unequal length along a dim, as the pair's own index has them.
+
+    Slices that begin at the end line up there, all others at the start: what is left is as long as the pair's.
+    """
+    if select.items is not None:
+        return torch.stack(found).mean(0)
+    at_end, longest = (select.bounds[0] or 0) < 0, max(one.shape[dim] for one in found)
+    wide = []
+    for one in found:
+        shape = list(one.shape)
+        shape[dim] = longest - one.shape[dim]
+        gap = torch.full(shape, torch.nan, dtype=one.dtype)
+        wide.append(torch.cat([gap, one] if at_end else [one, gap], dim))
+    mean, count = torch.stack(wide).nanmean(0), len(range(length)[slice(*select.bounds)])
+    return mean.narrow(dim, longest - count if at_end else 0, count)
 
 
 class Slow:
@@ -80,8 +187,12 @@ class Slow:
         encoded: EncodedPairs,
         eager: bool = False,
         edited: Mapping[str, EditedWorld] | None = None,
+        sides: Sequence[Sides] | None = None,
+        references: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoded, module = encoded, untouched(model)
+        self.sides = [None] * len(encoded) if sides is None else list(sides)
+        self.root = {"clean": "clean", "corrupted": "corrupted"} | {w.name: w.root for w in (edited or {}).values()}
         if eager:
             module.set_attn_implementation("eager")
         sides = {"clean": encoded.clean, "corrupted": encoded.corrupted or ()}
@@ -95,6 +206,8 @@ class Slow:
             self.references = dict.fromkeys(self.ids, Reference(module))
         self.reference = next(iter(self.references.values()))
         self.values = {key: self.references[key].values(ids) for key, ids in self.ids.items()}
+        self.worlds, self.module = references or {}, module
+        self.prompts: dict[tuple[str, int], Any] = {}  # of references: the values of each prompt, alone
         self.standing: dict[tuple[str, int], list[Edit]] = {key: [] for key in self.ids}
         for world in (edited or {}).values():
             for pair in range(len(encoded)):
@@ -115,25 +228,31 @@ class Slow:
         """Recorded edits as the oracle's."""
         found = []
         for edit in edits:
-            site, source = edit.site, edit.source.terms()
+            recorded, source = edit.site, summed(edit.source)
+            root, sides = self.root[base], self.sides[pair]
+            crossing = any(self.root[part.world] != root for _, part in source.values if part.world in self.root)
+            site = placed(recorded, sides, root, crossing)
             live = self.values[base, pair][site.component, site.layer]
             split = live.ndim == 3 or site.component in SPLIT
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
-                place = one_name(part.site.component, part.site.layer, self.reference.layers)
-                world = self.values[part.world, pair][place]
-                term = pick(world, part.site, world.ndim == 3 or part.site.component in SPLIT)
+                term = self.value(
+                    part, pair, len(live) if site.component not in ATTENDING else live.shape[-1], crossing
+                )
+                if part.world in self.worlds and self.worlds[part.world].over and not site.pos.scalar:
+                    term = term[None]
                 value = value + factor * (
                     term[..., None, :] if term.ndim == target.ndim - 1 and split and term.ndim > 1 else term
                 )
             if source.constant is not None:
                 value = value + source.constant.tensor.to(value.dtype)
             for factor, noise in source.noise:
-                value = value + factor * noise.draw(f"pair {pair}, {site}", target.shape)
+                unit = 1.0 if noise.unit is None else self.picks(noise.unit).std()
+                value = value + factor * unit * noise.draw(f"pair {pair}, {recorded}", target.shape)
             value = value.expand(target.shape)
             if site.component in ATTENDING:
-                found.append(attending(edit, live, value))
+                found.append(attending(edit, site, live, value))
                 continue
             if site.pos.scalar:
                 value = value[None]
@@ -141,10 +260,45 @@ class Slow:
                 value = value[:, None]
             at = torch.arange(len(live))[index(site.pos)].reshape(-1).tolist()
             units = torch.arange(live.shape[1])[index(site.unit)].reshape(-1).tolist() if split else None
-            found.append(
-                Edit(site.component, site.layer, value, positions=at, unit=units, mode="add" if edit.add else "set")
-            )
+            mode = "add" if edit.add else "set"
+            if isinstance(edit.source, Part):
+                mode, value = "of", partial(portioned, edit.source.portion, value)
+            found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode=mode))
         return found
+
+    def value(self, part: Any, pair: int, length: int, crossing: bool = False) -> Tensor:
+        """What a value of a world, or of a reference, is in a pair of so many tokens."""
+        place = one_name(part.site.component, part.site.layer, self.reference.layers)
+        if part.world not in self.worlds:
+            world = self.values[part.world, pair][place]
+            there = placed(part.site, self.sides[pair], self.root[part.world], crossing)
+            return pick(world, there, world.ndim == 3 or part.site.component in SPLIT)
+        world = self.worlds[part.world]
+        own = [i for i in range(len(world.ids)) if world.rows[i] == world.row_of[pair]]
+        found = [one for i in own if (one := self.picked(world, i, part.site)) is not None]
+        if world.over:
+            return torch.cat([one[None] if part.site.pos.scalar else one for one in found]).mean(0)
+        if part.site.component not in ATTENDING:
+            return aligned(found, part.site.pos, 0, length)
+        assert len({one.shape for one in found}) == 1, "the oracle lines weights up for prompts of one length only"
+        return torch.stack(found).mean(0)
+
+    def picked(self, world: Any, number: int, site: Site) -> Tensor | None:
+        """What a site is in one prompt of a reference; ``None`` where it lacks the positions."""
+        if (world.name, number) not in self.prompts:
+            ids = torch.tensor(world.ids[number])
+            runs = Reference(self.module, torch.tensor(world.encoder[number])) if world.encoder else self.reference
+            self.prompts[world.name, number] = runs.values(ids)
+        value = self.prompts[world.name, number][one_name(site.component, site.layer, self.reference.layers)]
+        if not site.pos.resolve(len(world.ids[number])):
+            return None
+        return pick(value, site, value.ndim == 3 or site.component in SPLIT)
+
+    def picks(self, unit: Any) -> Tensor:
+        """All numbers of a value in all prompts of a reference."""
+        world = self.worlds[unit.world]
+        found = [self.picked(world, i, unit.site) for i in range(len(world.ids))]
+        return torch.cat([one.flatten() for one in found if one is not None])
 
     def logits(self, row: Row, pair: int) -> Tensor:
         """The logits [pos, vocab] of a row."""
@@ -182,3 +336,30 @@ def made_up_pairs(words: list[str], seed: int = 0) -> Pairs:
         corrupted.append(" ".join(words[i] for i in other))
     picks = torch.randperm(len(words), generator=generator).tolist()
     return Pairs(clean, corrupted, [words[i] for i in picks[:3]], [words[i] for i in picks[3:6]], name="made up")
+
+
+def uneven_pairs(words: list[str], seed: int = 0) -> tuple[Pairs, list[Sides]]:
+    """Four pairs, three of them of unequal length, aligned by maps, one of which exchanges two positions; and the maps.
+
+    Tokens differ where nothing is aligned, and at one aligned position; the first two are shared in each pair.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    maps = (
+        {0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 6: 5},  # 7 to 6
+        {0: 0, 1: 1, 2: 3, 3: 4, 5: 6, 6: 7},  # 7 to 8
+        {0: 0, 1: 1, 2: 4, 4: 2, 5: 5, 6: 6},  # 7 to 7, exchanged
+        {0: 0, 2: 3, 3: 2, 7: 5},  # 8 to 6
+    )
+    clean, corrupted = [], []
+    for links, (long, other) in zip(maps, ((7, 6), (7, 8), (7, 7), (8, 6)), strict=True):
+        ids = torch.randint(len(words), (long,), generator=generator).tolist()
+        others = [(i + 11) % len(words) for i in torch.randint(len(words), (other,), generator=generator).tolist()]
+        for a, b in links.items():
+            others[b] = ids[a]
+        others[links.get(3, links[2])] = (ids[3] + 7) % len(words)
+        others[1] = ids[1]
+        clean.append(" ".join(words[i] for i in ids))
+        corrupted.append(" ".join(words[i] for i in others))
+    picks = torch.randperm(len(words), generator=generator).tolist()
+    answers = [[words[i] for i in picks[:4]], [words[i] for i in picks[4:8]]]
+    return Pairs(clean, corrupted, *answers, name="uneven", align=list(maps)), [Sides(links) for links in maps]

@@ -210,7 +210,7 @@ def test_a_row_that_gets_its_neighbours_patch(gpt2: Any, monkeypatch: pytest.Mon
 
 
 def test_a_row_that_was_pruned_in_error(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering.Profile, "first", property(lambda self: self.length))
+    monkeypatch.setattr(lowering.Profile, "first", property(lambda self: self.alignment.clean.length))
     with pytest.raises(errors.MeasurementError, match=r"was proved to change nothing, but gives(.|\n)*prune=False"):
         tp.patch(gpt2, ioi_pairs(1), "z", by="layer")
 

@@ -37,7 +37,8 @@ def test_unequal_lengths(gpt2: Any) -> None:
         "1 of 2 pairs cannot be compared position by position.\n"
         "  pair 1: clean has 7 tokens, corrupted has 9   'When Tom and Dan left, Tom' / 'When Tom and Dan "
         "left the store, Tom'\n"
-        "Reword one prompt of each pair until the counts agree."
+        "Reword one prompt of each pair until the counts agree, or say which positions correspond: align='ends', "
+        "'prefix', 'suffix', 'spans', or a map for each pair."
     )
 
 
@@ -104,7 +105,9 @@ def test_no_corrupted_prompts(gpt2: Any) -> None:
         ("resid_pre", (0, [1, 1]), "names [1] twice"),
         ("resid_pre", (0, 1, 2), "resid_pre has the indices [layer, pos]; 3 were given: [0, 1, 2]."),
         ("resid_pre", (slice(0, 2), 1), "resid_pre[0:2, …]: one layer at a time"),
-        ("resid_pre", (0, "end"), "'end' is no index along pos"),
+        ("resid_pre", (0, "the end"), "'the end' is no index along pos: a span is written as its name"),
+        ("resid_pre", (0, "subject"), "no prompt has a span 'subject'; these pairs have no spans"),
+        ("z", (0, -1, "subject"), "'subject' is no index along head"),
         ("z", (0, -1, 4), "z[0, …, 4]: layer 0 has 4 heads, 0 to 3 (or -4 to -1)."),
         ("mlp_act", (0, -1, 256), "mlp_act[0, …, 256]: layer 0 has 256 neurons, 0 to 255 (or -256 to -1)."),
     ],

@@ -19,9 +19,11 @@ ORDER = re.findall(r"``(\w+)``", (tp.__doc__ or "").split("in this order:")[1])
 MAY_IMPORT_NNSIGHT = {"models", "requests", "trace", "backward"}
 SHIPPED = {
     "norms": set(),
-    "writing": {"tracepatch.norms"},
+    "replacing": set(),
+    "writing": {"tracepatch.norms", "tracepatch.replacing"},
     "masks": set(),
     "taps": {"tracepatch.norms"},
+    "tallies": set(),
     "trace": {"tracepatch.norms", "tracepatch.writing", "tracepatch.masks", "tracepatch.taps"},
     "heads": {"tracepatch.norms", "tracepatch.writing"},
     "differences": {"tracepatch.norms"},
@@ -42,7 +44,7 @@ SHIPPED = {
         "tracepatch.differences",
         "tracepatch.contractions",
     },
-    "program": {"tracepatch.trace", "tracepatch.backward", "tracepatch.contractions"},
+    "program": {"tracepatch.tallies", "tracepatch.trace", "tracepatch.backward", "tracepatch.contractions"},
 }
 LONG = {
     "probe": "one algorithm, whose steps make no sense alone: split blocks into branches, close the sum",

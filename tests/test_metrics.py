@@ -10,7 +10,7 @@ import torch
 from slow import Slow
 
 import tracepatch as tp
-from tracepatch.metrics import require_sound
+from tracepatch.trials import require_sound
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ MIXED = """\
   batches      5 packed (tokens side by side, from each row's first edit on) of up to 1 row in 2 tokens
   traced runs  7, 2 of them for the 4 unpatched worlds
   forwards     4.5, counted in tokens and layers, instead of 21 (4.6 × fewer)
-  memory       about 190 kB a run, budget 1.07 GB"""
+  memory       about 190 kB a run, budget 1.07 GB
+  note         logit_diff: normalized ±0.5 may mean that nothing is left: rows here write neither prompt's values, and a run that knows neither answer is halfway between opposite prompts"""
 
 
 def timeless(told: str) -> str:

@@ -103,6 +103,8 @@ def test_a_quotient_of_noise_is_not_given(gpt2: Any, pairs: tp.Pairs) -> None:
     assert float(abs(result["clean"] - result["corrupted"]).max()) > 0
     assert np.isnan(result["normalized"]).all()
     assert json.loads(result.attrs["pairs_too_close"]) == [0, 1, 2]
+    with pytest.warns(tp.errors.MeasurementWarning, match="is next to nothing beside what it is a difference of"):
+        assert np.isnan(tp.over_pairs(result)["normalized"]).all()
 
 
 def test_cells_without_a_row_are_absent_never_zero(gpt2: Any, pairs: tp.Pairs) -> None:

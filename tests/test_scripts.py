@@ -74,7 +74,8 @@ def agree(p: tp.Patching, pair: int, folder: Path, shortest: bool = False, metri
             given["metric"] = p.metrics[[m.name for m in p.metrics].index(metric) if metric else 0]
         found, logits = run(text, file, p.model, **given)
         assert module_of(p.model).config._attn_implementation == attention, "what was switched is put back"
-        assert logits.shape == (p.encoded.lengths[pair], p.architecture.vocab)
+        root = p.edited[row.base].root if row.base in p.edited else row.base
+        assert logits.shape == (len(p.encoded.world(root)[pair]), p.architecture.vocab)
         assert abs(found - number) < 1e-5 * scale, f"{row}: {found} instead of {number}\n{text}"
     return float(np.ptp(wanted))
 

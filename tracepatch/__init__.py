@@ -14,46 +14,68 @@
     effects = tp.patch(model, pairs, "resid_pre", metric=tp.logit_diff)
     tp.plots.heatmap(effects)
 
-The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``writing``, ``masks``,
-``taps``, ``trace``, ``heads``, ``differences``, ``attention_weights``, ``contractions``, ``backward``, ``program``,
-``weights``, ``models``, ``requests``, ``sites``, ``tokens``, ``checklist``, ``prompts``, ``sources``, ``metrics``,
-``calls``, ``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``,
-``architecture``, ``rows``, ``trials``, ``worlds``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``, ``reach``,
-``lowering``, ``entrance``, ``packing``, ``planner``, ``climb``, ``layout``, ``shadows``, ``firing``, ``meter``,
-``traced``, ``steps``, ``remote``, ``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``,
-``checks``, ``literals``, ``readings``, ``spelling``, ``forwards``, ``scripts``, ``results``, ``combining``,
-``resampling``, ``saves``, ``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``,
-``estimates``, ``recipe``, ``studies``, ``attribution``, ``sampling``, ``agreement``, ``doubts``, ``population``,
-``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``, ``shelf``, ``saved_gradients``,
-``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``, ``marks``, ``scatters``,
-``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``catalogue``, ``toys``, ``__main__``.
+The modules are a pipeline and import only upwards in this order: ``errors``, ``norms``, ``replacing``, ``writing``,
+``masks``, ``taps``, ``tallies``, ``trace``, ``heads``, ``differences``, ``attention_weights``, ``contractions``,
+``backward``, ``program``, ``weights``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``,
+``spans``, ``checklist``, ``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``corruptions``,
+``continuations``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``measures``, ``calls``,
+``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
+``fitting``, ``trials``, ``worlds``, ``draws``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
+``reach``, ``profiles``, ``lowering``, ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``, ``climb``,
+``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``surveying``, ``steps``, ``remote``, ``identity``,
+``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
+``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``, ``recipe``,
+``studies``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``, ``agreement``,
+``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``,
+``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``,
+``marks``, ``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``toys``,
+``catalogue``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
 
-from tracepatch import errors, models, plots, toys
+from tracepatch import corruptions, errors, models, plots, sweeps, tasks, toys
 from tracepatch.architecture import Architecture, adopt
 from tracepatch.archive import open_result, save_result
 from tracepatch.attending import attention_attribution, value_flow
 from tracepatch.attribution import attribute
 from tracepatch.auditing import audit
 from tracepatch.capture import gradients, open_gradients
-from tracepatch.combining import concat, over_pairs
+from tracepatch.combining import agreement_over, by_corruption, concat, over_draws, over_pairs
+from tracepatch.continuations import continued
 from tracepatch.direct import direct_attribution
 from tracepatch.drilling import drill
 from tracepatch.edge_attribution import edge_rows, edges
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
 from tracepatch.findings import Audit
+from tracepatch.measures import (
+    accuracy,
+    attention,
+    basket,
+    continuation,
+    direct_logit_diff,
+    direction,
+    duplicate_token,
+    neuron,
+    prefix_matching,
+    previous_token,
+    prob_diff,
+)
 from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, metric, prob, rank
 from tracepatch.models import load
 from tracepatch.plan import Plan, Status
+from tracepatch.portions import Dictionary
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching, Recipe, patch, patching, recipe
+from tracepatch.references import mean, resample
 from tracepatch.report import write_report
 from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
+from tracepatch.sources import vector
 from tracepatch.studies import Study, study
+from tracepatch.templates import Template
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
 
@@ -63,6 +85,7 @@ __all__ = [
     "AtP",
     "AtPStar",
     "Audit",
+    "Dictionary",
     "Gradients",
     "IntegratedGradients",
     "Metric",
@@ -73,14 +96,26 @@ __all__ = [
     "RelP",
     "Status",
     "Study",
+    "Template",
+    "accuracy",
     "adopt",
+    "agreement_over",
+    "attention",
     "attention_attribution",
     "attribute",
     "audit",
+    "basket",
+    "by_corruption",
     "concat",
+    "continuation",
+    "continued",
+    "corruptions",
     "cross_entropy",
     "direct_attribution",
+    "direct_logit_diff",
+    "direction",
     "drill",
+    "duplicate_token",
     "edge_rows",
     "edges",
     "errors",
@@ -91,22 +126,32 @@ __all__ = [
     "log_prob",
     "logit",
     "logit_diff",
+    "mean",
     "metric",
     "models",
+    "neuron",
     "one_token",
     "open_gradients",
     "open_result",
+    "over_draws",
     "over_pairs",
     "patch",
     "patching",
     "plots",
+    "prefix_matching",
+    "previous_token",
     "prob",
+    "prob_diff",
     "rank",
     "recipe",
+    "resample",
     "save_result",
     "study",
+    "sweeps",
+    "tasks",
     "toys",
     "value_flow",
+    "vector",
     "verified_top",
     "write_report",
 ]

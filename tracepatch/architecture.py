@@ -76,6 +76,7 @@ class Architecture:
         d_model: Width of the residual stream.
         vocab: Width of the logits.
         causal: Whether a changed last token moves nothing before it.
+        extends: Whether one token less moves nothing either: prompts of any lengths agree as far as their tokens do.
         local_embedding: Whether the stream entering layer 0 depends on the token at its own position alone, and on no
             encoder.
         keeps_logits: Whether the forward takes ``logits_to_keep``.
@@ -96,6 +97,7 @@ class Architecture:
     d_model: int
     vocab: int
     causal: bool
+    extends: bool
     local_embedding: bool
     keeps_logits: bool
     encodes: bool
@@ -164,7 +166,7 @@ class Architecture:
             self.eager_error, self.logit_scale = (logits - plain).abs().max().item(), plain.abs().max().item()
             stack = module.get_submodule(self.layers[0].path.rsplit(".", 1)[0])
             found = allows(module, stack, ids, self._encoder, plain)
-            self.causal, self.local_embedding, self.keeps_logits = found
+            self.causal, self.extends, self.local_embedding, self.keeps_logits = found
             self.modules = self._see_modules(module, ids, calls)
         finally:
             module.train(training)
@@ -544,6 +546,7 @@ class Architecture:
             f"{str(self.dtype).removeprefix('torch.')}",
             f"  embed      {self.embed}",
         ]
+        causal = "a changed last token moves nothing before it" + ("" if self.extends else ", but one token more may")
         if self.twin:
             lines.insert(1, f"  proved on a twin with random weights in float32, shrunken: {self.twin}")
         if self.encodes:
@@ -554,8 +557,7 @@ class Architecture:
         lines += [
             f"  final norm {self.final_norm or 'none'}, unembedding {self.unembed}",
             f"  residual sum: closes bitwise in {exact} of {len(self)} layers, largest error {worst:.2g}",
-            "  causal: "
-            f"{'yes (a changed last token moves nothing before it)' if self.causal else 'NO: nothing is pruned'}",
+            f"  causal: {f'yes ({causal})' if self.causal else 'NO: nothing is pruned'}",
             f"  step-by-step attention differs from the default by {self.eager_error:.2g} in the logits",
         ]
         return "\n".join(lines)

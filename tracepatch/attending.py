@@ -125,6 +125,10 @@ class _Weights:
         # Weights set to zero are what is estimated, with the sign turned; what values do needs the other run.
         self.cells = Cells.of(p, "pattern", by, direction, None if values else 0, only)
         self.base, self.direction, self.values = world, direction, values
+        if values:
+            self.cells.require_plain(p, "tp.value_flow", "Estimate the values themselves: tp.attribute(…, 'v').")
+        elif not self.cells.plain and not p.encoded.mapped:
+            raise RecipeError("tp.attention_attribution takes positions, not spans.")
         self.other: WorldName | None = OTHER[world] if p.encoded.corrupted is not None else None
         self.slopes = Slopes(p.architecture, *held_of(AtP(), p.architecture))
         worlds = [self.other] if self.other else []
@@ -165,7 +169,7 @@ class _Weights:
 
         def build(group: Group) -> list[Op]:
             keep = [("v", layer) for layer in self.cells.layers["pattern"]] if self.values else []
-            ops = self.sides.known(group, keep) if self.other else []
+            ops = self.sides.known(group, keep)
             ops.append(self.sides.backward(group, self.base, self.slopes, self.taps))
             items = tuple(contraction(group, key, number) for key in keys for number in metrics)
             return [*ops, (("contract", items), None)]
@@ -176,7 +180,7 @@ class _Weights:
             results = iter(found[-1])
             for key in keys:
                 arrays = np.stack([next(results).double().numpy() for _ in metrics])
-                at = picked(self.cells, "pattern", arrays, group.length)
+                at = picked(self.cells, "pattern", arrays, group.of(self.base).length)
                 for i, pair in enumerate(group.pairs):
                     self.found.setdefault(key, {})[pair] = at[:, i]
 

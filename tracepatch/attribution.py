@@ -91,9 +91,16 @@ def attribute(
     if (renormalize or not value_bias) and set(cells.names) != {"pattern"}:
         raise RecipeError("renormalize= and value_bias= speak of attention weights: estimate 'pattern' alone.")
     number = source is None or (isinstance(source, Real) and not isinstance(source, bool))
-    if not number or (isinstance(how, IntegratedGradients) and how.along == "site"):
+    by_site = isinstance(how, IntegratedGradients) and how.along == "site"
+    if isinstance(how, AtPStar) or (isinstance(how, IntegratedGradients) and not by_site):
+        instead = "Take tp.AtP(), tp.RelP() or tp.IntegratedGradients(steps=…, along='site'), or patch."
+        cells.require_plain(p, how.name, instead)
+    if not number or not cells.plain or by_site:
         if not value_bias:
-            raise RecipeError("value_bias=False is of AtP between the two prompts, or to a number.")
+            raise RecipeError(
+                "value_bias=False is of AtP at positions that are the same in both prompts, written from there or a "
+                "number."
+            )
         with p:
             cells.record(p, renormalize=renormalize)
         return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize, value_bias))
@@ -246,7 +253,7 @@ class _Study:
             keep |= {("v", layer) for layer in self.wanted.layers.get("pattern", ()) if self._biased}
         if isinstance(how, IntegratedGradients):
             keep |= {("embed", 0)} if how.along == "inputs" else set()
-        ops = sides.known(group, keep) if self.worlds or self.edited else []
+        ops = sides.known(group, keep)
         if isinstance(how, IntegratedGradients):
             return [*ops, *self._integrated(group, how)]
         drops = self._drops if isinstance(how, AtPStar) and how.drop else ()
@@ -257,8 +264,7 @@ class _Study:
     def _integrated(self, group: Group, how: IntegratedGradients) -> list[Op]:
         """Values of the base run, then gradients averaged over the line, for all components or one at a time."""
         sides, count = self.sides, how.steps
-        place = sides.where(group, self.base)
-        settled = (("contract", (("settle", self.base, place, tuple(self.canonical.values())),)), None)
+        settled = (("contract", (sides.settled(group, self.base, self.canonical.values()),)), None)
         moved: list[tuple[Key, list[Key]]]
         if how.along == "inputs":
             moved = [(("embed", 0), list(self.canonical.values()))]

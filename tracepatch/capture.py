@@ -77,6 +77,7 @@ def gradients(
     began = time.perf_counter()
     p = Patching(model, pairs, metric, memory=memory)
     p.encoded.world("corrupted")
+    p.encoded.require_alike("tp.gradients", "Estimate without saving: tp.attribute aligns what it takes.")
     architecture, depth = p.architecture, len(p.architecture)
     names = tuple(dict.fromkeys(kind.name for kind in kinds_of(components)))
     keys: list[Key] = []
@@ -101,10 +102,10 @@ def gradients(
     labels += [("gradient", base, number, *key) for base in bases for number in numbers for key in keys]
 
     def build(group: Group) -> list[Op]:
-        ops = sides.known(group, map(stream_of, keys) if lone else ()) if worlds else []
+        ops = sides.known(group, map(stream_of, keys) if lone else ())
         items: list[tuple[Any, ...]] = []
         if lone:
-            items.append(("settle", lone, sides.where(group, lone), tuple(keys)))
+            items.append(sides.settled(group, lone, keys))
         ops += [sides.backward(group, base, slopes, keys) for base in bases]
         return [*ops, (("contract", (*items, *(("kept", label) for label in labels))), None)]
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from tracepatch.errors import RecipeError
+from tracepatch.grids import SPAN
 from tracepatch.layout import Key
 from tracepatch.recording import Recorder
-from tracepatch.sites import Component, Select, component, select
-from tracepatch.sources import OTHER, WorldName
+from tracepatch.references import Reference
+from tracepatch.sites import PLACES, Component, Select, component, select
+from tracepatch.sources import OTHER, Function, WorldName, as_source
+from tracepatch.worlds import World
 
 Direction: TypeAlias = Literal["denoising", "noising"]
 BASES: dict[Direction, WorldName] = {"denoising": "corrupted", "noising": "clean"}
@@ -31,6 +34,7 @@ class Cells:
         only: Dims and the indices to keep, as they were written.
         axes: Each dim's labels.
         layers: Per component, its layers.
+        plain: Whether the cells are numbered positions, the same in both prompts: no spans, and nothing aligned.
     """
 
     names: tuple[str, ...]
@@ -38,8 +42,9 @@ class Cells:
     base: WorldName
     source: Any
     only: dict[str, Any]
-    axes: dict[str, list[int]]
+    axes: dict[str, list[Any]]
     layers: dict[str, list[int]]
+    plain: bool
 
     @classmethod
     def of(
@@ -76,20 +81,68 @@ class Cells:
                 raise RecipeError(
                     f"Take {kind.name} layer by layer (by=('layer', …)), or in one layer (only={{'layer': 3}})."
                 )
-        axes: dict[str, set[int]] = {dim: set() for dim in dims}
+        axes: dict[str, list[Any]] = {dim: [] for dim in dims}
         layers: dict[str, list[int]] = {}
+        found = cls(
+            tuple(kind.name for kind in kinds), dims, base, source, chosen, axes, layers, _plain(recorder, dims, chosen)
+        )
+        world, crossing = getattr(recorder, base), found.crossing
         for kind in kinds:
-            ranges = recorder.ranges(kind, dims, chosen)
+            ranges = recorder.ranges(kind.name, dims, found.partnered(recorder), world, crossing)
             layers[kind.name] = ranges["layers"]
             for dim in dims:
-                axes[dim] |= set(ranges["layers" if dim == "layer" else dim])
-        labels = {dim: sorted(found) for dim, found in axes.items()}
-        return cls(tuple(kind.name for kind in kinds), dims, base, source, chosen, labels, layers)
+                axes[dim] += ranges["layers" if dim == "layer" else dim]
+        for dim, labels in axes.items():
+            once = list(dict.fromkeys(labels))
+            axes[dim] = once if any(isinstance(label, str) for label in once) else sorted(once)
+        return found
 
     @property
     def keys(self) -> list[Key]:
         """Every component at every layer."""
         return [(name, layer) for name in self.names for layer in self.layers[name]]
+
+    @property
+    def crossing(self) -> bool:
+        """Whether values come from the other prompt; what is the same for both has no partner to come from."""
+        if isinstance(self.source, Reference):
+            return False
+        if isinstance(self.source, World):
+            name, recorded = self.source._name, self.source._recorder
+            root = recorded.edited[name].root if name in recorded.edited else name
+            return name not in recorded.references and root != self.base
+        given = None if self.source is None else as_source(self.source)
+        return given is None or (isinstance(given, Function) and given.arguments > 1)
+
+    def partnered(self, recorder: Recorder) -> dict[str, Any]:
+        """The indices that are kept; where prompts are aligned, positions of the base mean partners in the other."""
+        if not (recorder.encoded.mapped and self.crossing):
+            return self.only
+        whole = {
+            dim: given for dim, given in self.only.items() if dim in PLACES and not isinstance(given, (slice, str))
+        }
+        counted = {dim: select(given, dim) for dim, given in whole.items()}
+        moved = {dim for dim, s in counted.items() if not s.of and s.items is not None and min(s.items) >= 0}
+        world, found = getattr(recorder, self.base), dict(self.only)
+        for dim in moved:
+            items = counted[dim].items or ()
+            found[dim] = recorder.aligned(items[0] if counted[dim].scalar else items, of=world)
+        return found
+
+    def require_plain(self, recorder: Recorder, what: str, instead: str) -> None:
+        """Refuses cells that are no numbered positions, the same in both prompts.
+
+        Args:
+            recorder: Of the pairs.
+            what: What needs that, to stand at the start of the message.
+            instead: What to do.
+
+        Raises:
+            RecipeError: So it is.
+        """
+        recorder.encoded.require_alike(what, instead)
+        if not self.plain:
+            raise RecipeError(f"{what} takes positions, not spans. {instead}")
 
     @property
     def picked(self) -> dict[str, Select]:
@@ -106,26 +159,53 @@ class Cells:
 
     def labels(self, recorder: Recorder) -> Iterator[tuple[Component, dict[str, Any]]]:
         """Every cell: its component, and its labels, ``component`` among them where there are several."""
+        kept, world = self.partnered(recorder), getattr(recorder, self.base)
         for name in self.names:
             named = {"component": name} if len(self.names) > 1 else {}
-            for index in recorder.grid(name, self.by, **self.only):
+            for index in recorder.grid(name, self.by, base=world, aligned=self.crossing, **kept):
                 yield component(name), {**named, **dict(zip(self.by, index, strict=True))}
 
     def record(
         self, recorder: Recorder, among: Collection[tuple[Any, ...]] | None = None, renormalize: bool = False
     ) -> list[tuple[Any, ...]]:
         """Records a row for each cell, or for those with certain labels, in the order of the dims; their labels."""
-        world, other, found = getattr(recorder, self.base), OTHER[self.base], []
+        world, given, found = getattr(recorder, self.base), taken(recorder, self.base, self.source), []
+        kept = self.partnered(recorder)
         for kind, labels in self.labels(recorder):
             if among is not None and tuple(labels.values()) not in among:
                 continue
             found.append(tuple(labels.values()))
-            site = tuple(labels.get(dim, self.only.get(dim, slice(None))) for dim in kind.index)
+            site = tuple(_picked(dim, kind, labels, kept) for dim in kind.index)
             with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
-                value = self.source
-                target[site] = getattr(getattr(recorder, other), kind.name)[site] if value is None else value
+                target[site] = getattr(given, kind.name)[site] if isinstance(given, World) else given
         return found
+
+
+def _plain(recorder: Recorder, dims: Sequence[str], only: dict[str, Any]) -> bool:
+    """Whether cells are numbered positions, the same in both prompts."""
+    spans = [dim for dim, given in only.items() if dim in PLACES and isinstance(given, str)]
+    return not (recorder.encoded.mapped or SPAN in (*dims, *only) or spans)
+
+
+def _picked(dim: str, kind: Component, labels: dict[str, Any], kept: dict[str, Any]) -> Any:
+    """The index along a dim of a component: that of the row, or what all rows keep to."""
+    names = (dim, SPAN) if dim == kind.place else (dim,)
+    found = [where[name] for where in (labels, kept) for name in names if name in where]
+    return found[0] if found else slice(None)
+
+
+def taken(recorder: Recorder, base: WorldName, source: Any) -> Any:
+    """What is written in a sweep: the world that values are taken from, or what stands at every site alike.
+
+    Args:
+        recorder: The recording.
+        base: The run that is edited.
+        source: As a user gives it: ``None`` for the other run, or ``tp.mean``, a world, a number, a tensor.
+    """
+    if source is None:
+        return getattr(recorder, OTHER[base])
+    return recorder.reference(source) if isinstance(source, Reference) else source
 
 
 def base_of(direction: Any) -> WorldName:

@@ -91,13 +91,31 @@ def _lengths(encoded: EncodedPairs) -> Check:
         return Check("FAIL", first, tuple(line.strip() for line in rest))
     if encoded.encoder:
         return Check("ok", "an encoder reads the prompts, so that those of a pair may differ in length")
-    shared = sorted(set(encoded.lengths))
-    tokens = (
-        f"{shared[0]} tokens each"
-        if len(shared) == 1
-        else f"{shared[0]} to {shared[-1]} tokens, the same on both sides of each pair"
+    shared = sorted({side.length for world in encoded.worlds for side in encoded.sides(world)})
+    tokens = f"{shared[0]} tokens each" if len(shared) == 1 else f"{shared[0]} to {shared[-1]} tokens"
+    if not encoded.mapped:
+        same = "" if len(shared) == 1 else ", the same on both sides of each pair"
+        return Check("ok", f"prompts can be compared position by position: {tokens}{same}")
+    alone = [f"pair {i}: {said}" for i in range(len(encoded)) if (said := _alone(encoded, i))]
+    sentence = f"prompts are aligned position by position: {tokens}"
+    if not alone:
+        return Check("ok", sentence)
+    return Check(
+        "note",
+        f"{sentence}; in {plural(len(alone), 'pair')} some tokens have no partner, so that no patch goes there",
+        tuple(alone),
     )
-    return Check("ok", f"prompts can be compared position by position: {tokens}")
+
+
+def _alone(encoded: EncodedPairs, pair: int) -> str:
+    """The tokens of a pair that have no partner in its other prompt, in words."""
+    said = []
+    for which, world in enumerate(encoded.worlds):
+        ids = encoded.world(world)[pair]
+        found = [swap[which] for swap in encoded.swapped(pair) if swap[1 - which] is None]
+        words = encoded.words(ids[p] for p in found if p is not None)
+        said += [f"{' '.join(map(repr, words))} of the {world} prompt"] if words else []
+    return ", ".join(said)
 
 
 def _decoder(encoded: EncodedPairs) -> list[Check]:
@@ -110,7 +128,10 @@ def _decoder(encoded: EncodedPairs) -> list[Check]:
 
 def _alike(encoded: EncodedPairs) -> bool:
     """Whether the prompts of every pair can be compared token by token."""
-    return encoded.corrupted is None or all(len(a) == len(b) for a, b in zip(*encoded.written, strict=True))
+    if encoded.corrupted is None:
+        return True
+    lengths = (len(a) == len(b) for a, b in zip(*encoded.written, strict=True))
+    return all(same or pair.mapped for same, pair in zip(lengths, encoded.alignments, strict=True))
 
 
 def _unknown_words(encoded: EncodedPairs) -> list[Check]:
@@ -160,25 +181,31 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
     """Where the prompts differ, and how often each swapped token stands on either side."""
     if encoded.corrupted is None:
         return [Check("note", "no corrupted prompts: only ablations (zero, tensors) are possible")]
-    where: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    where: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     sides = Counter[str](), Counter[str]()
-    examples: dict[tuple[int, ...], str] = {}
+    examples: dict[tuple[tuple[int, int], ...], str] = {}
     clean, corrupted = encoded.written
     for i in range(len(encoded)):
-        differing = encoded.differing(i)
-        where[differing].append(i)
-        texts = [encoded.words(ids[p] for p in differing) for ids in (clean[i], corrupted[i])]
-        examples.setdefault(differing, f"pair {i}: " + ", ".join(f"{a!r} → {b!r}" for a, b in zip(*texts, strict=True)))
-        for side, words in zip(sides, texts, strict=True):
-            side.update(words)
+        swapped = encoded.swapped(i)
+        for which, (side, ids) in enumerate(zip(sides, (clean[i], corrupted[i]), strict=True)):
+            side.update(encoded.words(ids[p] for swap in swapped if (p := swap[which]) is not None))
+        at = tuple((a, b) for a, b in swapped if a is not None and b is not None)  # the rest is told already
+        where[at].append(i)
+        texts = zip(
+            encoded.words(clean[i][a] for a, _ in at), encoded.words(corrupted[i][b] for _, b in at), strict=True
+        )
+        examples.setdefault(at, f"pair {i}: " + ", ".join(f"{a!r} → {b!r}" for a, b in texts))
     details = tuple(
-        f"position {', '.join(map(str, at))} in {plural(len(pairs), 'pair')}, as in {examples[at]}"
+        f"position {', '.join(map(_where, at))} in {plural(len(pairs), 'pair')}, as in {examples[at]}"
         for at, pairs in where.items()
+        if at
     )
     counts = sorted({len(at) for at in where})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     sentence = f"{many} {'token differs' if counts == [1] else 'tokens differ'} between the prompts of a pair"
-    checks = [Check("ok", sentence, details)]
+    if not any(where):
+        sentence = "the prompts of a pair differ only in tokens that have no partner in the other one"
+    checks = [Check("ok" if any(where) else "note", sentence, details)]
     if len(where) > 1 and not encoded.encoder:
         sentence = (
             f"the differing positions are not the same in all pairs ({len(where)} patterns): an average over pairs, "
@@ -199,6 +226,11 @@ def _differences(encoded: EncodedPairs) -> list[Check]:
     else:
         checks.append(Check("ok", "every swapped token is as frequent in the clean as in the corrupted prompts"))
     return checks
+
+
+def _where(swap: tuple[int, int]) -> str:
+    """Where two prompts differ: a position, or where it is not the same in both, that of the clean → the corrupted."""
+    return str(swap[0]) if swap[0] == swap[1] else f"{swap[0]} → {swap[1]}"
 
 
 def _looked_at(encoded: EncodedPairs, side: str, pair: int, differing: tuple[int, ...]) -> tuple[Any, ...]:
@@ -233,8 +265,11 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
     surprise: dict[str, list[float]] = {side: [] for side in sides}
     comparable = not encoded.encoder and _alike(encoded)
     asked = [(side, i) for side in sides for i in range(len(encoded))]
-    differing = {i: encoded.differing(i) if comparable else () for i in range(len(encoded))}
-    found = operated(model, [_looked_at(encoded, side, i, differing[i]) for side, i in asked])
+    swapped = {i: encoded.swapped(i) if comparable else () for i in range(len(encoded))}
+    at = {
+        (side, i): tuple(p for swap in swapped[i] if (p := swap[side == "corrupted"]) is not None) for side, i in asked
+    }
+    found = operated(model, [_looked_at(encoded, side, i, at[side, i]) for side, i in asked])
     for (side, i), (scores, _) in zip(asked, found, strict=True):
         finite, top, gap, *logs = scores[0].tolist()
         if not finite:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, MeasurementWarning, plural
 from tracepatch.journal import Journal, Measured
+from tracepatch.metrics import JUMPS
 from tracepatch.plan import PROVED, Plan, Proof
 from tracepatch.planner import make_plan
 from tracepatch.probe import resolution
@@ -30,7 +31,6 @@ from tracepatch.sources import Value
 from tracepatch.tokens import EncodedPairs
 
 BOUNDED = ("logits", "nats", "probability")  # units in which a metric follows the logits, at most twice as fast
-JUMPS = "rank"
 
 
 def verify(architecture: Architecture, encoded: EncodedPairs, plan: Plan, measured: Measured, journal: Journal) -> str:
@@ -109,13 +109,15 @@ class _Checks:
         if len(numbers):
             rows = [replace(self.plan.rows[number], saves=[]) for number in numbers]
             # Without pruning, rows are measured that had to be without effect.
-            plan = make_plan(self.architecture, self.encoded, rows, self.plan.metrics, edited=self.plan.edited)
+            edited, references = self.plan.edited, self.plan.references
+            given = self.architecture, self.encoded, rows, self.plan.metrics
+            plan = make_plan(*given, edited=edited, references=references)
             inert = np.isin(plan.proofs, PROVED)
             inert |= np.array([[_own(row)] for row in rows])
             took[numbers] &= ~(inert & still[numbers])
             still &= took
         count, total = int(still.sum()), int(took.sum())
-        if not count or count < total or all(m.unit == JUMPS for m in self.plan.metrics):
+        if not count or count < total or all(m.unit in JUMPS for m in self.plan.metrics):
             return f"{plural(count, 'row')} unchanged"
         which = f"all {plural(count, 'row')} unchanged" if count > 1 else "its one row is unchanged"
         warnings.warn(
@@ -144,7 +146,7 @@ class _Checks:
         over = [
             (name, part, limit)
             for (name, part), found, limit in zip(self.measured.columns, gap, self._allowed(), strict=True)
-            if found > limit and units[name] != JUMPS
+            if found > limit and units[name] not in JUMPS
         ]
         if not over:
             return

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from tracepatch.errors import ResultError, listing
+from tracepatch.errors import MeasurementWarning, ResultError, listing
 from tracepatch.plan import Status
 
 MAIN = ("effect", "estimate")  # what a result is about: measured, or approximated
+CANCEL = 0.1  # of the size of differences, below which their mean is no yardstick
+NOTHING = 1e-5  # of the size of what it is a difference of, below which a difference is none
 
 
 def over_pairs(effects: xr.Dataset) -> xr.Dataset:
@@ -25,23 +28,7 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     main = main_variable(effects)
     if "pair" not in effects[main].dims:
         return effects
-    ratios = {"normalized": main, "normalized_estimate": "estimate"}
-    numeric = [
-        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
-    ]
-    present = effects[main].notnull()
-    chosen = effects[numeric]
-    if not present.all():  # where a pair has no such cell, its baselines do not count either
-        baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
-        chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
-    mean = chosen.mean("pair", keep_attrs=True)
-    for name, of in ratios.items():
-        if name in effects:
-            gap = whole_difference(effects, name).where(effects[of].notnull()).mean("pair")
-            mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
-            mean[name].attrs = dict(effects[name].attrs)
-    if "status" in effects:
-        mean = mean.assign(status=_status(effects["status"]))
+    mean = _over(effects, "pair")
     for name in (str(n) for n in effects.coords if str(n).endswith("token")):
         if name in effects.coords and "pair" in effects[name].dims:
             first = effects[name].isel(pair=0, drop=True)
@@ -51,19 +38,82 @@ def over_pairs(effects: xr.Dataset) -> xr.Dataset:
     return mean.assign_attrs({**effects.attrs, "averaged_pairs": effects.sizes["pair"]})
 
 
+def over_draws(effects: xr.Dataset) -> xr.Dataset:
+    """The same result averaged over draws of noise, or of prompts: ``normalized`` is again a ratio of means.
+
+    Before or after ``over_pairs``: means of the metric, in its unit, are taken in any order. A result without draws
+    comes back as it is.
+    """
+    if "draw" not in effects[main_variable(effects)].dims:
+        return effects
+    return _over(effects, "draw").assign_attrs({**effects.attrs, "averaged_draws": effects.sizes["draw"]})
+
+
+def _over(effects: xr.Dataset, dim: str) -> xr.Dataset:
+    """Averaged over a dim of the effects."""
+    main = main_variable(effects)
+    own = {"normalized": main, "normalized_estimate": "estimate"}
+    ratios = {name: effects[name].attrs.get("of", own.get(name)) for name in map(str, effects.data_vars)}
+    ratios = {name: of for name, of in ratios.items() if of is not None}
+    numeric = [
+        v for v in effects.data_vars if v not in ("status", *ratios) and np.issubdtype(effects[v].dtype, np.number)
+    ]
+    present = effects[main].notnull()
+    chosen = effects[numeric]
+    if not present.all():  # where a pair has no such cell, its baselines do not count either
+        baselines = [name for name in ("base", "clean", "corrupted") if name in chosen]
+        chosen = chosen.assign({name: chosen[name].where(present) for name in baselines})
+    mean = chosen.mean(dim, keep_attrs=True)
+    for name, of in ratios.items():  # of a mean, over a mean difference of unpatched runs
+        there = effects[of].notnull()
+        scale: Any = np.maximum(abs(effects["clean"]), abs(effects[_other(effects, name)]))
+        gap = _yardstick(
+            whole_difference(effects, name).where(there), scale.where(there), dim, warn=name == "normalized"
+        )
+        mean = mean.assign({name: (mean[of] / gap).transpose(*mean[of].dims)})
+        mean[name].attrs = dict(effects[name].attrs)
+    if "status" in effects:
+        mean = mean.assign(status=_status(effects["status"], dim))
+    return mean
+
+
+def _yardstick(gap: xr.DataArray, scale: xr.DataArray, dim: str, warn: bool) -> xr.DataArray:
+    """The mean difference of unpatched runs, by which effects are divided; NaN where there is next to none."""
+    mean, size = gap.mean(dim), abs(gap).mean(dim)
+    nothing = size <= NOTHING * scale.mean(dim)
+    cancels = (abs(mean) < CANCEL * size) & ~nothing
+    why = []
+    if bool((nothing & size.notnull()).any()):
+        why.append("is next to nothing beside what it is a difference of, and normalized NaN")
+    if bool(cancels.any()):
+        why.append(f"has both signs, and cancels over {dim}s to less than a tenth of its size")
+    if why and warn:
+        warnings.warn(
+            f"The difference of the unpatched runs {', or '.join(why)}. Read effect, not normalized.",
+            MeasurementWarning,
+            stacklevel=4,
+        )
+    return mean.where(~nothing)
+
+
 def whole_difference(effects: xr.Dataset, name: str = "normalized") -> xr.DataArray:
     """What a fraction divides by, for each pair: clean − corrupted, or − the world that stands in for it."""
-    other = str(effects[name].attrs.get("over", "corrupted"))
-    found: xr.DataArray = effects["clean"] - effects[other]
+    found: xr.DataArray = effects["clean"] - effects[_other(effects, name)]
     return found
 
 
-def _status(status: xr.DataArray) -> xr.DataArray:
-    """The status of a mean over pairs: of what is in it, measured before estimated before proved."""
-    found = xr.zeros_like(status.isel(pair=0, drop=True))
+def _other(effects: xr.Dataset, name: str) -> str:
+    return str(effects[name].attrs.get("over", "corrupted"))
+
+
+def _status(status: xr.DataArray, dim: str) -> xr.DataArray:
+    """The status of a mean over a dim: of what is in it, measured before estimated before proved."""
+    if dim not in status.dims:
+        return status
+    found = xr.zeros_like(status.isel({dim: 0}, drop=True))
     # What is pending leaves a mean of what there is; a mean is a proved zero if all that is in it was proved.
     for kind in (Status.PENDING, Status.PROVED_ZERO, Status.ESTIMATED, Status.MEASURED):
-        found = found.where(~(status == kind).any("pair"), int(kind))
+        found = found.where(~(status == kind).any(dim), int(kind))
     return found.astype(np.int8).assign_attrs(status.attrs)
 
 
@@ -204,3 +254,96 @@ def require_dataset(result: Any) -> None:
         raise ResultError(
             f"This is no tracepatch result, but {type(result).__name__} without `effect` and its provenance."
         )
+
+
+def by_corruption(effects: xr.Dataset) -> xr.Dataset:
+    """A result of several corruptions of each clean prompt, with ``corruption`` as a dim, and ``pair`` a clean prompt.
+
+    Pairs of the same clean prompt and answers become one. What a prompt does not have is NaN with status 0. So
+    ``tp.over_pairs`` of it averages over prompts, corruption by corruption.
+
+    Raises:
+        ResultError: The pairs' corruptions have no names, or a clean prompt has two of one name.
+    """
+    require_dataset(effects)
+    if "corruption" not in effects.coords or effects["corruption"].dims != ("pair",):
+        raise ResultError(
+            "These pairs' corruptions have no names: make them with tp.corruptions, or pass corruption=… to tp.Pairs."
+        )
+    identity = [name for name in ("clean_prompt", "answer", "wrong") if name in effects.coords]
+    prompts = list(zip(*(effects[name].values.tolist() for name in identity), strict=True))
+    unique, names = list(dict.fromkeys(prompts)), effects["corruption"].values.tolist()
+    at = [(unique.index(prompt), name) for prompt, name in zip(prompts, names, strict=True)]
+    twice = [f"pair {i}: {name!r} of {prompts[i][0]!r}" for i, (_, name) in enumerate(at) if at.index(at[i]) < i]
+    if twice:
+        raise ResultError(f"Some prompts have two corruptions of one name.\n{listing(twice)}\nName them apart.")
+    labels = list(dict.fromkeys(names))
+    grid = np.full((len(labels), len(unique)), -1)
+    for i, (prompt, name) in enumerate(at):
+        grid[labels.index(name), prompt] = i
+    chosen = xr.DataArray(grid, dims=("corruption", "prompt"))
+    found = effects.drop_vars("corruption").isel(pair=chosen.clip(0)).drop_vars("pair")
+    for name in (str(n) for n in (*found.data_vars, *found.coords) if "prompt" in found[n].dims):
+        empty = "" if found[name].dtype.kind in "OUT" else 0 if name == "status" else np.nan
+        found[name] = found[name].where(chosen >= 0, empty)
+    for name in identity:  # the same whatever the corruption
+        found = found.drop_vars(name).assign_coords({name: ("prompt", effects[name].values[grid.max(0)])})
+    found = found.rename(prompt="pair").assign_coords(pair=np.arange(len(unique)), corruption=labels)
+    return found.transpose("metric", "pair", "corruption", ..., missing_dims="ignore")
+
+
+AGREEMENT = ("nothing", "agree", "size", "sign")
+
+
+def agreement_over(
+    effects: xr.Dataset, over: str = "corruption", least: float = 0.05, factor: float = 2.0, variable: str | None = None
+) -> xr.Dataset:
+    """On which cells several corruptions agree, in sign and size; what only one of them shows is its own finding.
+
+    Values are averaged over pairs, as in ``tp.over_pairs``.
+
+    Args:
+        effects: A result or an estimate, with corruptions as pairs' labels or as a dim.
+        over: The dim to compare along; ``corruption``, or another one, such as ``metric`` or ``model``.
+        least: The smallest size that counts: below it a value is nothing.
+        factor: By how much the largest size may exceed the smallest.
+        variable: What is compared: ``normalized``, where there is one, unless said otherwise. Corruptions that hardly
+            change the output have nothing to divide by: compare their ``effect``.
+
+    Returns:
+        Without the dim: ``verdict``: 0 nothing (every value is below `least`), 1 agree (one sign, all at least `least`,
+        sizes within `factor`), 2 size (no opposite signs, but sizes differ by more, or some are nothing), 3 sign (some
+        pull one way and some the other); ``mean``, ``smallest`` and ``largest`` (by size, with sign), and ``count``,
+        how many there are. A cell that fewer than two have is NaN, with the verdict -1.
+
+    Raises:
+        ResultError: The result has no such dim or variable.
+    """
+    main = main_variable(effects)
+    if over == "corruption" and over not in effects.dims:
+        effects = by_corruption(effects)
+    if over not in effects.dims:
+        raise ResultError(f"This result has no dim {over!r}; it has {', '.join(map(str, effects[main].dims))}.")
+    mean = over_pairs(effects)
+    name = variable or ("normalized" if "normalized" in mean else main)
+    if name not in mean or over not in mean[name].dims:
+        raise ResultError(f"This result has no variable {name!r} along {over}; compare its {main}.")
+    values = mean[name]
+    count = values.notnull().sum(over)
+    size, enough = abs(values), count >= 2
+    counts = size >= least
+    up, down = ((counts & (sign * values > 0)).any(over) for sign in (1, -1))
+    largest, smallest = size.max(over), size.min(over)
+    alike = (smallest >= least) & (largest <= factor * smallest)
+    verdict = (2 - alike.astype(np.int8)).where(~(up & down), 3).where(counts.any(over), 0).where(enough, -1)
+    verdict = verdict.astype(np.int8)
+    verdict.attrs.update(flag_values=[-1, *range(4)], flag_meanings=f"absent {' '.join(AGREEMENT)}")
+
+    def at(extreme: xr.DataArray) -> xr.DataArray:
+        return values.where(size == extreme).max(over).where(enough)
+
+    found = {"mean": values.mean(over).where(enough), "smallest": at(smallest), "largest": at(largest)}
+    return xr.Dataset(
+        {"verdict": verdict, **found, "count": count},
+        attrs={**effects.attrs, "compared": name, "over": over, "least": least, "factor": factor},
+    )

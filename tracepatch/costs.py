@@ -96,7 +96,7 @@ class Traffic:
     down: int
 
 
-def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int, steps: int) -> Traffic:
+def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int, steps: int, beside: int = 0) -> Traffic:
     """What measuring some jobs sends and brings home: indices up, numbers down.
 
     Args:
@@ -104,8 +104,9 @@ def traffic(jobs: Sequence[Job], lengths: Sequence[int], columns: int, steps: in
         lengths: Per pair, its tokens.
         columns: Numbers of a row.
         steps: Runs, the worlds' and those of the checks among them.
+        beside: Tokens of other prompts that are sent.
     """
-    tokens = sum(lengths[job.pair] - job.start for job in jobs) + 2 * sum(lengths)
+    tokens = beside + sum(lengths[job.pair] - job.start for job in jobs) + 2 * sum(lengths)
     tensors = {id(w.constant): w.constant.tensor.numel() for job in jobs for w in job.writes if w.constant is not None}
     saved = sum(read.size for job in jobs for read in job.reads)
     numbers = 4 * (columns * (len(jobs) + 2 * len(lengths)) + saved)

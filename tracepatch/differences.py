@@ -49,12 +49,21 @@ def of_worlds(known: dict[Any, Any], name: Any, worlds: torch.Tensor) -> torch.T
     return found.transpose(1, 2) if name[0] in WEIGHTS else found
 
 
-def settle(known: dict[Any, Any], world: str, worlds: torch.Tensor, keys: tuple[Any, ...]) -> None:
-    """Makes values that were kept of a world's run those that differences are taken from."""
+def settle(known: dict[Any, Any], world: str, worlds: torch.Tensor, keys: tuple[Any, ...], length: Any = None) -> None:
+    """Makes values that were kept of a world's run those that differences are taken from.
+
+    Args:
+        known: With the values.
+        world: Whose run it was.
+        worlds: Where its runs stand.
+        keys: Component and layer of the values.
+        length: Positions of its prompts, where those of others that were kept with them are longer.
+    """
     for key in keys:
-        known["value", world, key[0], key[1]] = of_worlds(
-            known, ("attn_in", key[1]) if key[0] in SPLIT else key, worlds
-        )
+        found = of_worlds(known, ("attn_in", key[1]) if key[0] in SPLIT else key, worlds)
+        if length is not None:
+            found = found[..., :length, :length] if key[0] in WEIGHTS else found[:, :length]
+        known["value", world, key[0], key[1]] = found
 
 
 def take(known: dict[Any, Any], into: Any, name: Any, worlds: torch.Tensor) -> None:

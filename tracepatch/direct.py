@@ -83,7 +83,7 @@ def direct_attribution(
     def build(group: Group) -> list[Op]:
         ops = sides.known(group, keys)
         ops.append(sides.backward(group, world, slopes, [top], values=False))
-        settled = "settle", world, sides.where(group, world), tuple(keys)
+        settled = sides.settled(group, world, keys)
         given = tuple((("value", world, *key), ("number", 0.0)) for key in keys)
         products = (("edges", given, (("gradient", world, n, *top),), False) for n in range(count))
         return [*ops, (("contract", (settled, *products)), None)]

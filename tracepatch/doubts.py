@@ -95,7 +95,7 @@ class _Doubts:
 
     def _build(self, group: Group) -> list[Op]:
         sides = self.sides
-        items: list[tuple[Any, ...]] = [("settle", self.base, sides.where(group, self.base), tuple(sorted(self.kept)))]
+        items: list[tuple[Any, ...]] = [sides.settled(group, self.base, sorted(self.kept))]
         for key in self.cells.keys:
             own, beside = self.own[key], self.beside.get(key)
             source: tuple[Any, ...] = ("number", self.source)
@@ -205,10 +205,10 @@ class _Rows:
         self.beside = {key: canonical(Site("resid_post", key[1]), depth) for key in self.keys if key[0] in ADDS}
         self.softmax = [k for k in self.keys if k[0] in CHOOSES and self.architecture.offers("pattern", k[1])]
         self.settled = {*self.own.values(), *self.beside.values(), *(("pattern", layer) for _, layer in self.softmax)}
-        terms = {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+        terms = {key for job in jobs for w in job.writes for key in w.needed}
         self.kept = self.settled | terms
         given = self.p.model, self.architecture, self.p.encoded, self.p.metrics
-        self.sides = Sides(*given, plan.worlds, plan.edited, self.kept, memory=self.memory)
+        self.sides = Sides(*given, plan.worlds, plan.edited, self.kept, self.memory, plan.references, plan.surveys)
         self.shape = plan.pairs, len(plan.rows)
         self.found = {"patch_size": np.full(self.shape, np.nan)}
         if self.softmax:
@@ -234,8 +234,8 @@ class _Rows:
                 edits = pairs, writes, key[0] in EAGER, most, heads
                 items.append(("row_sizes", ("value", base, *self.own[key]), stream, self.floor, edits))
             items += [("peaks", ("value", base, "pattern", layer)) for _, layer in self.softmax]
-            settle = "settle", base, sides.where(group, base), tuple(sorted(self.settled))
-            ops.append((("contract", (settle, *items)), None))
+            settled = sides.settled(group, base, sorted(self.settled))
+            ops.append((("contract", (settled, *items)), None))
         return ops
 
     def _read(self, group: Group, ops: list[Op], found: list[Any]) -> None:

@@ -16,8 +16,8 @@ from tracepatch.errors import RecipeError, plural
 from tracepatch.metrics import Metrics, as_metrics, logit_diff
 from tracepatch.models import Model
 from tracepatch.plan import Status
-from tracepatch.prompts import Pairs
-from tracepatch.recipe import Patching, require_pairs
+from tracepatch.prompts import Pairs, require_pairs
+from tracepatch.recipe import Patching
 from tracepatch.results import normalize, pair_coords, placed, site_coords
 from tracepatch.sampling import Floats
 
@@ -230,7 +230,7 @@ def _level(p: Patching, cells: Cells, labels: list[tuple[Any, ...]], rows: list[
     dataset = dataset.assign_coords(metric=result["metric"].item())
     if "normalized" in result:
         dataset = normalize(dataset, [0.0], str(result["normalized"].attrs["over"]))
-    dataset = site_coords(dataset, p.architecture, p.encoded)
+    dataset = site_coords(dataset, p.architecture, p.encoded, p.rows)
     return Level(dims, dataset, len(labels), known, np.zeros_like(known), p.plan.jobs)
 
 

@@ -31,7 +31,7 @@ from tracepatch.reach import canonical
 from tracepatch.recipe import Patching
 from tracepatch.recording import Recorder
 from tracepatch.sides import Op, Sides
-from tracepatch.sites import Site, component, select
+from tracepatch.sites import Site, select
 from tracepatch.slopes import Between, Slopes
 from tracepatch.sources import OTHER, WorldName
 
@@ -95,6 +95,7 @@ def edges(
     p, how = Patching(model, pairs, metric, memory=memory), estimator or AtP()
     if p.encoded.corrupted is None:
         raise RecipeError("These pairs have no corrupted prompts, so that nothing is written otherwise in another run.")
+    p.encoded.require_alike("tp.edges", "Patch the edges that matter: tp.edge_rows aligns what it writes.")
     if isinstance(how, AtPStar):
         raise RecipeError(
             "AtP* is of queries and keys that are patched themselves: tp.attribute(model, pairs, 'q', "
@@ -108,7 +109,7 @@ def edges(
     if set(chosen) - {"writer", "reader", "pos"}:
         raise RecipeError(f"only takes 'writer', 'reader' and 'pos', not {', '.join(map(repr, chosen))}.")
     graph = graph_of(p.architecture)
-    positions = p.ranges(component("resid_pre"), (), {k: v for k, v in chosen.items() if k == "pos"})["pos"]
+    positions = p.ranges("resid_pre", (), {k: v for k, v in chosen.items() if k == "pos"})["pos"]
     ends = graph.chosen("writer", chosen.get("writer")), graph.chosen("reader", chosen.get("reader"))
     request = {
         "direction": direction,

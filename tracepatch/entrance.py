@@ -15,7 +15,7 @@ OUTSIDE = frozenset({"embed", "cross_attn_out", "logits_in_scale"}) | set(SPLIT_
 PLAIN = frozenset(COMPONENTS) - OUTSIDE - EAGER  # what a table has as it is
 
 
-def entered(job: Job, length: int, end: int, first: int) -> Job | str:
+def entered(job: Job, length: int, end: int, first: int, known: int) -> Job | str:
     """A row as it enters a table: from the layer and the position of its own first edit on; or why it cannot.
 
     What its base, an edited world, does before that is in the stream that it starts from.
@@ -25,6 +25,7 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
         length: Tokens of its prompt.
         end: One more than the last position that is read.
         first: The latest position that it may start from.
+        known: One more than the last position at which worlds' values are known.
     """
     if job.reads:
         return "save values"
@@ -51,9 +52,11 @@ def entered(job: Job, length: int, end: int, first: int) -> Job | str:
         since = next(i for i, w in enumerate(job.writes) if not w.standing)
         if any(w.standing and (w.component, w.layer) == ("resid_pre", birth) for w in job.writes[since:]):
             return "edit the stream before a standing edit of it"
-    inside = [along for w in own if w.component != "logits" for along in (w.positions, *[t.positions for t in w.terms])]
-    if end < length and max(map(max, inside), default=0) >= end:
-        return "edit or take positions after the last one that is read"
+    if end < length:
+        inside = [w for w in own if w.component != "logits"]
+        taken = [max(t.positions) for w in inside for t in w.terms if t.tally is None]
+        if max([max(w.positions) for w in inside], default=0) >= end or max(taken, default=0) >= known:
+            return "edit or take positions after the last one that is read"
     writes = tuple([explicit(w, length) for w in standing_in(job.writes, start, birth, end)])
     return Job(job.row, job.pair, job.base, writes, start, birth)
 
@@ -81,7 +84,7 @@ def above(job: Job, architecture: Architecture, seen: Iterable[Read] = ()) -> Jo
     (one,) = first
     # In 16 bits a sum that is put together otherwise is off by its last bit.
     exact = architecture.dtype.itemsize >= 4
-    if not (known and exact) or one.function or any(w.standing for w in job.writes):
+    if not (known and exact) or one.function or one.portion or any(w.standing for w in job.writes):
         return job
     taken = () if one.add else (Term(-1.0, job.base, "mlp_out", job.birth, one.positions, None),)
     write = replace(one, component="resid_pre", layer=one.layer + 1, add=True, terms=(*one.terms, *taken))

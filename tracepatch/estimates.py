@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from tracepatch.alignment import Aligned
 from tracepatch.architecture import Architecture
 from tracepatch.cells import Cells
 from tracepatch.errors import RecipeError
@@ -239,13 +240,30 @@ def asked_again(recorder: Recorder, request: str, source: Any = None) -> tuple[C
         )
     if asked["source"] == "a tensor" and source is None:
         raise RecipeError("The estimate is of writing a tensor, which it does not hold: pass the same source= again.")
-    only = {dim: slice(*index["slice"]) if isinstance(index, dict) else index for dim, index in asked["only"].items()}
+    only = {dim: _from_json(index) for dim, index in asked["only"].items()}
     written = source if asked["source"] == "a tensor" else asked["source"]
     return Cells.of(recorder, asked["components"], asked["by"], asked["direction"], written, only), asked["renormalize"]
 
 
 def as_json(index: Any) -> Any:
-    """An index as JSON: numbers and lists as they are, slices as ``{"slice": [start, stop, step]}``."""
+    """An index as JSON: numbers, spans and lists as they are, slices as ``{"slice": [start, stop, step]}``.
+
+    Positions of another prompt are ``{"aligned": …, "of": world}``.
+    """
     if isinstance(index, slice):
         return {"slice": [None if b is None else int(b) for b in (index.start, index.stop, index.step)]}
-    return index.tolist() if hasattr(index, "tolist") else list(index) if not isinstance(index, int) else index
+    found = index.tolist() if hasattr(index, "tolist") else index if isinstance(index, (int, str)) else list(index)
+    first = found[0] if isinstance(found, list) and found else found
+    if isinstance(first, Aligned):
+        return {"aligned": [int(i) for i in found] if isinstance(found, list) else int(found), "of": first.of}
+    return found
+
+
+def _from_json(index: Any) -> Any:
+    """An index as ``as_json`` wrote it."""
+    if not isinstance(index, dict):
+        return index
+    if "slice" in index:
+        return slice(*index["slice"])
+    at, of = index["aligned"], index["of"]
+    return [Aligned(i, of) for i in at] if isinstance(at, list) else Aligned(at, of)

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing
-from tracepatch.jobs import Job
+from tracepatch.jobs import Job, order_of, parts, unpatched
 from tracepatch.journal import Journal, Measured
 from tracepatch.models import Model, remote_of
 from tracepatch.packing import divided, halves
-from tracepatch.plan import Batch, Group, Plan, Proof, order_of, parts, unpatched
+from tracepatch.plan import Batch, Group, Plan, Proof
 from tracepatch.remote import There
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Runner, Step, Taken
+from tracepatch.surveying import surveyed
 from tracepatch.tokens import EncodedPairs
 from tracepatch.traced import Call, Tracer
 
@@ -159,10 +160,10 @@ class _Run:
         late = [m for m in self.plan.metrics if m.compares]  # a divergence needs the clean logits first
         direct = [m for m in self.plan.metrics if not m.compares]
         most = at_once or max(1, int(self.plan.budget // 2 // max(1, self.plan.row_bytes)))
-        ops: list[tuple[tuple[Any, ...], Call | None]] = []
+        ops: list[tuple[tuple[Any, ...], Call | None]] = [(op, None) for op in surveyed(self.tracer)]
         largest = 0
         for jobs in group.stages(self.plan.worlds):
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), most)
+            split = parts(jobs, partial(self.tracer.alike, group), most)
             largest = max(largest, *map(len, split))
             for part in split:
                 call = self.tracer.call(
@@ -170,8 +171,8 @@ class _Run:
                 )
                 ops.append((("run", call.run, "piece"), call))
             order = order_of(jobs, split)
-            joined = (None if order is None else torch.tensor(order), torch.tensor(group.reads))
-            ops.append((("join", *joined, group.length * edits_logits, self.tracer.measures(late, group, jobs)), None))
+            joined = self.tracer.joined(group, jobs, late, edits_logits)
+            ops.append((("join", None if order is None else torch.tensor(order), *joined), None))
 
         def smaller() -> list[Step]:
             return [self._worlds(group, digest, largest // 2)] if largest > 1 else []
@@ -207,8 +208,8 @@ class _Run:
         def smaller() -> list[Step]:
             return as_parts(halves(batch)) if len(batch.jobs) > 1 else []
 
-        ops: list[tuple[tuple[Any, ...], Call | None]] = [(("wires", *call.wires), None)] if call.wires else []
-        ops.append((("run", call.run, "worlds" if rides else ""), call))
+        before = [*(surveyed(self.tracer) if rides else ()), *([("wires", *call.wires)] if call.wires else ())]
+        ops = [*[(op, None) for op in before], (("run", call.run, "worlds" if rides else ""), call)]
         instead = tuple(as_parts(divided(batch, runs))) if len(runs) > 1 else ()
         return Step(tuple(ops), partial(self._failed, ops), digest, smaller, batch, instead=instead)
 
@@ -217,7 +218,8 @@ class _Run:
     ) -> Step:
         """A row's raw trace, and before it the same run without it: what they differ by is what the row did."""
         (job,) = batch.jobs
-        given = torch.tensor(group.reads), self.tracer.measures(self.plan.metrics, group, [job])
+        reads = torch.tensor(group.of(self.tracer.root(job)).reads)
+        given = reads, self.tracer.measures(self.plan.metrics, group, [job])
         ops = tuple(((("raw", self.tracer.named([job]), act, *given)), None) for act in (None, function))
 
         def failed(number: int, error: Exception) -> MeasurementError:
@@ -242,7 +244,7 @@ class _Run:
     def _failed(self, ops: Sequence[tuple[Any, Call | None]], number: int, error: Exception) -> MeasurementError:
         before, after = reversed(ops[: number + 1]), ops[number:]
         call = next(call for _, call in itertools.chain(before, after) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
     # --------------------------------------------------------------------------------------------- what came of it
 
@@ -274,6 +276,7 @@ class _Run:
         for (op, call), given in zip(step.ops, found, strict=True):
             if call is not None:
                 scores.append(self.tracer.outcome(call, *given).scores)
+            if op[0] != "join":
                 continue
             order = op[1]
             together = torch.cat(scores) if order is None else torch.cat(scores)[order]

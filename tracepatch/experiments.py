@@ -101,7 +101,7 @@ def with_another_last(ids: torch.Tensor, vocab: int) -> torch.Tensor:
 
 def allows(
     module: Any, stack: Iterable[nn.Module], ids: torch.Tensor, encoder: torch.Tensor | None, plain: torch.Tensor
-) -> tuple[bool, bool, bool]:
+) -> tuple[bool, bool, bool, bool]:
     """What a model's code was seen to do.
 
     Args:
@@ -112,8 +112,9 @@ def allows(
         plain: The logits of a plain forward.
 
     Returns:
-        Whether a changed last token moves nothing before it, whether the stream entering the first block depends on
-        the token at its own position alone (and on no encoder), and whether the forward takes ``logits_to_keep``.
+        Whether a changed last token moves nothing before it, whether one token less moves nothing either, whether the
+        stream entering the first block depends on the token at its own position alone (and on no encoder), and whether
+        the forward takes ``logits_to_keep``.
     """
     vocab, tolerance = plain.shape[-1], resolution(next(module.parameters()).dtype)
     changed = with_another_last(ids, vocab)
@@ -122,6 +123,9 @@ def allows(
     other = None if encoder is None else (encoder + 1) % vocab
     base, late = streams(module, stack, ids, encoder), streams(module, stack, changed, encoder)
     causal = all(close(a[:, :-1], b[:, :-1], tolerance) for a, b in zip(base, late, strict=True))
+    shorter = streams(module, stack, ids[:, :-1], encoder)
+    extends = not _stretches(module.config.to_dict())
+    extends &= all(close(a[:, :-1], b, tolerance) for a, b in zip(base, shorter, strict=True))
     local = close(streams(module, stack, first, other)[0][:, 1:], late[0][:, 1:], tolerance)
     with torch.no_grad():
         try:
@@ -130,7 +134,17 @@ def allows(
             keeps = kept.shape[1] == 2 and close(kept, plain[:, [2, 5]], tolerance)
         except TypeError:
             keeps = False
-    return causal, local, keeps
+    return causal, causal and extends, local, keeps
+
+
+def _stretches(config: Any) -> bool:
+    """Whether a config says that rotations depend on how long a prompt is: then long ones turn otherwise."""
+    if isinstance(config, dict):
+        kind = config.get("rope_type", config.get("type"))
+        return (isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")) or any(
+            map(_stretches, config.values())
+        )
+    return isinstance(config, (list, tuple)) and any(map(_stretches, config))
 
 
 def rotations(

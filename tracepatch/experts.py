@@ -96,7 +96,7 @@ class Search:
             return False
         rows, slots = (i.flatten() for i in torch.meshgrid(*map(torch.arange, self.ids.shape), indexing="ij"))
         moved = self._moved(logits).reshape(self.tokens, -1)
-        writes = ((False, (rows, slots, None, None), (), moved, None, False),)
+        writes = ((False, (rows, slots, None, None), (), moved, None, None, False),)
         written = ("plain", ("router_logits", 0), writes, (False, ()), 0, 1)
         long, first = self.ids.shape[1], ("of", torch.tensor([0]), None)
         stops: list[Any] = [(_spot(place, long), (written,))]

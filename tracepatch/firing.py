@@ -17,18 +17,17 @@ from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.jobs import Job, Write
 from tracepatch.layout import Stop
-from tracepatch.plan import Group
 from tracepatch.rows import Row
 
 
 def require_fired(
-    rows: Sequence[Row], group: Group, jobs: Sequence[Job], kept: dict[Any, Any], ran: dict[int, int]
+    rows: Sequence[Row], reads: Sequence[int], jobs: Sequence[Job], kept: dict[Any, Any], ran: dict[int, int]
 ) -> int:
     """Compares what a traced run says it wrote with the plan itself, not with what was made of it since.
 
     Args:
         rows: The recorded rows.
-        group: Of the run.
+        reads: The positions whose logits it computed.
         jobs: Its rows.
         kept: What it returned; ``("fired", (component, layer))`` → cells written, and rows of the value there.
         ran: Layer → rows that traced tensors had there; -1 for the logits.
@@ -41,7 +40,7 @@ def require_fired(
     """
     wanted: Counter[tuple[str, int]] = Counter()
     for write in (w for job in jobs for w in job.writes):
-        read = [p for p in write.positions if write.component != "logits" or p in group.reads]
+        read = [p for p in write.positions if write.component != "logits" or p in reads]
         if read:
             wanted[_key(write)] += len(read) * len(write.units or (0,)) * len(write.srcs or (0,))
     told = {key[1]: value for key, value in kept.items() if key[0] == "fired"}
@@ -67,7 +66,12 @@ def require_fired(
 
 def named(rows: Sequence[Row], jobs: Sequence[Job]) -> str:
     """Measured rows as they were recorded, one to a line."""
-    return listing([f"pair {job.pair}, {rows[job.row] if job.row >= 0 else f'the {job.base} run'}" for job in jobs])
+    return listing([f"pair {job.pair}, {_row(rows, job)}" for job in jobs])
+
+
+def _row(rows: Sequence[Row], job: Job) -> str:
+    """A row as it was recorded, or which of the worlds it is."""
+    return str(rows[job.row]) if 0 <= job.row < len(rows) else f"the {job.base} run"
 
 
 def _key(write: Write) -> tuple[str, int]:

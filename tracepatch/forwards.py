@@ -10,11 +10,15 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.literals import along, joined, literal, number, plus
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row, standing
-from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site, shape_of
-from tracepatch.sources import Constant, Function, Noise, Value, WorldName
+from tracepatch.shapes import shape_of
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, STAGES, Site
+from tracepatch.sources import Function, Noise, Part, Sum, Value, WorldName, summed
 from tracepatch.spelling import STOPS, Spot
 from tracepatch.tokens import EncodedPairs
 
@@ -40,6 +44,8 @@ class Common:
         parameters: What has to be passed to the script, with what a user passes.
         wanted: World → the values that are taken from it.
         defines: Functions that the lines call.
+        references: The reference worlds.
+        averages: What is taken of them: a value, and whether it is the spread of its numbers → its variable.
     """
 
     row: Row
@@ -50,11 +56,20 @@ class Common:
     parameters: dict[str, str] = field(default_factory=dict)
     wanted: dict[WorldName, dict[Key, None]] = field(default_factory=lambda: defaultdict(dict))
     defines: dict[str, None] = field(default_factory=dict)
+    references: dict[WorldName, ReferenceWorld] = field(default_factory=dict)
+    averages: dict[tuple[Value, bool], str] = field(default_factory=dict)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the pair's prompts."""
-        return self.encoded.lengths[self.pair]
+    def side(self, world: WorldName) -> Side:
+        """The positions of a world's prompt."""
+        return self.encoded.alignments[self.pair].side(self.root(world))
+
+    def crosses(self, edit: Edit, world: WorldName) -> bool:
+        """Whether an edit of a world takes values of the other prompt."""
+        if isinstance(edit.source, Function):
+            return edit.source.arguments > 1
+        total = summed(edit.source) or Sum((), None)
+        worlds = {value.world for _, value in total.values} - {*self.references}
+        return any(self.root(other) != self.root(world) for other in worlds)
 
     def root(self, world: WorldName) -> WorldName:
         """The world whose prompts it runs on."""
@@ -67,7 +82,16 @@ class Common:
     def kept(self, world: WorldName, name: str, layer: int) -> str:
         """The variable with a value of another run, which is taken from now on."""
         self.wanted[world][name, layer] = None
-        return f"{world}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+        return f"{self.named(world)}_{name}" + (f"_{layer}" if COMPONENTS[name].layered else "")
+
+    def named(self, world: WorldName) -> str:
+        """A world in the names of variables."""
+        return f"reference_{list(self.references).index(world)}" if world in self.references else world
+
+    def averaged(self, value: Value, spread: bool = False) -> str:
+        """The variable with the mean of a reference's value, all its units, or with the spread of its numbers."""
+        word = "std" if spread else "mean"
+        return self.averages.setdefault((value, spread), f"{word}_{len(self.averages)}")
 
     def passed(self, owner: WorldName, what: str) -> str:
         """The parameter for what the edits of the row (or of a world, the owner) hold and cannot be written down."""
@@ -84,7 +108,8 @@ class Forward:
     """One run of a world with edits, in the making."""
 
     def __init__(self, common: Common, world: WorldName, edits: list[tuple[WorldName, Edit]]) -> None:
-        self.common, self.architecture, self.length, self.world = common, common.architecture, common.length, world
+        self.common, self.architecture, self.world = common, common.architecture, world
+        self.here = common.side(world)
         self.groups: dict[Key, list[tuple[WorldName, Edit]]] = {}
         for owner, edit in edits:
             self.groups.setdefault((edit.site.component, edit.site.layer), []).append((owner, edit))
@@ -127,7 +152,9 @@ class Forward:
             visits[(stop.order, 0, late, STAGES[name]), tuple(lines)] = None
         if last:
             visits[(float("inf"), 1, 0, 0), (last,)] = None
-        ids = f"{self.common.root(self.world)}_tokens" + (f".repeat({self.rows}, 1)" if self.rows > 1 else "")
+        alone = self.world in self.common.references
+        ids = "ids_tokens" if alone else f"{self.common.root(self.world)}_tokens"
+        ids += f".repeat({self.rows}, 1)" if self.rows > 1 else ""
         found = [line for _, part in sorted(visits, key=lambda visit: visit[0]) for line in part]
         given = f"input_ids={ids}"
         if self.common.encoded.encoder:
@@ -138,9 +165,9 @@ class Forward:
     def live(self, site: Site) -> str:
         """What a metric reads, with the row in front."""
         name = _live(site.component, site.layer)
-        parts = self._weight_parts(site) if COMPONENTS[site.component].attends else []
+        parts = self._weight_parts(site, self.here) if COMPONENTS[site.component].attends else []
         if not any(part.startswith("[") for part in parts):
-            return f"{name}[{self._index(site, ':1')}]"
+            return f"{name}[{self._index(site, self.here, rows=':1')}]"
         head, dest, src = parts  # one after the other: beside a list a number would change the order of dims
         return f"{name}[:1, ..., {src}][:, :, {dest}][:, {head}]"
 
@@ -159,7 +186,7 @@ class Forward:
         """Whether every head is made to read the same."""
         if isinstance(edit.source, Function):
             return False
-        source = edit.source.terms()
+        source = summed(edit.source) or Sum((), None)
         sites = [v.site for _, v in source.values if v.site.component not in SPLIT_READERS]
         one = [len(s.unit.resolve(self.architecture.units(s.component, s.layer)) or (0,)) == 1 for s in sites]
         tensor = edit.tensor
@@ -169,7 +196,8 @@ class Forward:
 
     def _edit(self, owner: WorldName, edit: Edit, after: tuple[str, ...]) -> list[str]:
         site, source, name = edit.site, edit.source, edit.site.component
-        common, positions, about = self.common, site.pos.resolve(self.length) or (), ""
+        common, crossing, about = self.common, self.common.crosses(edit, self.world), ""
+        positions = site.pos.on(self.here, crossing) or ()
         ids = common.encoded.world(common.root(self.world))[common.pair]
         if len(positions) <= NAMED:
             words = common.encoded.words(ids[p] for p in positions)
@@ -177,14 +205,21 @@ class Forward:
         one = ":" if self.rows == 1 else ":1"
         # Rows from which heads' queries, keys or values are taken divide by what the run itself does.
         together = name == "attn_in_scale" and any(layer == site.layer for _, layer in self.shadows)
-        live = self._index(site, one if together or isinstance(source, Function) else "0")
-        cells = self._index(site, ":") if together else live
-        made = self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit)
+        rows = one if together or isinstance(source, Function) else "0"
+        live = self._index(site, self.here, crossing, rows)
+        cells = self._index(site, self.here, crossing, ":") if together else live
+        made = (
+            self._made(owner, edit, source, live) if isinstance(source, Function) else self._sum(owner, edit, crossing)
+        )
+        if isinstance(source, Part):
+            own = [e for e in common.edits_of(owner) if isinstance(e.source, Part)]
+            which = [e is edit for e in own].index(True)
+            made = f"{common.passed(owner, 'portions')}[{which}]({name}[{live}], {made})"
         if together and edit.add:
             made = f"{name}[{live}] + {made}"
         lines = [f"{name}[{cells}] {'+=' if edit.add and not together else '='} {made}", *after]
         if edit.renormalize:
-            at = joined("0", self._weight_parts(site)[:2])
+            at = joined("0", self._weight_parts(site, self.here, crossing)[:2])
             lines = ["kept = pattern.sum(-1, keepdim=True)", *lines]
             lines.append(f"pattern[{at}] *= (kept / pattern.sum(-1, keepdim=True))[{at}]")
         return [*comment(f"{owner}{': ' if owner else ''}{written(edit)}{about}", WIDTH - 8), *lines]
@@ -197,29 +232,36 @@ class Forward:
         values = [
             "None"
             if world == "corrupted" and common.encoded.corrupted is None
-            else f"{common.kept(world, site.component, site.layer)}[{self._index(site, ':')}]"
+            else f"{common.kept(world, site.component, site.layer)}[{self._index(site, common.side(world), True, ':')}]"
             for world in PRISTINE[: source.arguments - 1]
         ]
         return f"{common.passed(owner, 'functions')}[{which}]({', '.join([f'{site.component}[{cells}]', *values])})"
 
-    def _sum(self, owner: WorldName, edit: Edit) -> str:
-        source, found = edit.source.terms(), ""
+    def _sum(self, owner: WorldName, edit: Edit, crossing: bool) -> str:
+        source, found = summed(edit.source) or Sum((), None), ""
         for factor, value in source.values:
-            term = self._value(value, edit.site)
+            term = self._value(value, edit.site, crossing)
             found = plus(found, factor, term if abs(factor) == 1 else f"{number(abs(factor))} * {term}")
         for factor, noise in source.noise:
-            found = plus(found, factor * noise.scale, self._noise(abs(factor), noise, edit.site))
+            unit = "" if noise.unit is None else f" * {self.common.averaged(noise.unit, spread=True)}"
+            drawn = self._noise(abs(factor), noise, edit.site, crossing) + unit
+            found = plus(found, factor * noise.scale, drawn)
         return found if source.constant is None else self._plus_constant(found, source.constant, owner, edit)
 
-    def _value(self, value: Value, target: Site) -> str:
+    def _value(self, value: Value, target: Site, crossing: bool) -> str:
+        if value.world in self.common.references:
+            cells = self._in_line(value.site, target, self.here, False, self.common.references[value.world])
+            return f"{self.common.averaged(value)}[{cells}]"
         kept = self.common.kept(value.world, value.site.component, value.site.layer)
-        return f"{kept}[{self._index(value.site) if value.site == target else self._aligned(value.site, target)}]"
+        there = self.common.side(value.world), crossing
+        same = value.site == target
+        return f"{kept}[{self._index(target, *there) if same else self._in_line(value.site, target, *there)}]"
 
-    def _noise(self, factor: float, noise: Noise, site: Site) -> str:
+    def _noise(self, factor: float, noise: Noise, site: Site, crossing: bool) -> str:
         """The same numbers, drawn again."""
         name, layer = site.component, site.layer
         units, width = self.architecture.units(name, layer), self.architecture.width(name, layer)
-        shape = [size for _, size in shape_of(site, self.length, units, width) or ()]
+        shape = [size for _, size in shape_of(site, self.here, units, width, crossing) or ()]
         seed = noise.seed_at(f"pair {self.common.pair}, {site}", shape)
         sizes = ", ".join(map(str, shape)) or "()"
         drawn = f"torch.randn({sizes}, generator=torch.Generator().manual_seed({seed})).to({name})"
@@ -236,39 +278,49 @@ class Forward:
 
     # ------------------------------------------------------------------------------------------------ indices
 
-    def _index(self, site: Site, rows: str = "0") -> str:
-        """A site's cells, with the dims that the recorded index gives."""
+    def _index(self, site: Site, side: Side, crossing: bool = False, rows: str = "0") -> str:
+        """A site's cells in a prompt, with the dims that the recorded index gives."""
         if COMPONENTS[site.component].attends:
-            return joined(rows, self._weight_parts(site))
-        parts = [along(site.pos.resolve(self.length) or (), site.pos.scalar, self.length)]
+            return joined(rows, self._weight_parts(site, side, crossing))
+        parts = [along(site.pos.on(side, crossing) or (), site.pos.scalar, side.length)]
         if COMPONENTS[site.component].unit:
             parts.append(self._units(site, site.unit.scalar))
         return joined(rows, parts)
 
-    def _weight_parts(self, site: Site, like: Site | None = None) -> list[str]:
+    def _weight_parts(self, site: Site, side: Side, crossing: bool = False, like: Site | None = None) -> list[str]:
         """Heads, destinations and sources, with the dims of another site that they are to line up with."""
-        count, like = self.architecture.units(site.component, site.layer), like or site
-        picked = [(site.unit, like.unit, count), (site.pos, like.pos, self.length), (site.src, like.src, self.length)]
-        found = [(own.resolve(size) or (), other.scalar, size) for own, other, size in picked]
+        count, like, length = self.architecture.units(site.component, site.layer), like or site, side.length
+        found = [
+            (site.unit.resolve(count) or (), like.unit.scalar, count),
+            (site.pos.on(side, crossing) or (), like.pos.scalar, length),
+            (site.src.on(side, crossing) or (), like.src.scalar, length),
+        ]
         parts = [along(*f) for f in found]
         if sum(part.startswith("[") for part in parts) > 1:  # a slice between lists would change the order of dims
             parts = [p if scalar else str(list(indices)) for p, (indices, scalar, _) in zip(parts, found, strict=True)]
         return parts
 
-    def _aligned(self, site: Site, target: Site) -> str:
-        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast."""
+    def _in_line(self, site: Site, target: Site, side: Side, crossing: bool, mean: ReferenceWorld | None = None) -> str:
+        """A source's cells with its dims in line with the target's; single ones are left out, or broadcast.
+
+        A mean has just the positions that are taken, and all units.
+        """
         if COMPONENTS[site.component].attends:
-            return joined("0", self._weight_parts(site, target))
-        positions = site.pos.resolve(self.length) or ()
+            parts = self._weight_parts(site, side, crossing, target)
+            if mean is None:
+                return joined("0", parts)
+            return joined(parts[0], ["0" if select.scalar else ":" for select in (target.pos, target.src)])
+        positions = site.pos.on(side, crossing) or ()
+        several = len(positions) > 1 and not (mean and mean.over)
         # Where the target has several heads, a dim for them has to stand behind the positions.
-        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and len(positions) > 1
-        parts = [along(positions, len(positions) == 1, self.length)]
+        behind = COMPONENTS[target.component].unit is not None and not target.unit.scalar and several
+        parts = [along(positions, not several, side.length) if mean is None else ":" if several else "0"]
         if COMPONENTS[site.component].unit:
             count = self.architecture.units(site.component, site.layer)
             parts.append(self._units(site, len(site.unit.resolve(count) or ()) == 1 and not behind))
         elif behind:
             parts.append("None")
-        return joined("0", parts)
+        return joined("0", parts) if mean is None else joined(parts[0], parts[1:])
 
     def _units(self, site: Site, scalar: bool) -> str:
         count = self.architecture.units(site.component, site.layer)

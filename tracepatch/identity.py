@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tracepatch.constants import Constant
 from tracepatch.models import Model, module_of, remote_of, source_of, versions
-from tracepatch.sources import Constant
 from tracepatch.weights import brought, weightless
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size})

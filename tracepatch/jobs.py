@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracepatch.constants import Constant
+from tracepatch.portions import Portion
+from tracepatch.references import Tally
 from tracepatch.sites import SPLIT_READERS, component
-from tracepatch.sources import Constant, Function, WorldName
+from tracepatch.sources import Function, WorldName
 
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
@@ -18,7 +22,10 @@ CACHED = frozenset({"k", "v"})
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast."""
+    """A multiple of a world's activation at given positions, units and sources; single ones are broadcast.
+
+    Of a reference world positions and sources are places in a table, the ``tally``.
+    """
 
     factor: float
     world: WorldName
@@ -27,6 +34,12 @@ class Term:
     positions: tuple[int, ...]
     units: tuple[int, ...] | None
     srcs: tuple[int, ...] | None = None
+    tally: Tally | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the values are known by where plans run."""
+        return (self.component, self.layer) if self.tally is None else self.tally.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,8 @@ class Write:
         function: What makes the value of the live one and the terms, which are then the clean and the corrupted one.
         renormalize: Whether the pattern is scaled, after the edit, to the sum that it had before.
         standing: Whether it belongs to the base, an edited world, and not to the row.
+        spread: Fixed summands like the constant, each in multiples of a standard deviation.
+        portion: What of the live value is replaced, if not all of it.
     """
 
     component: str
@@ -64,12 +79,25 @@ class Write:
     srcs: tuple[int, ...] | None = None
     renormalize: bool = False
     standing: bool = False
+    spread: tuple[tuple[Tally, Constant], ...] = ()
+    portion: Portion | None = None
+
+    @property
+    def tallies(self) -> Iterator[Tally]:
+        """What it takes of reference worlds."""
+        yield from (term.tally for term in self.terms if term.tally is not None)
+        yield from (tally for tally, _ in self.spread)
+
+    @property
+    def needed(self) -> Iterator[tuple[str, int]]:
+        """The (component, layer) of worlds' values that it takes."""
+        return ((term.component, term.layer) for term in self.terms if term.tally is None)
 
     @property
     def same_for_units(self) -> bool:
         """Whether every unit is written with the same value."""
-        tensor = None if self.constant is None else self.constant.tensor
-        one = tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1
+        tensors = [c.tensor for c in (self.constant, *(c for _, c in self.spread)) if c is not None]
+        one = all(tensor.ndim < 2 or tensor.shape[-2] == 1 for tensor in tensors)
         return self.function is None and all(t.units is None for t in self.terms) and (one or self.scalar[1])
 
 
@@ -128,12 +156,14 @@ def narrowed(write: Write, chosen: Sequence[int]) -> Write:
         write.srcs,
         write.renormalize,
         write.standing,
+        write.spread,
+        write.portion,
     )
 
 
 def _narrowed(term: Term, chosen: Sequence[int]) -> Term:
     positions = tuple([term.positions[i] for i in chosen])
-    return Term(term.factor, term.world, term.component, term.layer, positions, term.units, term.srcs)
+    return Term(term.factor, term.world, term.component, term.layer, positions, term.units, term.srcs, term.tally)
 
 
 def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
@@ -183,3 +213,55 @@ class Job:
         for (_, layer), found in streams(self.writes).items():
             layers[layer] += len(found)
         return 1 + max(layers.values(), default=0)
+
+
+def parts(items: Sequence[Any], length: Callable[[Any], Any], most: int) -> list[list[Any]]:
+    """Items in parts of at most ``most`` of one length, so that nothing is padded; in order within a length."""
+    same: dict[Any, list[Any]] = {}
+    for item in items:
+        same.setdefault(length(item), []).append(item)
+    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
+
+
+def unpatched(pair: int, world: WorldName) -> Job:
+    """A run of a world as it is."""
+    return Job(-1, pair, world, (), 0, 0)
+
+
+def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
+    """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
+    found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
+    order = [found[id(item)] for item in items]
+    return None if order == sorted(order) else order
+
+
+def without_overwritten(writes: list[Write]) -> list[Write]:
+    """A later `=` overrides what the row wrote there before, unless something in between depends on that."""
+    if len({(w.component, w.layer) for w in writes}) == len(writes):
+        return writes
+    kept: list[Write] = []
+    for write in writes:
+        if not (write.add or _depends(write)):
+            for i in range(len(kept) - 1, -1, -1):
+                before = kept[i]
+                if (before.component, before.layer) != (write.component, write.layer):
+                    continue
+                if _depends(before):
+                    break
+                if before.standing is not write.standing:  # the row's edit may yet be pruned
+                    continue
+                overlap = set(before.positions) & set(write.positions)
+                if overlap and _within(before.units, write.units) and _within(before.srcs, write.srcs):
+                    kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
+        kept = [*(w for w in kept if w.positions), write]
+    return kept
+
+
+def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
+    """Whether indices are among others, of which ``None`` are all."""
+    return new is None or (old is not None and set(old) <= set(new))
+
+
+def _depends(write: Write) -> bool:
+    """Whether a write makes its value, or its neighbours', of what is there."""
+    return write.function is not None or write.renormalize or write.portion is not None

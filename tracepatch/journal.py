@@ -27,6 +27,7 @@ from tracepatch.errors import plural
 from tracepatch.identity import Identities, UnidentifiedError, context
 from tracepatch.models import Model
 from tracepatch.plan import Batch, Group, Plan
+from tracepatch.references import Survey
 from tracepatch.sources import WorldName
 from tracepatch.tokens import EncodedPairs
 
@@ -294,7 +295,8 @@ class Journal:
                 tokens = who.of(tuple(_tokens(self._encoded, pair) for pair in group.pairs))
                 seated = tuple(place[job.pair] for world in group.edited for job in world)
                 roots = tuple((world.name, world.root) for world in plan.edited)
-                worlds = _hash(shared, tokens, who.of(replace(group, batches=())), who.of((seated, roots)))
+                told = who.of((seated, roots, tuple(_referred(survey, group) for survey in plan.surveys)))
+                worlds = _hash(shared, tokens, who.of(replace(group, batches=())), told)
             except UnidentifiedError as error:
                 self.reasons[str(error)] = self.reasons.get(str(error), 0) + rows
                 continue
@@ -324,6 +326,13 @@ def _fill(numbers: Numbers, batch: Batch, entry: Entry) -> None:
         if name.startswith("saved."):
             job, number = (int(part) for part in name.split(".")[1:])
             numbers.saved[batch.jobs[job].row, number, batch.jobs[job].pair] = live
+
+
+def _referred(survey: Survey, group: Group) -> tuple[Any, ...]:
+    """Everything of a reference that runs of a group can see."""
+    world = survey.world
+    rows = tuple(world.row_of[pair] for pair in group.pairs)
+    return world.name, world.ids, world.encoder, world.rows, world.over, rows, survey.tallies, survey.runs, survey.until
 
 
 def _tokens(encoded: EncodedPairs, pair: int) -> tuple[Any, ...]:

@@ -17,13 +17,14 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.calls import Place
 from tracepatch.climb import KNOWN, between, ending, growth, leaving, narrowed, top, whole_prompts, world_cells
+from tracepatch.constants import Constant
 from tracepatch.jobs import CACHED, EAGER, Job, Read, Term, Write
 from tracepatch.sites import SCALES, SPLIT_READERS, STAGES, component
 from tracepatch.sites import stage as stage_of
 from tracepatch.table import Table
 
 Columns: TypeAlias = tuple[Any, ...]
-"""``(add, cells, terms, constant, function, renormalize)``: one indexed write; see ``writing.edited``."""
+"""``(add, cells, terms, constant, function, portion, renormalize)``: one indexed write; see ``writing.edited``."""
 Stop: TypeAlias = tuple[Any, ...]
 """``(place, tasks)``: where values are kept or written; see ``trace.visit``."""
 Key: TypeAlias = tuple[str, int]
@@ -227,7 +228,7 @@ def columns(
             place = write.component, write.layer
             if (write.component in SPLIT_READERS) is not split:
                 continue
-            signature = tuple((t.factor, t.component, t.layer, t.units is None, t.srcs is None) for t in write.terms)
+            signature = tuple((t.factor, t.key, t.units is None, t.srcs is None) for t in write.terms)
             found[
                 turns[place],
                 place,
@@ -235,7 +236,9 @@ def columns(
                 write.units is None,
                 write.srcs is None,
                 write.renormalize,
+                write.portion,
                 signature,
+                tuple(tally for tally, _ in write.spread),
                 write.constant is None,
                 _number(write),
                 _shape(write),
@@ -270,15 +273,18 @@ def read_columns(
 
 def at_reads(reads: Sequence[int], write: Columns) -> Columns:
     """A write of logits, counted among the positions that are read."""
-    add, (rows, slots, *_), terms, constant, function, _ = write
+    add, (rows, slots, *_), terms, constant, function, portion, _ = write
     place = {p: i for i, p in enumerate(reads)}
     inside = torch.tensor([p in place for p in slots.tolist()])
     kept = torch.tensor([place[p] for p in slots.tolist() if p in place], dtype=torch.long)
-    chosen = tuple((f, n, (w[inside], p[inside], u, s), lift) for f, n, (w, p, u, s), lift in terms)
+    chosen = tuple(
+        (f[inside], n, None, lift) if at is None else (f, n, (at[0][inside], at[1][inside], *at[2:]), lift)
+        for f, n, at, lift in terms
+    )
     if constant is not None and constant.ndim:
         constant = constant[inside]
     assert function is None or bool(inside.all()), "the planner has its positions read"
-    return add, (rows[inside], kept, None, None), chosen, constant, function, False
+    return add, (rows[inside], kept, None, None), chosen, constant, function, portion, False
 
 
 def saved_at_reads(reads: Sequence[int], read: Columns) -> Columns:
@@ -307,17 +313,22 @@ def _columns(add: bool, members: list[tuple[int, Write, Job]], architecture: Arc
                     found[2].append(_at(term.units, j))
                 if term.srcs is not None:
                     found[3].append(_at(term.srcs, k))
-    lowered = tuple(
-        (t.factor, (t.component, t.layer), tuple(index(i) for i in found), _lifted(t, sample))
+    lowered: tuple[Any, ...] = tuple(
+        (t.factor, t.key, tuple(index(i) for i in found), _lifted(t, sample))
         for t, found in zip(sample.terms, terms, strict=True)
     )
+    writes = [write for _, write, _ in members]
     if sample.constant is None or _number(sample) is not None:
         constant = None if sample.constant is None else sample.constant.tensor
     else:
-        constant = torch.cat([_cells(write, architecture, seats.length) for _, write, _ in members])
+        constant = torch.cat([_cells(w, w.constant, architecture, seats.length) for w in writes if w.constant])
+    for n, (tally, _) in enumerate(sample.spread):  # a number that is known in the run, times fixed ones
+        fixed = torch.cat([_cells(w, w.spread[n][1], architecture, seats.length) for w in writes])
+        lowered += ((fixed, tally.key, None, False),)
     made = sample.function
     function = None if made is None else (made.function, made.arguments, len(members), *_shape(sample)[1:])
-    return add, tuple(index(i) for i in cells), lowered, constant, function, sample.renormalize
+    portion = None if sample.portion is None else sample.portion.columns
+    return add, tuple(index(i) for i in cells), lowered, constant, function, portion, sample.renormalize
 
 
 def _each_cell(write: Write) -> Iterable[tuple[int, int, int]]:
@@ -353,9 +364,8 @@ def _lifted(term: Term, write: Write) -> bool:
     return whole and (term.units is not None or component(term.component).unit is None)
 
 
-def _cells(write: Write, architecture: Architecture, length: int) -> torch.Tensor:
-    """The constant, one entry a cell: ``[cell, …]``."""
-    assert write.constant is not None
+def _cells(write: Write, constant: Constant, architecture: Architecture, length: int) -> torch.Tensor:
+    """A constant, one entry a cell: ``[cell, …]``."""
     kind, layer = component(write.component), min(write.layer, len(architecture) - 1)
     units = len(write.units) if write.units is not None else architecture.units(write.component, layer)
     sizes = {kind.place: write.recorded, kind.unit: units, "src": len(write.srcs) if write.srcs is not None else length}
@@ -365,7 +375,7 @@ def _cells(write: Write, architecture: Architecture, length: int) -> torch.Tenso
         sizes[kind.dims[-1]] = architecture.width(write.component, layer)
         dims.append(kind.dims[-1])
     kept = [dim for dim in dims if not dropped.get(dim)]
-    full = write.constant.tensor.broadcast_to([sizes[dim] for dim in kept])
+    full = constant.tensor.broadcast_to([sizes[dim] for dim in kept])
     for i, dim in enumerate(dims):
         if dropped.get(dim):
             full = full.unsqueeze(i)

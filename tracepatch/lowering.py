@@ -14,75 +14,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.errors import SiteError
-from tracepatch.jobs import Read, Term, Write, narrowed
+from tracepatch.jobs import Read, Term, Write, narrowed, without_overwritten
 from tracepatch.plan import Proof
-from tracepatch.reach import LAST, canonical, indices, of_logits, reached, read_at
+from tracepatch.profiles import Profile
+from tracepatch.reach import LAST, Cells, canonical, cells, indices, of_logits, reached, read_at
+from tracepatch.references import ReferenceWorld, Tally
 from tracepatch.rows import Edit, EditedWorld, Row, standing
-from tracepatch.sites import SPLIT_READERS, Site, component, shape_of, stage
-from tracepatch.sources import Constant, Function, Sum, Value, WorldName
+from tracepatch.shapes import shape_of
+from tracepatch.sites import SPLIT_READERS, Site, component, stage
+from tracepatch.sources import Function, Part, Sum, Value, WorldName, summed
 
 # What in layer 0 depends on its own token alone, where the probe proved it.
 LOCAL = frozenset({"embed", "resid_pre", "attn_in", "attn_in_scale"})
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What lowering needs to know of a pair; pairs that share it are lowered once.
-
-    Attributes:
-        length: Tokens of each prompt.
-        differing: Positions at which the two prompts differ.
-        reads: Positions whose logits the metrics read.
-        seen: Activations that the metrics read.
-        pair: Number of the pair, where something is drawn anew for each.
-        encoded: Whether an encoder reads the prompts: the worlds may then differ at every position, whatever its token.
-    """
-
-    length: int
-    differing: tuple[int, ...]
-    reads: tuple[int, ...]
-    seen: tuple[Read, ...] = ()
-    pair: int = -1
-    encoded: bool = False
-
-    @property
-    def first(self) -> int:
-        """The first position at which the worlds may differ."""
-        if self.encoded:
-            return 0
-        return min(self.differing, default=self.length)
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """What a site is in prompts of one length.
-
-    Attributes:
-        place: Component and layer, one name for each place of the stream.
-        positions: The positions.
-        offsets: As many numbers from 0 on.
-        units: Heads or neurons; ``None`` for all, or where there are none.
-        srcs: The positions attended to; ``None`` for all, or where there are none.
-        scalar: Whether the index was one integer: for positions, units, sources.
-        split: Whether it has units.
-        attends: Whether it has positions that are attended to.
-    """
-
-    place: tuple[str, int]
-    positions: tuple[int, ...]
-    offsets: tuple[int, ...]
-    units: tuple[int, ...] | None
-    srcs: tuple[int, ...] | None
-    scalar: tuple[bool, bool, bool]
-    split: bool
-    attends: bool
 
 
 class Lowering:
@@ -95,27 +46,34 @@ class Lowering:
         prune: bool,
         worlds: tuple[WorldName, ...],
         edited: Mapping[WorldName, EditedWorld] | None = None,
+        references: Mapping[WorldName, ReferenceWorld] | None = None,
     ) -> None:
         self.architecture, self.profile, self.prune, self.worlds = architecture, profile, prune, worlds
         self.depth = len(architecture)
-        self.targets = profile.seen + ((of_logits(profile.reads, self.depth),) if profile.reads else ())
-        self.edited = edited or {}
+        self.edited, self.references = edited or {}, references or {}
         self.standing = {name: [edit for _, edit in standing(name, self.edited)] for name in self.edited}
+        self.targets = {root: self._targets(root) for root in ("clean", "corrupted")}
         # The first position that a world's standing edits touch.
-        self.first_edit = {
-            name: min((min(e.site.pos.resolve(profile.length) or (0,)) for e in edits), default=profile.length)
-            for name, edits in self.standing.items()
-        }
-        self._targeted = {(read.component, read.layer) for read in self.targets}
+        self.first_edit = {name: self._first_of(name, edits) for name, edits in self.standing.items()}
+        self._targeted = {(read.component, read.layer) for found in self.targets.values() for read in found}
         # What many rows share is found once.
-        self._sites: dict[Site, Cells] = {}
+        self._sites: dict[tuple[Site, WorldName, bool], Cells] = {}
         self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
         self._reach: dict[Any, frozenset[int]] = {}
         self._agreement: dict[Any, frozenset[int]] = {}
 
+    def _targets(self, root: WorldName) -> tuple[Read, ...]:
+        """What metrics read, in the prompts of a world."""
+        reads = self.profile.reads_of(root)
+        return self.profile.seen_of(root) + ((of_logits(reads, self.depth),) if reads else ())
+
+    def _first_of(self, name: WorldName, edits: list[Edit]) -> int:
+        side = self.profile.alignment.side(self.root(name))
+        return min((min(e.site.pos.on(side) or (0,)) for e in edits), default=side.length)
+
     def unpruned(self) -> Lowering:
         """The same, with every write left in."""
-        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited)
+        return Lowering(self.architecture, self.profile, False, self.worlds, self.edited, self.references)
 
     def world(self, name: WorldName) -> tuple[Write, ...]:
         """The writes of an edited world, those of the worlds below it first.
@@ -124,7 +82,7 @@ class Lowering:
             SiteError: The prompt has no such position.
         """
         edits = sorted(self.standing[name], key=self._moment)
-        return tuple(_drop_overwritten([self._write(edit, standing=True) for edit in edits]))
+        return tuple(without_overwritten([self._write(edit, name, standing=True) for edit in edits]))
 
     def row(self, row: Row) -> tuple[tuple[Write, ...], Proof]:
         """The writes of a row that survive pruning; where none does, the proof."""
@@ -134,18 +92,19 @@ class Lowering:
         if len(edits) > 1:
             edits.sort(key=lambda pair: self._moment(pair[0]))
         try:
-            writes = [self._write(edit, old) for edit, old in edits]
+            writes = [self._write(edit, row.base, old) for edit, old in edits]
         except SiteError:
             return (), Proof.ABSENT
         if not row.edits and not self.reads(row):
             return (), Proof.ABSENT
         if len(writes) > 1:
-            writes = _drop_overwritten(writes)
+            writes = without_overwritten(writes)
         if not self.prune or row.saves:  # the proofs speak of the metric; what is saved may see the edit
             return tuple(writes), Proof.NONE
-        kept, live, equal, unreachable = [], self.profile.length, False, False
-        acting = [n for n, w in enumerate(writes) if w.function is not None]
-        mixing = [n for n in acting if len(writes[n].positions) > 1]
+        root = self.root(row.base)
+        kept, live, equal, unreachable = [], self._length(root), False, False
+        mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
+        mixed = any(w.function is not None or w.portion is not None for w in writes)
         for number, write in enumerate(writes):
             if write.standing:
                 if write.function is not None and len(write.positions) > 1:  # it may mix positions
@@ -154,7 +113,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            inside = self._reached(write, carried, mixed=bool(acting))
+            inside = self._reached(write, root, carried, mixed)
             reach = [i for i, p in enumerate(write.positions) if p in inside]
             if write.function is not None and reach:  # it may mix positions
                 live = min(live, *write.positions)
@@ -182,7 +141,8 @@ class Lowering:
         found = []
         for number, save in enumerate(row.saves):
             with suppress(SiteError):
-                found.append(read_at(number, save.site, save.reduce, self.architecture, self.profile.length))
+                side = self.profile.alignment.side(self.root(save.world))
+                found.append(read_at(number, save.site, save.reduce, self.architecture, side))
         return tuple(found)
 
     def _moment(self, edit: Edit) -> tuple[float, int, int]:
@@ -195,33 +155,45 @@ class Lowering:
             self._moments[place] = found
         return found
 
-    def _write(self, edit: Edit, standing: bool = False) -> Write:
-        site, source = edit.site, edit.source
-        here, constant = self._cells(site), None
+    def _write(self, edit: Edit, base: WorldName, standing: bool = False) -> Write:
+        site, source, root = edit.site, edit.source, self.root(base)
+        constant: Constant | None = None
+        spread: tuple[tuple[Tally, Constant], ...] = ()
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
         elif isinstance(source, Value):
             values = [(1.0, source)]
         else:
-            values, constant = list(source.terms().values), self._constant(site, source.terms())
-        places = [here if value.site is site else self._cells(value.site) for _, value in values]
+            total = summed(source)
+            assert total is not None
+            values = list(total.values)
+        crossing = any(self.root(value.world) != root for _, value in values if value.world not in self.references)
+        here = self._cells(site, root, crossing)
+        if not isinstance(source, (Function, Value)):
+            assert total is not None
+            constant, spread = self._fixed(site, total, root, crossing)
+        places = [self._placed(value, root, crossing) for _, value in values]
         units, srcs = here.units, here.srcs
         by_unit = here.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there in places)):
+        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there, _ in places)):
             units = self._every(site)
-        if srcs is None and any(there.srcs for there in places):
-            srcs = tuple(range(self.profile.length))
+        # What is kept of prompts of unequal length has one size.
+        apart = here.attends and not self.profile.alignment.even
+        if srcs is None and (apart or any(there.srcs for there, _ in places)):
+            srcs = tuple(range(self._length(root)))
         terms = []
-        for (factor, value), there in zip(values, places, strict=True):
+        for (factor, value), (there, tally) in zip(values, places, strict=True):
             heads, attended = there.units, there.srcs
             if units is not None and heads is None and there.split:
                 heads = self._every(value.site)
             if srcs is not None and attended is None and there.attends:
-                attended = tuple(range(self.profile.length))
+                attended = tuple(range(self._length(self.root(value.world))))
             name, layer = there.place
             if name in SPLIT_READERS:
                 name, heads = "attn_in", None
-            terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended))
+            if tally is not None:
+                tally = replace(tally, component=name, layer=layer)
+            terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended, tally))
         return Write(
             *(("logits", self.depth) if site.component == "logits" else here.place),
             positions=here.positions,
@@ -236,51 +208,74 @@ class Lowering:
             srcs=srcs,
             renormalize=edit.renormalize,
             standing=standing,
+            spread=spread,
+            portion=source.portion if isinstance(source, Part) else None,
         )
 
-    def _constant(self, site: Site, source: Sum) -> Constant | None:
-        """The constant summand, with the noise drawn."""
+    def _placed(self, value: Value, root: WorldName, crossing: bool) -> tuple[Cells, Tally | None]:
+        """Where a value stands, and the table of a reference world that it is in."""
+        if value.world not in self.references:
+            return self._cells(value.site, self.root(value.world), crossing), None
+        side = self.profile.alignment.side(root)
+        positions, srcs, tally = self.references[value.world].located(value.site, side, crossing)
+        return cells(value.site, self.depth, positions, self._units(value.site), srcs), tally
+
+    def _fixed(
+        self, site: Site, source: Sum, root: WorldName, crossing: bool
+    ) -> tuple[Constant | None, tuple[tuple[Tally, Constant], ...]]:
+        """The constant summand, with the noise drawn; and the noise whose unit is known only in the run."""
         if not source.noise:
-            return source.constant
+            return source.constant, ()
         architecture, name, layer = self.architecture, site.component, site.layer
-        dims = shape_of(site, self.profile.length, architecture.units(name, layer), architecture.width(name, layer))
+        units, width = architecture.units(name, layer), architecture.width(name, layer)
+        dims = shape_of(site, self.profile.alignment.side(root), units, width, crossing)
         if dims is None:
             raise SiteError(str(site))
         shape = [size for _, size in dims]
         total = torch.zeros(shape) if source.constant is None else source.constant.tensor
+        spread = []
         for factor, noise in source.noise:
-            total = total + factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
-        return Constant.of(total)
+            drawn = factor * noise.draw(f"pair {self.profile.pair}, {site}", shape)
+            if noise.unit is None:
+                total = total + drawn
+            elif factor * noise.scale:
+                spread.append((self._tally_of(noise.unit), Constant.of(drawn)))
+        plain = source.constant is None and all(noise.unit is not None for _, noise in source.noise)
+        return None if plain and spread else Constant.of(total), tuple(spread)
 
-    def _cells(self, site: Site) -> Cells:
-        """What a site is in these prompts; found once, as many edits write and take the same."""
-        found = self._sites.get(site)
+    def _tally_of(self, unit: Value) -> Tally:
+        """What the standard deviation of some values is known by."""
+        name, layer = canonical(unit.site, self.depth)
+        if name in SPLIT_READERS:
+            return Tally(unit.world, "attn_in", layer, unit.site.pos, spread=True)
+        return Tally(unit.world, name, layer, unit.site.pos, None, unit.site.unit, spread=True)
+
+    def _units(self, site: Site) -> tuple[int, ...] | None:
+        return None if site.unit.all else site.unit.resolve(self.architecture.units(site.component, site.layer))
+
+    def _cells(self, site: Site, root: WorldName, crossing: bool) -> Cells:
+        """What a site is in a world's prompt; found once, as many edits write and take the same."""
+        key = site, root, crossing
+        found = self._sites.get(key)
         if found is None:
-            positions, units, srcs = indices(site, self.architecture, self.profile.length)
-            kind = component(site.component)
-            found = self._sites[site] = Cells(
-                canonical(site, self.depth),
-                positions,
-                tuple(range(len(positions))),
-                units,
-                srcs,
-                (site.pos.scalar, site.unit.scalar, site.src.scalar),
-                kind.unit is not None,
-                kind.attends,
-            )
+            positions, units, srcs = indices(site, self.architecture, self.profile.alignment.side(root), crossing)
+            found = self._sites[key] = cells(site, self.depth, positions, units, srcs)
         return found
 
     def _every(self, site: Site) -> tuple[int, ...]:
         return tuple(range(self.architecture.units(site.component, site.layer)))
 
-    def _reached(self, write: Write, carried: bool, mixed: bool) -> frozenset[int]:
+    def _length(self, root: WorldName) -> int:
+        return self.profile.alignment.side(root).length
+
+    def _reached(self, write: Write, root: WorldName, carried: bool, mixed: bool) -> frozenset[int]:
         """The positions at which a write may change what is read."""
         place = write.component, write.layer
-        key = place, write.units if place in self._targeted else None, carried, mixed
+        key = place, write.units if place in self._targeted else None, root, carried, mixed
         found = self._reach.get(key)
         if found is None:
-            each = [reached(self.architecture, write, read, carried, mixed) for read in self.targets]
-            found = frozenset(p for p in range(self.profile.length) if any(p in one for one in each))
+            each = [reached(self.architecture, write, read, carried, mixed) for read in self.targets[root]]
+            found = frozenset(p for p in range(self._length(root)) if any(p in one for one in each))
             self._reach[key] = found
         return found
 
@@ -289,12 +284,20 @@ class Lowering:
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)
         here = name, write.layer, units, write.srcs
-        agreed = [self._agreed(term.world, base, term.component, term.layer) for term in write.terms]
+        if write.spread:
+            return ()
+        agreed = [
+            frozenset() if term.tally is not None else self._agreed(term.world, base, term.component, term.layer)
+            for term in write.terms
+        ]
         if len(write.terms) == 1 and write.constant is None and not write.add:
             term = write.terms[0]
-            same_place = (term.component, term.layer, term.units, term.srcs) == here
-            if same_place and term.positions == write.positions:  # what most edits are
+            alike = (term.component, term.layer, term.units) == here[:-1] and term.tally is None
+            if alike and term.srcs == write.srcs and term.positions == write.positions:  # what most edits are
                 return agreed[0] if term.factor == 1 else ()
+            if alike and term.factor == 1 and write.srcs is not None and term.srcs is not None:
+                pairs = list(zip(write.positions, self._taken(write, term), strict=True))
+                return {p for p, q in pairs if p == q and p in agreed[0] and _same_sources(write.srcs, term.srcs, p)}
         if write.constant is not None and bool(write.constant.tensor.any()):
             return ()
         known: dict[Any, bool] = {}  # which terms agree with the base decides, and how far off they are taken
@@ -306,68 +309,62 @@ class Lowering:
                 left: dict[tuple[Any, ...], float] = defaultdict(float)
                 for term, (off, same) in zip(write.terms, key, strict=True):
                     world = base if same else term.world
-                    left[world, off, term.component, term.layer, term.units, term.srcs] += term.factor
+                    left[world, off, term.component, term.layer, term.units, term.srcs, term.tally] += term.factor
                 if not write.add:
-                    left[base, 0, *here] -= 1.0
+                    left[base, 0, *here, None] -= 1.0
                 known[key] = not any(left.values())
             if known[key]:
                 found.add(position)
         return found
 
+    @staticmethod
+    def _taken(write: Write, term: Term) -> list[int]:
+        """For each position that is written, where a term is taken."""
+        return [term.positions[min(i, len(term.positions) - 1)] for i in range(len(write.positions))]
+
     def _agreed(self, one: WorldName, other: WorldName, name: str, layer: int) -> frozenset[int]:
-        """The positions at which two worlds have the same value there."""
+        """The positions that two worlds both have and at which they have the same value there."""
         local = self.architecture.local_embedding and layer == 0 and name in LOCAL
-        found = self._agreement.get((one, other, local))
+        # Scores may count distances from a prompt's end, which a softmax does not see.
+        counted = name == "scores" or not self.architecture.extends
+        found = self._agreement.get((one, other, local, counted))
         if found is None:
-            found = frozenset(p for p in range(self.profile.length) if self._agrees(one, other, local, p))
-            self._agreement[one, other, local] = found
+            positions = range(self._length(self.root(one)))
+            found = frozenset(p for p in positions if self._agrees(one, other, local, counted, p))
+            self._agreement[one, other, local, counted] = found
         return found
 
-    def _agrees(self, one: WorldName, other: WorldName, local: bool, position: int) -> bool:
-        """Whether two worlds agree at a position, where what stands there depends on its own token alone or on all."""
+    def _agrees(self, one: WorldName, other: WorldName, local: bool, counted: bool, position: int) -> bool:
+        """Whether two worlds agree at a position.
+
+        Args:
+            one: A world.
+            other: Another.
+            local: Whether what stands there depends on its own token alone.
+            counted: Whether it may depend on how long the prompt is.
+            position: That both have.
+        """
         if one == other:
             return True
-        length = self.profile.length
-        if position >= min(self.first_edit.get(one, length), self.first_edit.get(other, length)):
+        ends = (self.first_edit.get(world, self._length(self.root(world))) for world in (one, other))
+        if position >= min(ends):
             return False
-        if self._root(one) == self._root(other):
+        if self.root(one) == self.root(other):
             return True
+        if counted and not self.profile.alignment.even:
+            return False
         pristine = one not in self.edited and other not in self.edited
         if local and pristine:
             return position not in self.profile.differing
         return position < self.profile.first
 
-    def _root(self, name: WorldName) -> WorldName:
+    def root(self, name: WorldName) -> WorldName:
+        """The world whose prompts a world has."""
         return self.edited[name].root if name in self.edited else name
 
 
-def _drop_overwritten(writes: list[Write]) -> list[Write]:
-    """A later `=` overrides what the row wrote there before, unless something in between depends on that."""
-    if len({(w.component, w.layer) for w in writes}) == len(writes):
-        return writes
-    kept: list[Write] = []
-    for write in writes:
-        if not (write.add or _depends(write)):
-            for i in range(len(kept) - 1, -1, -1):
-                before = kept[i]
-                if (before.component, before.layer) != (write.component, write.layer):
-                    continue
-                if _depends(before):
-                    break
-                if before.standing is not write.standing:  # the row's edit may yet be pruned
-                    continue
-                overlap = set(before.positions) & set(write.positions)
-                if overlap and _within(before.units, write.units) and _within(before.srcs, write.srcs):
-                    kept[i] = narrowed(before, [j for j, p in enumerate(before.positions) if p not in overlap])
-        kept = [*(w for w in kept if w.positions), write]
-    return kept
-
-
-def _within(old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
-    """Whether indices are among others, of which ``None`` are all."""
-    return new is None or (old is not None and set(old) <= set(new))
-
-
-def _depends(write: Write) -> bool:
-    """Whether a write makes its value, or its neighbours', of what is there."""
-    return write.function is not None or write.renormalize
+def _same_sources(written: tuple[int, ...] | None, taken: tuple[int, ...] | None, dest: int) -> bool:
+    """Whether a destination's weights are taken where they are written; of later positions none is ever written."""
+    if written is None or taken is None or len(written) != len(taken):
+        return written == taken
+    return all(here == there for here, there in zip(written, taken, strict=True) if here <= dest)

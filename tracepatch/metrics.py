@@ -7,19 +7,20 @@ needs to know of a pair. Values are computed in float32, one a row; a metric nev
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from tracepatch.errors import MetricError, SiteError
+from tracepatch.errors import MetricError, SiteError, listing
 from tracepatch.sites import Select, Site, component, select, split_index
-from tracepatch.tokens import EncodedPairs
+from tracepatch.tokens import Answer, EncodedPairs, answer_id, pieces
 
 Given: TypeAlias = dict[str, torch.Tensor]
-NEEDS = ("answer", "wrong", "next", "clean", "corrupted")
-OF_TOKENS = ("answer", "wrong")  # what an activation may be compared with
+NEEDS = ("answer", "wrong", "next", "clean", "corrupted", "tokens", "continuation", "direct")
+OF_TOKENS = ("answer", "wrong", "tokens", "direct")  # what an activation may be compared with
+JUMPS = ("rank", "accuracy")  # units that no gradient leads through, and that rounding may move by a whole step
 LAST = Select((-1,), scalar=True)
 FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
 
@@ -37,13 +38,17 @@ class Metric:
         parts: Names of further columns that the function returns, such as the two sides of a difference.
         needs: What it needs of ``given``: ``answer`` and ``wrong`` (ids ``[row, n]``, padded with -1), ``next`` (ids
             ``[row, read]``: the clean prompt's next token, after the last one the answer), ``clean`` or ``corrupted``
-            (that run's log-probabilities ``[row, read, vocab]``).
+            (that run's log-probabilities ``[row, read, vocab]``), ``tokens`` (ids of the row's own prompt
+            ``[row, pos]``), ``continuation`` (ids ``[row, read]`` of the answer that ``tp.continued`` appends, -1
+            before it), ``direct`` (what each dim of the stream adds to the logit difference at the site's position,
+            ``[row, d_model]``, with the final norm's scale as it is in the unpatched run of the row's prompt).
         note: What it does, in one line.
         vocab: The only token ids whose logits it reads: the function is given just these columns, in this order;
             ``"given"`` for those of the answers; ``None`` for all. Fewer columns make runs faster.
         squeezed: Whether the function wants ``[row, vocab]`` instead, because it reads one position.
         site: The activation that it reads instead of logits; ``None`` for logits. Its layer is as written until the
             model is known.
+        words: Makes the metric of token ids, where it is about texts: those, and what makes it of them.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Metric:
     squeezed: bool = False
     vocab: tuple[int, ...] | Literal["given"] | None = None
     site: Site | None = None
+    words: tuple[tuple[Answer, ...], Callable[[tuple[int, ...]], Metric]] | None = None
 
     def __post_init__(self) -> None:
         unknown = [need for need in self.needs if need not in NEEDS]
@@ -64,6 +70,33 @@ class Metric:
 
     def __repr__(self) -> str:
         return f"<metric {self.name} [{self.unit or 'no unit'}]>"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it changes smoothly with what it reads."""
+        return self.unit not in JUMPS
+
+    def fitted(self, encoded: EncodedPairs) -> Metric:
+        """The metric for some pairs: of the ids of the texts that it is about, at the positions of their answers.
+
+        Raises:
+            MetricError: A text is not one token, or no answer is appended.
+        """
+        if self.words is not None:
+            texts, make = self.words
+            ids = [answer_id(encoded.tokenizer, text, "") for text in texts]
+            bad = [f"{t!r} is {pieces(encoded.tokenizer, t)}" for t, i in zip(texts, ids, strict=True) if i is None]
+            if bad:
+                raise MetricError(f"Metric {self.name!r} reads texts that are not one token.\n{listing(bad)}")
+            return replace(make(tuple(i for i in ids if i is not None)), name=self.name)
+        if "continuation" not in self.needs:
+            return self
+        if not encoded.appended:
+            raise MetricError(
+                f"Metric {self.name!r} reads answers of several tokens, which stand at the end of the prompts: pass "
+                "tp.continued(pairs) instead of the pairs."
+            )
+        return replace(self, positions=Select(bounds=(-1 - max(encoded.appended), None, None)))
 
     @property
     def reads(self) -> str:
@@ -118,7 +151,8 @@ def metric(
         name: Its name in results; the function's own otherwise.
         unit: What the number counts.
         positions: What it reads; the last position otherwise. ``metric.at([…])`` averages a function of one position.
-        needs: What it wants in ``given``: ``answer``, ``wrong``, ``next``, ``clean``, ``corrupted``; see ``Metric``.
+        needs: What it wants in ``given``: ``answer``, ``wrong``, ``next``, ``clean``, ``corrupted``, ``tokens``, …; see
+            ``Metric``.
         vocab: The only token ids whose logits it reads. ``logits`` then has just these columns, in this order, and no
             others are computed: ``tp.metric(lambda logits: logits[:, 0] - logits[:, 1], vocab=(11, 22))``.
         component: The activation that it reads instead of logits, in the patched run, after the row's edits.
@@ -258,67 +292,6 @@ def columns_read(
 
 def _one(given: Any) -> Metric:
     return given if isinstance(given, Metric) else metric(given)
-
-
-def require_sound(
-    chosen: Metric, vocab: int, reads: int, dims: Sequence[tuple[str, int]] = (), device: Any = "cpu"
-) -> None:
-    """Tries a metric on made-up logits, or on a made-up activation.
-
-    Args:
-        chosen: The metric.
-        vocab: How many logits there are.
-        reads: At how many positions it reads them.
-        dims: Names and sizes of the activation, if it reads one.
-        device: Where it will be called with that.
-
-    Raises:
-        MetricError: It raises, has the wrong shape, or mixes rows.
-    """
-    rows = 3
-    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
-    if beyond:
-        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
-    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
-    generator = torch.Generator().manual_seed(0)
-    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
-    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
-    everything = {
-        "answer": torch.zeros(rows, 1, dtype=torch.long),
-        "wrong": torch.ones(rows, 1, dtype=torch.long),
-        "next": torch.zeros(rows, reads, dtype=torch.long),
-    }
-    if chosen.site is None:
-        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
-    given = {need: everything[need].to(logits.device) for need in chosen.needs}
-    try:
-        found = chosen.function(logits.clone(), dict(given))
-    except Exception as error:
-        seen = (
-            f"{[rows, vocab]} [row, vocab] (one position is read)"
-            if chosen.squeezed
-            else f"{[rows, reads, vocab]} [row, read, vocab]"
-        )
-        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
-        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
-    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
-    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
-        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
-        raise MetricError(
-            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
-            f"returned {got}. Keep the row dim: reduce over the others only."
-        )
-    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
-    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
-        raise MetricError(
-            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
-            "is a run of "
-            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
-        )
-
-
-def _values(site: Site, rows: int, dims: Sequence[tuple[str, int]]) -> str:
-    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

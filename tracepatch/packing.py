@@ -16,8 +16,9 @@ from tracepatch.architecture import Architecture
 from tracepatch.costs import Costs, kept_bytes, seen_bytes, table_bytes
 from tracepatch.entrance import BEFORE, above, attended, entered, explicit, looks_back, outside, standing_in
 from tracepatch.errors import plural
-from tracepatch.jobs import Job, Read
-from tracepatch.plan import Batch, Group, parts
+from tracepatch.jobs import Job, Read, parts
+from tracepatch.plan import Batch, Group, Reading
+from tracepatch.profiles import Profile
 from tracepatch.sources import WorldName
 from tracepatch.table import Form, Table, seat
 from tracepatch.tokens import EncodedPairs
@@ -64,36 +65,30 @@ class Packer:
     reads: int = field(default=0, init=False)
     refused: Counter[str] = field(default_factory=Counter)
 
-    def groups(
-        self,
-        length: int,
-        pairs: Sequence[int],
-        reads_of: list[tuple[int, ...]],
-        jobs: dict[int, list[Job]],
-        seen: tuple[Read, ...] = (),
-    ) -> Iterator[Group]:
-        """Pairs of one length, as many together as memory has room for, or as one run computes with its riders.
+    def groups(self, pairs: Sequence[int], profiles: Sequence[Profile], jobs: dict[int, list[Job]]) -> Iterator[Group]:
+        """Pairs of the same lengths, as many together as memory has room for, or as one run computes with its riders.
 
         Args:
-            length: Tokens of each prompt.
-            pairs: Their numbers.
-            reads_of: Per pair, the positions whose logits metrics read.
+            pairs: Their numbers; their metrics read the same positions.
+            profiles: Of all pairs.
             jobs: Per pair, the rows to measure.
-            seen: The activations that metrics read.
         """
-        self.seen = seen
         chunk: list[int] = []
         tokens = 0
-        most = self._worlds_at_once(length, pairs, jobs)
+        most = self._worlds_at_once(profiles[pairs[0]], pairs, jobs)
         for pair in pairs:
-            size = self._riding_tokens(length, jobs[pair])
+            size = self._riding_tokens(profiles[pair], jobs[pair])
             if chunk and (len(chunk) >= most or (size and tokens + size > self.costs.tokens)):
-                yield self._group(length, chunk, reads_of, jobs)
+                yield self._group(profiles[pairs[0]], chunk, jobs)
                 chunk, tokens = [], 0
             chunk.append(pair)
             tokens += size
         if chunk:
-            yield self._group(length, chunk, reads_of, jobs)
+            yield self._group(profiles[pairs[0]], chunk, jobs)
+
+    def root(self, job: Job) -> WorldName:
+        """The world whose prompts a run has."""
+        return self.roots.get(job.base, job.base)
 
     def slower(self, why: tuple[str, ...]) -> Iterator[str]:
         """Why some batches are not of the fastest form."""
@@ -102,44 +97,87 @@ class Packer:
             if reason:
                 yield f"{plural(count, 'row')} {'is' if count == 1 else 'are'} flat: tables hold no rows that {reason}"
 
-    def _worlds_at_once(self, length: int, pairs: Sequence[int], jobs: dict[int, list[Job]]) -> int:
+    def _worlds_at_once(self, profile: Profile, pairs: Sequence[int], jobs: dict[int, list[Job]]) -> int:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
-        needed = {(t.component, t.layer) for job in every for w in job.writes for t in w.terms}
+        length = max(profile.alignment.clean.length, profile.alignment.corrupted.length)
+        needed = {key for job in every for w in job.writes for key in w.needed}
         if self.form != "flat":
             needed |= {("resid_pre", layer) for layer in range(self.depth + 1)}
             needed |= {(name, layer) for layer in range(self.depth) for name in ("keys", "values")}
-            needed |= {(read.component, read.layer) for read in self.seen}
+            needed |= {(read.component, read.layer) for seen in profile.seen for read in seen}
         kept = sum(kept_bytes(self.architecture, name, layer, length) for name, layer in needed)
         worlds = (1 if self.encoded.corrupted is None else 2) + len(self.standing)
         return max(1, int(self.budget / 2 // max(1, worlds * (kept + self.costs.row_bytes))))
 
-    def _riding_tokens(self, length: int, jobs: list[Job]) -> int:
+    def _riding_tokens(self, profile: Profile, jobs: list[Job]) -> int:
         """Tokens of a pair's worlds with those of its rows that ride with them; 0 where none do."""
-        if self.form != "packed" or self.standing or not self.rides:
+        if self.form != "packed" or self.standing or not self.rides or not profile.shared:
             return 0
+        length = profile.alignment.clean.length
         return 2 * length + min(RIDE, sum(length - job.start for job in jobs))
 
     def _everything(self, pair: int, jobs: dict[int, list[Job]]) -> list[Job]:
         sample = (job for job in self.sample if job.pair == pair)
         return [*jobs[pair], *sample, *(world[pair] for world in self.standing)]
 
-    def _group(
-        self, length: int, pairs: list[int], reads_of: list[tuple[int, ...]], jobs: dict[int, list[Job]]
-    ) -> Group:
+    def _group(self, profile: Profile, pairs: list[int], jobs: dict[int, list[Job]]) -> Group:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
-        reads = {p for pair in pairs for p in reads_of[pair]}
-        for write in (w for job in every for w in job.writes):
-            reads |= {p for t in write.terms if t.component == "logits" for p in t.positions}
-            if write.component == "logits" and write.function is not None:
-                reads |= set(write.positions)
-        reads |= {p for job in every for read in job.reads if read.component == "logits" for p in read.positions}
-        positions = reads | {p for read in self.seen for p in (*read.positions, *attended(read, length))}
-        end = max(positions) + 1
         ready = sorted((job for pair in pairs for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
+        sample = [job for job in self.sample if job.pair in pairs]
+        shared = profile.shared
+        found: dict[WorldName, Reading] = {}
+        batches: list[Batch] = []
+        for root in ("clean",) if shared else ("clean", "corrupted"):
+            found[root] = self._read(profile, root, every)
+            own, sampled = ([j for j in some if shared or self.root(j) == root] for some in (ready, sample))
+            batches += self._batches(found[root], pairs, own, sampled, every, shared)
+        batches += [Batch((job,)) for job in ready if job.raw]
+        clean, corrupted = found["clean"], found.get("corrupted")
+        first_read = min((p for prompts in found.values() for p in prompts.reads), default=clean.length)
+        lengths = {len(side[pair]) for side in self.encoded.encoder for pair in pairs}
+        return Group(
+            length=clean.length,
+            pairs=tuple(pairs),
+            reads=clean.reads,
+            needed=frozenset(self._needed(every, batches, first_read)),
+            batches=tuple(batches),
+            edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
+            captures=max(1, len(lengths), len(found)),
+            seen=clean.seen,
+            corrupted=corrupted,
+        )
+
+    def _read(self, profile: Profile, root: WorldName, every: Sequence[Job]) -> Reading:
+        """What is read of a world's prompts, or of both where they are read alike; also to be written elsewhere."""
+        reads, both = set(profile.reads_of(root)), profile.shared
+        for job in every:
+            own = both or self.root(job) == root
+            for write in job.writes:
+                for t in write.terms:
+                    if t.component == "logits" and (both or self.roots.get(t.world, t.world) == root):
+                        reads |= set(t.positions)
+                if own and write.component == "logits" and write.function is not None:
+                    reads |= set(write.positions)
+            reads |= {p for read in job.reads if own and read.component == "logits" for p in read.positions}
+        return Reading(profile.alignment.side(root).length, tuple(sorted(reads)), profile.seen_of(root))
+
+    def _batches(
+        self,
+        prompts: Reading,
+        pairs: list[int],
+        ready: Sequence[Job],
+        sample: Sequence[Job],
+        every: Sequence[Job],
+        shared: bool,
+    ) -> list[Batch]:
+        """The runs of rows of prompts of one length, but for raw traces."""
+        length, reads, self.seen = prompts.length, prompts.reads, prompts.seen
+        positions = {*reads, *(p for read in self.seen for p in (*read.positions, *attended(read, length)))}
+        end = max(positions, default=length - 1) + 1
         tabled: list[Job] = []
         flat: list[Job] = []
         for job in (job for job in ready if not job.raw):
-            found = "" if self.form == "flat" else self._entered(job, length, end, reads)
+            found = "" if self.form == "flat" else self._entered(job, prompts, end, shared)
             if isinstance(found, Job):
                 tabled.append(above(found, self.architecture, self.seen))
             else:
@@ -147,46 +185,36 @@ class Packer:
                 flat.append(job)
         batches: list[Batch] = []
         self.reads = len(reads)
-        sampled = any(
-            isinstance(self._entered(job, length, end, reads), str) for job in self.sample if job.pair in pairs
-        )
+        sampled = any(isinstance(self._entered(job, prompts, end, shared), str) for job in sample)
         whole_prompts = flat or self.standing or sampled or any(job.raw for job in ready)
         # What a table does not have: it grows after the embedding, and what is read of it leaves before the logits.
-        beyond = any(outside(t.component) for job in every for w in job.writes for t in w.terms)
+        beyond = any(outside(name) for job in every for w in job.writes for name, _ in w.needed)
         beyond |= any(outside(read.component) for read in self.seen)
-        rides = self.rides and not (self.standing or beyond) and (end == length or not whole_prompts)
+        rides = self.rides and shared and not (self.standing or beyond) and (end == length or not whole_prompts)
         if self.form == "packed" and tabled and rides:
             riding, tabled = self._riding(pairs, tabled, end)
             batches += [riding] if riding else []
         batches += self._tables(tabled, end)
         batches += self._flat(flat, length)
-        batches += [Batch((job,)) for job in ready if job.raw]
-        lengths = {len(side[pair]) for side in self.encoded.encoder for pair in pairs}
-        return Group(
-            length=length,
-            pairs=tuple(pairs),
-            reads=tuple(sorted(reads)),
-            needed=frozenset(self._needed(every, batches, min(reads, default=length))),
-            batches=tuple(batches),
-            edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
-            captures=max(1, len(lengths)),
-            seen=self.seen,
-        )
+        return batches
 
-    def _entered(self, job: Job, length: int, end: int, reads: set[int]) -> Job | str:
+    def _entered(self, job: Job, prompts: Reading, end: int, shared: bool) -> Job | str:
         """As it enters a table; staggered ones have no logits of what stands before a row's start."""
+        length, reads = prompts.length, prompts.reads
         hidden = [read.component for read in self.seen if read.component not in BEFORE and outside(read.component)]
         if hidden:
             return f"are read in {hidden[0]}"
-        return entered(job, length, end, min(reads, default=length) if self.form == "staggered" else length)
+        first = min(reads, default=length) if self.form == "staggered" else length
+        # A run that computes the worlds too has them only as far as they are read.
+        return entered(job, length, end, first, end if shared else 1 << 30)
 
     def _needed(self, every: list[Job], batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
         """What of the worlds is written somewhere, or where rows are born on top of them in a run of its own."""
         for write in (w for job in every for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+            yield from write.needed
         tables = [b.table for b in batches if b.table]
         for write in (w for table in tables for job in table.jobs for w in job.writes):
-            yield from ((t.component, t.layer) for t in write.terms)
+            yield from write.needed
         for table in (table for table in tables if not table.worlds):
             yield from (("resid_pre", job.birth) for job in table.jobs)
             yield from ((read.component, read.layer) for read in self.seen)
@@ -226,7 +254,7 @@ class Packer:
         writes = next((w[first.pair].writes for w in self.standing if w[first.pair].base == first.base), ())
         if any(looks_back(w) for w in writes):  # the row itself stands where that does no harm
             start, birth = first.start, min(self.depth - 1, first.birth)
-        length = self.encoded.lengths[first.pair]
+        length = self.encoded.alignments[first.pair].side(self.root(first)).length
         own = tuple(explicit(w, length) for w in standing_in(writes, start, birth, end))
         return Job(-1, first.pair, first.base, own, start, birth)
 
@@ -316,7 +344,7 @@ def divided(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
 def _rides(job: Job) -> bool:
     """Whether what a row writes has passed by, in the forward that computes the worlds, when it is written."""
     return all(
-        (t.component, t.layer) == (w.component, w.layer) or t.layer < w.layer for w in job.writes for t in w.terms
+        (name, layer) == (w.component, w.layer) or layer < w.layer for w in job.writes for name, layer in w.needed
     )
 
 

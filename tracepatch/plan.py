@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from tracepatch.costs import NOTHING, Estimate, Traffic
 from tracepatch.errors import plural
-from tracepatch.jobs import EAGER, Job, Read, Write
+from tracepatch.jobs import EAGER, Job, Read, Write, unpatched
 from tracepatch.metrics import Metric
+from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.rows import EditedWorld, Row
 from tracepatch.sources import WorldName
 from tracepatch.table import Form, Table
@@ -60,26 +61,6 @@ LATER = (
 )
 
 
-def parts(items: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
-    """Items in parts of at most ``most`` that share a length, so that nothing is padded; in order within a length."""
-    same: dict[int, list[Any]] = {}
-    for item in items:
-        same.setdefault(length(item), []).append(item)
-    return [found[i : i + most] for _, found in sorted(same.items()) for i in range(0, len(found), most)]
-
-
-def unpatched(pair: int, world: WorldName) -> Job:
-    """A run of a world as it is."""
-    return Job(-1, pair, world, (), 0, 0)
-
-
-def order_of(items: Sequence[Any], split: Sequence[Sequence[Any]]) -> list[int] | None:
-    """Where each item stands among those of the parts, one part after the other; ``None`` if in the same order."""
-    found = {id(item): i for i, item in enumerate(itertools.chain(*split))}
-    order = [found[id(item)] for item in items]
-    return None if order == sorted(order) else order
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One traced forward: an unpatched witness, then the rows. A raw trace is alone, after a witness.
@@ -108,20 +89,36 @@ class Batch:
         return self.jobs[0].raw
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """Pairs of one length whose worlds are run, kept, and used together.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is read of the prompts of one length.
 
     Attributes:
         length: Tokens of each prompt.
+        reads: The positions whose logits are computed; none where nothing reads logits.
+        seen: The activations that metrics read.
+    """
+
+    length: int
+    reads: tuple[int, ...]
+    seen: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Pairs of the same lengths whose worlds are run, kept, and used together.
+
+    Attributes:
+        length: Tokens of each prompt; where those of a pair differ, of the clean ones.
         pairs: Their numbers.
         reads: The positions whose logits are computed; none where nothing reads logits.
         seen: The activations that metrics read.
         needed: The (component, layer) of worlds' values that some edit writes.
         edited: The runs of edited worlds, world by world in the order in which they were made.
         batches: The patched forwards.
-        captures: Traced runs of the unpatched worlds, where they do not ride: one for each length of what an encoder
-            reads.
+        captures: Traced runs of the unpatched worlds, where they do not ride: one for each length of what is read, by
+            an encoder where there is one.
+        corrupted: The corrupted prompts, where they have another length than the clean ones.
     """
 
     length: int
@@ -132,15 +129,36 @@ class Group:
     edited: tuple[tuple[Job, ...], ...] = ()
     captures: int = 1
     seen: tuple[Read, ...] = ()
+    corrupted: Reading | None = None
+
+    def of(self, root: WorldName) -> Reading:
+        """The prompts of a world, clean or corrupted."""
+        if self.corrupted is not None and root == "corrupted":
+            return self.corrupted
+        return Reading(self.length, self.reads, self.seen)
+
+    @property
+    def captured(self) -> int:
+        """Traced runs of all its worlds, edited ones too, where they do not ride."""
+        return self.captures + len(self.edited) * (self.captures if self.corrupted is None else 1)
 
     @property
     def rides(self) -> bool:
         """Whether its first batch computes the worlds."""
         return bool(self.batches) and self.batches[0].computes_worlds
 
-    def stages(self, worlds: Sequence[WorldName]) -> tuple[Sequence[Job], ...]:
-        """Runs of its worlds: unpatched ones, pair by pair, then edited ones, which take values of those before."""
-        return [unpatched(pair, world) for pair in self.pairs for world in worlds], *self.edited
+    def stages(self, worlds: Sequence[WorldName]) -> list[list[Job]]:
+        """Runs of its worlds that need not wait for each other: unpatched ones, then edited ones after those they take.
+
+        Pair by pair, and of edited worlds one after the other.
+        """
+        found = [[unpatched(pair, world) for pair in self.pairs for world in worlds]]
+        for world in self.edited:
+            taken = {t.world for job in world for w in job.writes for t in w.terms}
+            if len(found) == 1 or taken & {job.base for job in found[-1]}:
+                found.append([])
+            found[-1] += world
+        return found
 
     @property
     def cached(self) -> bool:
@@ -179,6 +197,8 @@ class Plan:
         estimate: What it costs.
         slower: Why batches are not of the fastest form, in words.
         until: How many layers are computed; more than there are where also what is above them all.
+        references: The reference worlds, whose values rows may take.
+        surveys: What is run of them.
         measured: After a run, its ``seconds``, ``forwards`` and ``peak`` of memory, as far as they were seen, and the
             line of its ``checks``. Where finished batches are kept, before and after it: ``stored``, rows of earlier
             runs; their ``directory``; ``unstored``, why some are not kept.
@@ -203,6 +223,8 @@ class Plan:
     estimate: Estimate = NOTHING
     slower: tuple[str, ...] = ()
     until: int = 1 << 30
+    references: tuple[ReferenceWorld, ...] = ()
+    surveys: tuple[Survey, ...] = ()
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -212,7 +234,8 @@ class Plan:
         written = (w.component for g in self.groups for w in g.writes)
         saved = (r.component for g in self.groups for b in g.batches for j in b.jobs for r in j.reads)
         seen = (m.site.component for m in self.metrics if m.site is not None)
-        return any(name in EAGER for name in (*read, *written, *saved, *seen))
+        referred = (tally.component for survey in self.surveys for tally in survey.tallies)
+        return any(name in EAGER for name in (*read, *written, *saved, *seen, *referred))
 
     @property
     def batches(self) -> int:
@@ -230,8 +253,10 @@ class Plan:
         After the plan has run, what was measured stands beside what was estimated, and what the checks found below.
         """
         total, counts = self.proofs.size, Counter(self.proofs.ravel().tolist())
-        worlds = (len(self.worlds) + len(self.edited)) * self.pairs
-        captures = sum(group.captures for group in self.groups if not group.rides) * (1 + len(self.edited))
+        references = sum(len(survey.world.ids) for survey in self.surveys)
+        worlds = (len(self.worlds) + len(self.edited)) * self.pairs + references
+        captures = sum(group.captured for group in self.groups if not group.rides)
+        surveyed = sum(len(survey.runs) for survey in self.surveys)
         read = "; ".join(f"{m.name} [{m.unit or 'no unit'}] {m.reads}" for m in self.metrics)
         absent = counts[Proof.ABSENT]
         lines = [
@@ -251,8 +276,9 @@ class Plan:
             f"    {self.jobs:>9,}  to be measured",
             *self._forms(),
             *self._end(),
-            f"  traced runs  {captures + self.batches:,}"
-            + (f", {captures:,} of them for {self._worlds()}" if captures else ""),
+            f"  traced runs  {captures + surveyed + self.batches:,}"
+            + (f", {captures:,} of them for {self._worlds()}" if captures else "")
+            + (f", {surveyed:,} for {plural(references, 'prompt')} of references" if surveyed else ""),
             *self._costs(total - absent + worlds, worlds),
         ]
         if raw:
@@ -266,7 +292,8 @@ class Plan:
             lines.append(f"  saves        {plural(len(reads), 'live value')}, {size}{less}")
         if self.eager:
             lines.append("  attention    computed step by step, as scores and patterns can be seen only there")
-        lines += [f"  world        {world}" for world in self.edited]
+        lines += [f"  world        {world}" for world in self.edited if not world.origin]
+        lines += [f"  reference    {_surveyed(survey)}" for survey in self.surveys]
         if self.traffic is not None:
             sent = f"about {_size(self.traffic.up)} up and {_size(self.traffic.down)} down"
             lines.append(f"  runs on      {self.remote}: {plural(self.traffic.requests, 'request')}, {sent}")
@@ -339,6 +366,12 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
+
+
+def _surveyed(survey: Survey) -> str:
+    taken = dict.fromkeys(f"{t.component}" for t in survey.tallies)
+    what = "the spread" if all(t.spread for t in survey.tallies) else "values"
+    return f"{survey.world.name}: {what} of {', '.join(taken)} in {plural(len(survey.world.ids), 'prompt')}"
 
 
 def _ratio(before: float, after: float) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.cautions import cautions
 from tracepatch.costs import (
     Estimate,
     default_costs,
@@ -27,15 +28,18 @@ from tracepatch.costs import (
     table_bytes,
     traffic,
 )
-from tracepatch.errors import MetricError, RecipeError, SiteError, listing
+from tracepatch.errors import RecipeError, SiteError, plural
 from tracepatch.jobs import EAGER, Job, Read, Write
-from tracepatch.lowering import Lowering, Profile
+from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric, columns_read
 from tracepatch.packing import Packer
 from tracepatch.plan import PROVED, Group, Plan, Proof
-from tracepatch.reach import layers_needed, read_at
-from tracepatch.rows import Edit, EditedWorld, Row
-from tracepatch.sources import Function, Value, WorldName
+from tracepatch.profiles import Profile, profile_of, require_given
+from tracepatch.reach import layers_needed
+from tracepatch.references import ReferenceWorld, Survey
+from tracepatch.rows import EditedWorld, Row
+from tracepatch.sources import WorldName, noises
+from tracepatch.surveys import cost, surveys
 from tracepatch.table import Form
 from tracepatch.tokens import EncodedPairs
 
@@ -75,6 +79,7 @@ def make_plan(
     device: str = "cpu",
     pace: float | None = None,
     ends: str = "",
+    references: Sequence[ReferenceWorld] = (),
 ) -> Plan:
     """Lowers, prunes and packs.
 
@@ -96,6 +101,7 @@ def make_plan(
         device: The type of device that it runs on.
         pace: How many times longer than estimated a run of this model took here, if there was one.
         ends: Why a forward of the model cannot end below its last layer, in words; empty if it can.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There are no rows.
@@ -112,7 +118,7 @@ def make_plan(
     require_given(metrics, encoded)
     profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
     edits = [edit for row in rows for edit in row.edits] + [edit for world in edited for edit in world.edits]
-    if any(_draws(edit) for edit in edits):
+    if any(noises(edit.source) for edit in edits):
         profiles = [
             replace(profile, pair=n) for n, profile in zip(numbers or range(len(encoded)), profiles, strict=True)
         ]
@@ -129,9 +135,13 @@ def make_plan(
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
+    notes += cautions(metrics, rows, (world.name for world in references), encoded.corrupted is not None)
     worlds: tuple[WorldName, ...] = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
     named, roots = {world.name: world for world in edited}, {world.name: world.root for world in edited}
-    lowering = {profile: Lowering(architecture, profile, prune, worlds, named) for profile in dict.fromkeys(profiles)}
+    others = {world.name: world for world in references}
+    lowering = {
+        profile: Lowering(architecture, profile, prune, worlds, named, others) for profile in dict.fromkeys(profiles)
+    }
     lowered = {profile: [low.row(row) for row in rows] for profile, low in lowering.items()}
     saving = {
         profile: {n: low.reads(row) for n, row in enumerate(rows) if row.saves} for profile, low in lowering.items()
@@ -158,17 +168,25 @@ def make_plan(
             jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
     standing = [[world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
-    until = layers_needed(architecture, [read for low in lowering.values() for read in low.targets], measured)
+    targets = [read for low in lowering.values() for found in low.targets.values() for read in found]
+    until = layers_needed(architecture, targets, measured)
     if until <= len(architecture) and ends:
         notes.append(f"the forwards end above the last layer, although nothing there is read: {ends}")
     until = len(architecture) + 1 if ends else until
     depth = min(until, len(architecture))
     sample = _sample(lowering, profiles, rows, jobs, proofs, until)
+    measured += sample
     row_bytes = max(
-        flat_bytes(architecture, p.length, len(p.reads)) + saved_bytes(architecture, p.seen, p.length) for p in lowering
+        flat_bytes(architecture, side.length, len(p.reads_of(side.world)))
+        + saved_bytes(architecture, p.seen_of(side.world), side.length)
+        for p in lowering
+        for side in (p.alignment.clean, p.alignment.corrupted)
     ) + encoder_bytes(architecture, encoded)
     saved = [
-        saved_bytes(architecture, job.reads, encoded.lengths[pair]) for pair in jobs for job in jobs[pair] if job.reads
+        saved_bytes(architecture, job.reads, encoded.alignments[pair].side(roots.get(job.base, job.base)).length)
+        for pair in jobs
+        for job in jobs[pair]
+        if job.reads
     ]
     row_bytes += max(saved, default=0)
     budget = memory or MEMORY
@@ -188,16 +206,23 @@ def make_plan(
         columns=len(columns_read(metrics, encoded, range(len(encoded)), architecture.vocab) or ()),
         depth=depth,
     )
-    by_length: dict[int, list[int]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for pair, profile in enumerate(profiles):
-        by_length[profile.length].append(pair)
-    reads_of = [profile.reads for profile in profiles]
-    groups = tuple(
-        g
-        for length, pairs in sorted(by_length.items())
-        for g in packer.groups(length, pairs, reads_of, jobs, profiles[pairs[0]].seen)
-    )
-    steps = sum(1 + len(group.batches) for group in groups) + bool(sample)
+        sides = profile.alignment.clean, profile.alignment.corrupted
+        alike[sides[0].length, sides[1].length, profile.scored, profile.seen].append(pair)
+    together = sorted(alike.items(), key=lambda item: item[0][:2])
+    at_once = max(1, int(budget // 2 // max(1, row_bytes)))
+    surveyed = tuple(surveys(architecture, references, measured, at_once, not ends))
+    groups = tuple(g for _, pairs in together for g in packer.groups(pairs, profiles, jobs))
+    uneven = sum(not profile.shared for profile in profiles)
+    if uneven:
+        notes.append(
+            f"{plural(uneven, 'pair')} of prompts that differ in length, or in where metrics read: their worlds run "
+            "first, by themselves, and a batch has rows of clean or of corrupted prompts alone"
+        )
+    steps = sum(1 + len(group.batches) for group in groups) + bool(sample) + sum(len(s.runs) for s in surveyed)
+    beside = len(groups) * sum(n for s in surveyed for n in s.world.lengths)
+    columns = sum(1 + len(m.parts) for m in metrics)
     measured = [job for group in groups for batch in group.batches for job in batch.jobs]
     plan = Plan(
         model=model,
@@ -213,12 +238,14 @@ def make_plan(
         budget=budget,
         notes=tuple(notes),
         remote=remote,
-        traffic=traffic(measured, encoded.lengths, sum(1 + len(m.parts) for m in metrics), steps) if remote else None,
+        traffic=traffic(measured, encoded.lengths, columns, steps, beside) if remote else None,
         edited=tuple(edited),
         sample=sample,
-        estimate=_estimate(architecture, packer, groups, worlds, pace),
+        estimate=_estimate(architecture, packer, groups, worlds, pace, surveyed),
         slower=tuple(packer.slower(why)),
         until=until,
+        references=tuple(references),
+        surveys=surveyed,
     )
     check(plan)
     return plan
@@ -237,6 +264,7 @@ def _estimate(
     groups: Sequence[Group],
     worlds: tuple[WorldName, ...],
     pace: float | None,
+    surveyed: Sequence[Survey],
 ) -> Estimate:
     """What the runs of a plan cost, by their shapes."""
     depth, costs, forwards, seconds, largest = len(architecture), packer.costs, 0.0, 0.0, 0
@@ -248,15 +276,19 @@ def _estimate(
             if batch.table is None:
                 shapes.append(sum(job.seats for job in batch.jobs) + 1)
                 continue
+            here = group.of(packer.root(batch.jobs[0]))
             inside = batch.table.shape[batch.table.first : -1]
-            forwards += sum(lanes * slots for lanes, slots in inside) / (group.length * depth)
+            forwards += sum(lanes * slots for lanes, slots in inside) / (here.length * depth)
             seconds += costs.seconds(batch.table)
-            logits = len(group.reads) * (packer.columns or architecture.vocab)
-            taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, group.seen)
+            logits = len(here.reads) * (packer.columns or architecture.vocab)
+            taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, here.seen)
             largest = max(largest, taken)
         forwards += sum(shapes) * computed
         seconds += sum(costs.flat_seconds(n, group.length, packer.depth) for n in shapes)
         largest = max(largest, max(shapes, default=0) * costs.row_bytes)
+    for survey in surveyed:
+        forwards += cost(architecture, survey)
+        seconds += sum(costs.flat_seconds(*shape, min(survey.until, depth)) for shape in survey.shapes)
     return Estimate(forwards, largest, seconds * (pace or 1), pace)
 
 
@@ -285,14 +317,10 @@ def _sample(
         writes, _ = low.unpruned().row(rows[number])
         one = _job(number, pair, rows[number].base, writes)
         # What stands above all that is read has no place in a forward that ends there.
-        if layers_needed(low.architecture, low.targets, [one]) <= until:
+        if layers_needed(low.architecture, low.targets[low.root(rows[number].base)], [one]) <= until:
             chosen += [one] if writes and not {w.component for w in writes} & EAGER - seen else []
             break
     return tuple(chosen)
-
-
-def _draws(edit: Edit) -> bool:
-    return not isinstance(edit.source, (Function, Value)) and bool(edit.source.terms().noise)
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
@@ -313,71 +341,3 @@ def world_job(lowering: Lowering, pair: int, world: EditedWorld) -> Job:
             f"The world {world.name!r} does not exist in pair {pair}, which has no {error}. Leave such pairs out, or "
             "edit positions that every prompt has."
         ) from error
-
-
-def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
-    """Refuses metrics that need what the pairs do not have.
-
-    Raises:
-        MetricError: So it is.
-    """
-    for metric in metrics:
-        offenders = []
-        for need in metric.needs:
-            if need == "corrupted" and encoded.corrupted is None:
-                offenders.append("the pairs have no corrupted prompts")
-            if need in ("answer", "wrong"):
-                empty = [i for i, ids in enumerate(getattr(encoded, need)) if not ids]
-                if empty:
-                    offenders.append(
-                        f"{len(empty)} of {len(encoded)} pairs have no {need} (the first: pair {empty[0]})"
-                    )
-        if offenders:
-            raise MetricError(
-                f"Metric {metric.name!r} cannot be read.\n{listing(offenders)}\nGive the pairs what it needs."
-            )
-
-
-def profile_of(architecture: Architecture, encoded: EncodedPairs, metrics: tuple[Metric, ...], pair: int) -> Profile:
-    """What lowering needs to know of a pair.
-
-    Raises:
-        MetricError: A metric reads positions that the pair does not have.
-    """
-    length = encoded.lengths[pair]
-    reads: set[int] = set()
-    seen = []
-    for number, metric in enumerate(metrics):
-        if metric.site is not None:
-            try:
-                seen.append(read_at(number, metric.site, None, architecture, length))
-            except SiteError:
-                raise MetricError(
-                    f"Metric {metric.name!r} reads {metric.site}, which pair {pair} does not have ({length} tokens)."
-                ) from None
-            continue
-        found = metric.positions.resolve(length)
-        if not found:
-            raise MetricError(
-                f"Metric {metric.name!r} reads position {metric.positions}, which pair {pair} does not have "
-                f"({length} tokens)."
-            )
-        if "next" in metric.needs and length - 1 in found and not encoded.answer[pair]:
-            raise MetricError(
-                f"Metric {metric.name!r} reads the loss after the last token, and pair {pair} has no answer. "
-                "Give it one, or read "
-                f"other positions: tp.{metric.name}.at(slice(0, -1))."
-            )
-        if "next" in metric.needs and length - 1 in found and len(encoded.answer[pair]) > 1:
-            raise MetricError(
-                f"Metric {metric.name!r} reads the loss on the answer, and pair {pair} has several. Give it one, or "
-                f"read other positions: tp.{metric.name}.at(slice(0, -1))."
-            )
-        if len(set(found)) < len(found):
-            raise MetricError(
-                f"Metric {metric.name!r} reads a position twice in pair {pair}: {metric.positions} of {length}."
-            )
-        reads.update(found)
-    if encoded.encoder:  # the decoder's tokens are the same on both sides
-        return Profile(length, (), tuple(sorted(reads)), tuple(seen), encoded=True)
-    return Profile(length, encoded.differing(pair), tuple(sorted(reads)), tuple(seen))

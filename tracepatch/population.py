@@ -258,7 +258,15 @@ def _asked(
     inside = [i for i, name in enumerate(names) if name not in UNITS]
     whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)
 
-    def doubts(_: Sequence[int]) -> Variables:
+    def doubts(chosen: Sequence[int]) -> Variables:
+        if not cells.plain:  # where positions correspond otherwise, rows know which
+            with Patching(model, pairs, metric, **{**options, "prune": False}) as rows:  # type: ignore[arg-type]
+                order = cells.record(rows, {labels[n]: n for n in chosen}, renormalize)
+            where: Any = (slice(None), *(index[[labels.index(label) for label in order]] for index in at))
+            return {
+                name: (("pair", *dims), _filled(array, where, [estimate.sizes[dim] for dim in ("pair", *dims)]))
+                for name, array in doubts_of_rows(rows, options.get("memory")).items()
+            }
         axes: dict[str, Any] = {"component": list(cells.names), **cells.axes}
         found: Variables = {}
         for name, (own, values) in doubts_of(p, cells, options.get("memory")).items():
@@ -297,13 +305,18 @@ def _recorded(p: Patching, estimate: xr.Dataset) -> Population:
     def doubts(chosen: Sequence[int]) -> Variables:
         part, found = part_of(p, [numbers[n] for n in chosen], prune=False), Variables()
         for name, values in doubts_of_rows(part, part._limits["memory"]).items():
-            array = np.full((estimate.sizes["pair"], *shape), np.nan)
             where: Any = (slice(None), *(index[list(chosen)] for index in at))
-            array[where] = values
-            found[name] = ("pair", *dims), array
+            found[name] = ("pair", *dims), _filled(values, where, (estimate.sizes["pair"], *shape))
         return found
 
     return Population(estimate, at, p.plan.proofs[numbers], record, doubts)
+
+
+def _filled(values: Floats, where: Any, shape: Sequence[int]) -> Floats:
+    """Numbers of some cells among those of all, the others NaN."""
+    array = np.full(tuple(shape), np.nan)
+    array[where] = values
+    return array
 
 
 def _equal(coordinate: xr.DataArray, axis: Any) -> bool:

@@ -14,7 +14,10 @@ import torch
 
 from tracepatch.backward import backward
 from tracepatch.contractions import contracted
-from tracepatch.trace import forward, raw, sandboxed, scored, wires
+from tracepatch.tallies import add, finish
+from tracepatch.trace import direct, forward, raw, sandboxed, scored, wires
+
+LASTING = ("wires", "tally", "tallied")  # the same for all groups of pairs
 
 
 def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
@@ -26,7 +29,9 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
             it (``"piece"``), or nothing; ``("join", …)``, which puts pieces together; ``("wires", …)``, which looks
             what blocks take from outside; ``("raw", …)``, a forward in which a function acts; ``("backward", run,
             asked)``, a forward whose metrics are differentiated; ``("contract", items)``, numbers from what is known;
-            or ``("forget",)``.
+            ``("add", …)``, a forward of prompts of a reference, and ``("finish", …)`` once all of them have run;
+            ``("direct", …)``, a forward of a pair's own prompts that shows what the stream adds to logits; or
+            ``("forget",)``, after which only what lasts is known.
         known: Values of the worlds, ``(component, layer)`` → ``[world, pos, …]``; changed in place.
 
     Returns:
@@ -51,10 +56,35 @@ def operate(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> Any:
     if kind == "contract":
         return contracted(known, given[0])
     if kind == "forget":
-        return known.clear()
+        for key in [key for key in known if key[0] not in LASTING]:
+            del known[key]
+        return None
+    if kind in ("add", "finish"):
+        return referred(model, op, known)
+    if kind == "direct":
+        key, *given, rows, count = given
+        if ("tallied", *key, rows[0].item()) not in known:
+            found = direct(model, *given)
+            table = known.get(key, found.new_zeros(count, found.shape[1]))
+            table[rows.to(table.device)] = found
+            known.update({key: table, ("tallied", *key, rows[0].item()): rows})
+        return None
     if kind == "wires":
         return wires(model, known, *given)
     return raw(model, known, *given)
+
+
+def referred(model: Any, op: tuple[Any, ...], known: dict[Any, Any]) -> None:
+    """A forward of prompts of a reference, or the end of them; nothing where they have run before."""
+    kind, name, *given = op
+    if ("tallied", name) in known:
+        return
+    if kind == "add":
+        run, rows, moves = given
+        kept, _ = forward(model, run, known)
+        add(known, kept, rows, moves)
+    else:
+        finish(known, name, *given)
 
 
 def program(model: Any, tree: Any, numbers: tuple[torch.Tensor, ...], first: int, seconds: float) -> dict[str, Any]:
@@ -128,27 +158,52 @@ def unpacked(tree: Any, numbers: tuple[torch.Tensor, ...]) -> Any:
     return tuple(unpacked(part, numbers) for part in tree)
 
 
-def joined(known: dict[Any, Any], order: Any, reads: torch.Tensor, length: int, measures: Any) -> torch.Tensor:
+def joined(
+    known: dict[Any, Any], order: Any, reads: torch.Tensor, length: int, blocks: tuple[Any, ...]
+) -> torch.Tensor:
     """Adds the pieces of some worlds to what is known, and scores the metrics that compare with known logits.
 
     Args:
         known: With the ``pieces``, in the order in which they ran.
         order: Where each run stands in them, if not in their order.
-        reads: The positions whose logits were kept.
+        reads: The positions whose logits were kept, the same for all or ``[world, read]``, which may be ``length``.
         length: Positions of a prompt, for logits that rows will write; 0 if none will.
-        measures: As ``forward`` takes them.
+        blocks: ``(rows, measures)``: of which worlds, ``None`` for all, which metrics, as ``forward`` takes them.
     """
     pieces = known.pop("pieces")
-    gained = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+    gained = {key: stacked([piece[key] for piece in pieces]) for key in pieces[0]}
     if order is not None:
         gained = {key: value[order.to(value.device)] for key, value in gained.items()}
     logits = gained.get(("logits", 0))
     if logits is not None:
         gained["reference", 0] = logits.float().log_softmax(-1)
         if length:
-            spread = logits.new_zeros(len(logits), length, logits.shape[-1])
-            spread[:, reads.to(logits.device)] = logits
-            gained["logits", 0] = spread
+            spread = logits.new_zeros(len(logits), length + 1, logits.shape[-1])
+            rows = torch.arange(len(logits), device=logits.device)[:, None]
+            spread[rows, reads.to(logits.device).expand(len(logits), -1)] = logits
+            gained["logits", 0] = spread[:, :length]
     for key, value in gained.items():
-        known[key] = torch.cat([known[key], value]) if key in known else value
-    return torch.zeros(0) if logits is None else scored(logits, measures, {}, known)
+        known[key] = stacked([known[key], value]) if key in known else value
+    if logits is None:
+        return torch.zeros(0)
+    found = [(rows, scored(logits if rows is None else logits[rows], measures, {}, known)) for rows, measures in blocks]
+    if found[0][0] is None:
+        return found[0][1]
+    scores = torch.zeros(len(logits), found[0][1].shape[1])
+    for rows, values in found:
+        scores[rows] = values
+    return scores
+
+
+def stacked(values: list[torch.Tensor]) -> torch.Tensor:
+    """Values of several runs as one; of prompts of several lengths with zeros behind the shorter ones."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values))]  # noqa: B905  # of equal length
+    if all(list(value.shape[1:]) == shape for value in values):
+        return torch.cat(values)
+    found = values[0].new_zeros(sum(map(len, values)), *shape)
+    start = 0
+    for value in values:
+        inside = tuple(slice(0, size) for size in value.shape[1:])
+        found[(slice(start, start + len(value)), *inside)] = value
+        start += len(value)
+    return found

@@ -7,20 +7,21 @@ answer to the clean one.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tracepatch.alignment import Way
 from tracepatch.checklist import Checklist, check_pairs
-from tracepatch.errors import PromptError, listing, plural
+from tracepatch.errors import PromptError, RecipeError, listing, plural
+from tracepatch.given import Maps, Prompts, aligned_by, answers_of, column, missing, prompts_of, several
 from tracepatch.models import Model, start_token
 from tracepatch.sites import select
+from tracepatch.spans import Marks, aligned, marked
 from tracepatch.tokens import (
     Answer,
     BosPolicy,
@@ -35,8 +36,7 @@ from tracepatch.tokens import (
     shown,
 )
 
-Prompts: TypeAlias = str | Sequence[Prompt] | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-SEPARATOR = "|"  # between several answers in one cell of a table
+BY_PAIR = ("clean", "corrupted", "answer", "wrong", "decoder", "corruption")
 
 
 @dataclass(frozen=True, init=False)
@@ -58,6 +58,12 @@ class Pairs:
         name: What to call the set in results.
         seed: The seed it was made from, for the provenance of results.
         decoder: Per pair, what the decoder of an encoder–decoder model has written before the answer, or ``None``.
+        align: Which positions of a pair's prompts correspond: ``None``: the same ones, so that the prompts must have
+            equally many tokens; ``"ends"``, ``"prefix"``, ``"suffix"``, ``"spans"`` (``alignment.linked`` says what
+            they do), or for each pair a map of clean to corrupted positions, counted with the BOS token if there is
+            one.
+        spans: For the clean and for the corrupted prompts, per pair: its named spans.
+        corruption: Per pair, what its corruption is called, where clean prompts have several (``corruptions``).
     """
 
     clean: tuple[Prompt, ...]
@@ -68,6 +74,9 @@ class Pairs:
     name: str
     seed: int | None
     decoder: tuple[Prompt, ...] | None
+    align: Way | Maps | None
+    spans: tuple[tuple[Marks, ...], ...]
+    corruption: tuple[str, ...]
 
     def __init__(
         self,
@@ -80,15 +89,19 @@ class Pairs:
         name: str = "pairs",
         seed: int | None = None,
         decoder: Prompts | None = None,
+        align: Way | Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
+        spans: Mapping[str, Any] | None = None,
+        corruption: str | Sequence[str] | None = None,
     ) -> None:
-        sides = {"clean": _prompts(clean, "clean")}
+        sides = {"clean": prompts_of(clean, "clean")}
         if corrupted is not None:
-            sides["corrupted"] = _prompts(corrupted, "corrupted")
+            sides["corrupted"] = prompts_of(corrupted, "corrupted")
         count = len(sides["clean"])
         if decoder is not None:
-            sides["decoder"] = _prompts([decoder] * count if isinstance(decoder, str) else decoder, "decoder")
-        answers = {"answer": _answers(answer, count, "answer"), "wrong": _answers(wrong, count, "wrong")}
-        counts = {k: len(v) for k, v in sides.items()} | {k: len(v) for k, v in answers.items()}
+            sides["decoder"] = prompts_of([decoder] * count if isinstance(decoder, str) else decoder, "decoder")
+        names = (corruption,) * count if isinstance(corruption, str) else tuple(corruption or ())
+        answers = {"answer": answers_of(answer, count, "answer"), "wrong": answers_of(wrong, count, "wrong")}
+        counts = {k: len(v) for k, v in (sides | answers | ({"corruption": names} if names else {})).items()}
         if len(set(counts.values())) > 1:
             raise PromptError(
                 "Every pair needs one entry in each list; there are "
@@ -96,7 +109,8 @@ class Pairs:
                 + "."
             )
         _put(self, clean=sides["clean"], corrupted=sides.get("corrupted"), bos=bos, name=name, seed=seed, **answers)
-        _put(self, decoder=sides.get("decoder"))
+        marks = () if spans is None else marked(spans, sides["clean"], sides.get("corrupted"))
+        _put(self, decoder=sides.get("decoder"), align=aligned_by(align, count), spans=marks, corruption=names)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -106,16 +120,13 @@ class Pairs:
         picked = select(index, "pair").resolve(len(self))
         if not picked:
             raise PromptError(f"There are {len(self)} pairs, 0 to {len(self) - 1}; {index!r} picks none, or others.")
-        return Pairs(
-            [self.clean[i] for i in picked],
-            None if self.corrupted is None else [self.corrupted[i] for i in picked],
-            [self.answer[i] for i in picked],
-            [self.wrong[i] for i in picked],
-            bos=self.bos,
-            name=self.name,
-            seed=self.seed,
-            decoder=None if self.decoder is None else [self.decoder[i] for i in picked],
-        )
+
+        def some(entries: Any) -> Any:
+            return entries and tuple(entries[i] for i in picked)
+
+        own = {name: some(getattr(self, name)) for name in BY_PAIR}
+        align = some(self.align) if isinstance(self.align, tuple) else self.align
+        return revised(self, **own, align=align, spans=tuple(map(some, self.spans)))
 
     def __str__(self) -> str:
         corrupted = "without corrupted prompts" if self.corrupted is None else "with corrupted prompts"
@@ -129,6 +140,34 @@ class Pairs:
                 lines.append(f"    decoder   {shown(self.decoder[i])}")
         return "\n".join(lines + ([f"  … and {len(self) - 3} more"] if len(self) > 3 else []))
 
+    def __add__(self, other: Pairs) -> Pairs:
+        """These pairs and then the others, such as those of another template.
+
+        Raises:
+            PromptError: They differ in what holds for a whole set: BOS tokens, alignment, or what they have.
+        """
+        if not isinstance(other, Pairs):
+            return NotImplemented
+        maps = isinstance(self.align, tuple) and isinstance(other.align, tuple)
+        apart = [name for name in ("bos", "align") if getattr(self, name) != getattr(other, name)]
+        apart = [name for name in apart if name != "align" or not maps]
+        has = ("corrupted", "decoder")
+        apart += [name for name in has if (getattr(self, name) is None) != (getattr(other, name) is None)]
+        if apart:
+            raise PromptError(f"{self.name} and {other.name} cannot be one set: they differ in {', '.join(apart)}.")
+        count, both = 1 if self.corrupted is None else 2, (self, other)
+        marks = [pairs.spans or (((),) * len(pairs),) * count for pairs in both]
+        names = [pairs.corruption or ("as given",) * len(pairs) for pairs in both]
+        return revised(
+            self,
+            **{name: getattr(self, name) and (*getattr(self, name), *getattr(other, name)) for name in BY_PAIR[:-1]},
+            align=(*self.align, *other.align) if maps else self.align,  # type: ignore[misc]  # maps
+            spans=tuple((*one, *two) for one, two in zip(*marks, strict=True)) if self.spans or other.spans else (),
+            corruption=(*names[0], *names[1]) if self.corruption or other.corruption else (),
+            name=self.name if self.name == other.name else f"{self.name} and {other.name}",
+            seed=self.seed if self.seed == other.seed else None,
+        )
+
     def both_roles(self) -> Pairs:
         """These pairs, then the same with clean and corrupted, answer and wrong, exchanged.
 
@@ -137,15 +176,18 @@ class Pairs:
         """
         if self.corrupted is None:
             raise PromptError("These pairs have no corrupted prompts, so there are no roles to exchange.")
-        return Pairs(
-            [*self.clean, *self.corrupted],
-            [*self.corrupted, *self.clean],
-            [*self.answer, *self.wrong],
-            [*self.wrong, *self.answer],
-            bos=self.bos,
+        maps = self.align if isinstance(self.align, tuple) else ()
+        return revised(
+            self,
+            clean=(*self.clean, *self.corrupted),
+            corrupted=(*self.corrupted, *self.clean),
+            answer=(*self.answer, *self.wrong),
+            wrong=(*self.wrong, *self.answer),
+            decoder=self.decoder and (*self.decoder, *self.decoder),
+            align=(*maps, *(tuple((b, a) for a, b in links) for links in maps)) or self.align,
+            spans=tuple((*one, *two) for one, two in zip(self.spans, self.spans[::-1], strict=True)),
+            corruption=(*self.corruption, *self.corruption),
             name=f"{self.name}, both roles",
-            seed=self.seed,
-            decoder=None if self.decoder is None else [*self.decoder, *self.decoder],
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, start: int | None = None) -> EncodedPairs:
@@ -195,6 +237,15 @@ class Pairs:
             )
             for which in (self.answer, self.wrong)
         ]
+        texts_of = [self.clean] if self.corrupted is None else [self.clean, self.corrupted]
+        alignments, unaligned = aligned(tokenizer, texts_of, ids, self.spans, self.align) if start is None else ((), ())
+        way = (
+            "by a map"
+            if isinstance(self.align, tuple)
+            else f"by {self.align}"
+            if self.align
+            else "position by position"
+        )
         return EncodedPairs(
             clean_prompts=self.clean,
             corrupted_prompts=self.corrupted or (),
@@ -208,6 +259,10 @@ class Pairs:
             seed=self.seed,
             encoder=tuple(read),
             decoder_prompts=self.decoder or (),
+            alignments=alignments,
+            unaligned=unaligned,
+            corruption=self.corruption,
+            align=way,
         )
 
     def check(self, model: Model) -> Checklist:
@@ -247,7 +302,7 @@ class Pairs:
             frame: A pandas frame, or a mapping of columns.
             options: As for ``Pairs``.
         """
-        columns = {str(name): _column(frame[name]) for name in frame}
+        columns = {str(name): column(frame[name]) for name in frame}
         known = ("clean", "corrupted", "answer", "wrong", "decoder")
         if "clean" not in columns:
             raise PromptError(f"The table has no column 'clean'; it has {', '.join(columns) or 'none'}.")
@@ -256,10 +311,10 @@ class Pairs:
             if name not in columns:
                 continue
             cells = columns[name]
-            absent = [f"row {i}" for i, cell in enumerate(cells) if _missing(cell)]
+            absent = [f"row {i}" for i, cell in enumerate(cells) if missing(cell)]
             if absent:
                 raise PromptError(f"Column {name!r} is empty in {len(absent)} rows.\n{listing(absent)}")
-            picked[name] = [_split(cell) for cell in cells] if name in ("answer", "wrong") else cells
+            picked[name] = [several(cell) for cell in cells] if name in ("answer", "wrong") else cells
         return cls(**picked, **options)
 
     @classmethod
@@ -301,63 +356,11 @@ class Pairs:
         return cls.from_frame({key: [row.get(key) for row in rows] for key in keys}, **{"name": source.stem, **options})
 
 
-def _prompts(given: Any, side: str) -> tuple[Prompt, ...]:
-    given = _plain(given)
-    prompts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
-    if prompts and all(map(_is_id, prompts)):
-        prompts = [prompts]
-    if not prompts:
-        raise PromptError(f"There are no {side} prompts.")
-    found: list[Prompt] = []
-    bad: list[str] = []
-    for i, prompt in enumerate(map(_plain, prompts)):
-        if isinstance(prompt, str):
-            found.append(prompt)
-        elif isinstance(prompt, (list, tuple)) and all(map(_is_id, prompt)):
-            found.append(tuple(int(t) for t in prompt))
-        else:
-            bad.append(f"prompt {i}: {prompt!r}")
-    if bad:
-        raise PromptError(f"{side} prompts are strings, or lists of token ids.\n{listing(bad)}")
-    return tuple(found)
-
-
-def _answers(given: Any, count: int, side: str) -> tuple[tuple[Answer, ...], ...]:
-    given = _plain(given)
-    if given is None:
-        return ((),) * count
-    if isinstance(given, str) or _is_id(given):
-        return ((given,),) * count
-    if not isinstance(given, Iterable):
-        raise PromptError(f"{side} takes strings or token ids, not {given!r}.")
-    plain = [_plain(entry) for entry in given]
-    entries = [tuple(e) if isinstance(e, (list, tuple)) else (e,) for e in plain]
-    bad = [f"pair {i}: {t!r}" for i, e in enumerate(entries) for t in e if not isinstance(t, str) and not _is_id(t)]
-    if bad:
-        raise PromptError(f"{side} takes strings or token ids.\n{listing(bad)}")
-    return tuple(tuple(t if isinstance(t, str) else int(t) for t in entry) for entry in entries)
-
-
-def _plain(given: Any) -> Any:
-    """Arrays, tensors and series as lists, their scalars as numbers."""
-    return given.tolist() if hasattr(given, "tolist") else given
-
-
-def _column(cells: Any) -> list[Any]:
-    return list(cells) if isinstance(cells, Iterable) and not isinstance(cells, str) else [cells]
-
-
-def _missing(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
-
-
-def _is_id(token: Any) -> bool:
-    return isinstance(token, Integral) and not isinstance(token, bool)
-
-
-def _split(cell: Any) -> list[Any]:
-    cell = _plain(cell)
-    return cell.split(SEPARATOR) if isinstance(cell, str) else list(cell) if isinstance(cell, (list, tuple)) else [cell]
+def revised(pairs: Pairs, **changed: Any) -> Pairs:
+    """The same set with something else in it, which is known to be sound: attributes by their names."""
+    found = object.__new__(Pairs)
+    _put(found, **{field.name: getattr(pairs, field.name) for field in fields(pairs)} | changed)
+    return found
 
 
 def _readable(path: str | os.PathLike[str]) -> Path:
@@ -370,3 +373,16 @@ def _readable(path: str | os.PathLike[str]) -> Path:
 def _put(instance: Any, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(instance, name, value)
+
+
+def require_pairs(pairs: Any) -> Pairs:
+    """Refuses what is no pairs.
+
+    Raises:
+        RecipeError: So it is.
+    """
+    if not isinstance(pairs, Pairs):
+        raise RecipeError(
+            f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."
+        )
+    return pairs

@@ -6,7 +6,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -37,7 +36,7 @@ from tracepatch.models import (
 from tracepatch.plan import Plan
 from tracepatch.planner import make_plan
 from tracepatch.progress import bar
-from tracepatch.prompts import Pairs
+from tracepatch.prompts import Pairs, require_pairs
 from tracepatch.recording import Recorder
 from tracepatch.requests import place
 from tracepatch.results import Result, provenance, to_result
@@ -45,10 +44,11 @@ from tracepatch.rowwise import estimated
 from tracepatch.saves import hand_out, together
 from tracepatch.scripts import script
 from tracepatch.shipping import require_shippable
+from tracepatch.sources import WorldName
 from tracepatch.table import FORMS, Form
 from tracepatch.trials import require_measure
 from tracepatch.weights import weightless
-from tracepatch.worlds import located
+from tracepatch.worlds import fitted
 
 _PACES: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
 
@@ -78,14 +78,11 @@ class Patching(Recorder):
         encoded = require_pairs(pairs).encode(model.tokenizer, start_token(model))
         super().__init__(architecture_of(model), encoded)
         self.encoded.require_within(*limits(model))
-        self.metrics = tuple(
-            one if one.site is None else replace(one, site=located(one.site, self.architecture, self.encoded))
-            for one in as_metrics(metric)
-        )
+        self.metrics = tuple(fitted(one, self.architecture, encoded) for one in as_metrics(metric))
         self.seen = tuple(one.site for one in self.metrics if one.site is not None)
         device = "cpu" if weightless(module_of(model)) else device_of(model)
         for one in self.metrics:
-            require_measure(one, self.architecture.vocab, self.lengths, self._shape, device)
+            require_measure(one, self.architecture.vocab, self.sides, self._shape, device)
         memory = room_of(model) if memory is None else memory
         self._limits: dict[str, Any] = {"prune": prune, "batch_size": batch_size, "memory": memory}
         self._checks = checks
@@ -119,6 +116,7 @@ class Patching(Recorder):
                 metrics=self.metrics,
                 model=name_of(self.model),
                 edited=self.edited,
+                references=self.references,
             )
             for row in self.rows:
                 row._script = write
@@ -146,7 +144,8 @@ class Patching(Recorder):
             why=why,
             device=device_of(self.model).type,
             pace=_PACES.get(self.model),
-            ends="" if of_logits else unending(self.model, self.architecture),
+            ends="" if of_logits and not self.references else unending(self.model, self.architecture),
+            references=tuple(self.references.values()),
             **self._limits,
         )
         if plan.remote:
@@ -197,7 +196,7 @@ class Patching(Recorder):
         if plan.jobs and not stored and not plan.remote:  # a queue says nothing of the model
             _PACES[self.model] = measured.seconds / plan.estimate.seconds * (plan.estimate.pace or 1)
         self._measured, self._journal = measured, None
-        hand_out(plan.rows, measured.saved, self.architecture, self.encoded)
+        hand_out(plan.rows, measured.saved, self.architecture, self.encoded, self._roots)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
     def estimate(self, estimator: AtP | None = None) -> Result:
@@ -238,6 +237,11 @@ class Patching(Recorder):
             measured = so_far(self.model, self.architecture, self.encoded, plan, journal)
         return to_result(self.model, self.architecture, self.encoded, plan, measured)
 
+    @property
+    def _roots(self) -> dict[WorldName, WorldName]:
+        """Edited world → the world whose prompts it has."""
+        return {name: world.root for name, world in self.edited.items()}
+
     def _new_journal(self) -> Journal:
         return Journal(self.plan, self.model, self.encoded, self._directory, self._checks)
 
@@ -260,7 +264,8 @@ class Patching(Recorder):
         if self._measured is None:
             raise RecipeError("Nothing has run yet: what rows save is there after p.run().")
         attrs = provenance(self.model, self.encoded, self.plan, self._measured)
-        return together(self.plan.rows, self._measured.saved, self.architecture, self.encoded, attrs)
+        given = self.architecture, self.encoded, self._roots
+        return together(self.plan.rows, self._measured.saved, *given, attrs)
 
 
 def patching(model: Model, pairs: Pairs, metric: Metrics = logit_diff, **options: Any) -> Patching:
@@ -370,13 +375,18 @@ def patch(
         components: One component, or several with the same dims.
         metric: What is read.
         by: The dims to run over; positions, heads and neurons that are left out are patched whole. By default layer ×
-            pos, for heads layer × head, for neurons layer × neuron.
+            pos, for heads layer × head, for neurons layer × neuron. ``span`` instead of ``pos`` runs over the named
+            spans of the pairs.
         direction: ``"denoising"`` writes clean values into the corrupted run, ``"noising"`` corrupted values into the
             clean run.
-        source: Something else to write, such as ``0`` or a tensor; the direction still says which run is edited.
+        source: Something else to write: ``0``, a tensor, ``tp.mean(prompts)`` or ``tp.resample(prompts)``; the
+            direction still says which run is edited.
         only: Dims and the indices to keep, as in ``{"layer": slice(0, 4)}``.
         progress: Whether to show a bar; by default only on a terminal.
         options: Those of ``tp.patching``.
+
+    Where the positions of a pair's prompts do not correspond one to one (``align=…`` of ``tp.Pairs``), positions are
+    those of the run that is edited, and what is written is their partners' value.
 
     Returns:
         The result, with a dim for each of ``by``, and ``component`` where there are several.
@@ -385,16 +395,3 @@ def patch(
     with Patching(model, pairs, metric, **options) as p:
         Cells.of(p, components, by, direction, source, only).record(p)
     return p.run(progress)
-
-
-def require_pairs(pairs: Any) -> Pairs:
-    """Refuses what is no pairs.
-
-    Raises:
-        RecipeError: So it is.
-    """
-    if not isinstance(pairs, Pairs):
-        raise RecipeError(
-            f"Pass the prompts as tp.Pairs(clean=…, corrupted=…, answer=…, wrong=…), not {type(pairs).__name__}."
-        )
-    return pairs

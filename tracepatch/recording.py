@@ -6,17 +6,21 @@ work in a REPL, a notebook, ``exec``, a function or a comprehension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import product
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
+from tracepatch.alignment import Aligned, Side
 from tracepatch.architecture import Architecture
+from tracepatch.draws import Draws
 from tracepatch.errors import RecipeError, SiteError
+from tracepatch.fitting import Meeting, require_fit, require_portion
+from tracepatch.grids import Grid
+from tracepatch.prompts import Pairs
+from tracepatch.references import Reference, mean, resample
 from tracepatch.rows import (
     RESERVED,
     Edit,
@@ -32,20 +36,11 @@ from tracepatch.rows import (
     standing,
     takes_one,
 )
-from tracepatch.sites import (
-    ALL,
-    COMPONENTS,
-    Component,
-    Site,
-    component,
-    layers_of,
-    select,
-    shape_of,
-    units_of,
-)
-from tracepatch.sources import Function, Increment, Noise, Value, WorldName, as_source
+from tracepatch.shapes import shape_of
+from tracepatch.sites import COMPONENTS, Site, component
+from tracepatch.sources import Function, Increment, Noise, Part, Sum, Value, WorldName, as_source, summed
 from tracepatch.tokens import EncodedPairs
-from tracepatch.trials import require_fit, require_plain, require_result, require_unmoved, saved
+from tracepatch.trials import require_plain, require_result, saved
 from tracepatch.worlds import World
 
 
@@ -59,6 +54,8 @@ class Recorder:
             values.
         rows: What was recorded.
         seen: The activations that metrics read.
+        edited: The edited worlds, by name.
+        references: The reference worlds, by name.
     """
 
     def __init__(self, architecture: Architecture, encoded: EncodedPairs) -> None:
@@ -67,7 +64,8 @@ class Recorder:
         self.rows: list[Row] = []
         self.clean = World(self, "clean")
         self._corrupted = World(self, "corrupted")
-        self.edited: dict[WorldName, EditedWorld] = {}
+        self._draws = Draws(encoded)
+        self.edited, self.references = self._draws.edited, self._draws.references
         self.sites: dict[str, dict[Any, Site]] = {}
         self.opened: Row | None = None
         self._ended = False
@@ -75,6 +73,9 @@ class Recorder:
         self._taken: set[tuple[Any, ...]] = set()
         self._dims: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.lengths = tuple(sorted(set(encoded.lengths)))
+        self.alignments = tuple(dict.fromkeys(encoded.alignments))
+        self.sides = tuple(dict.fromkeys(side for world in encoded.worlds for side in encoded.sides(world)))
+        self._by_pair = encoded.mapped or any(side.spans for side in self.sides)  # whether all `:` are the same
         self.seen: tuple[Site, ...] = ()
 
     @property
@@ -104,21 +105,61 @@ class Recorder:
                 f"A world cannot be called {name!r}: choose a word that names no other world ({', '.join(known)}), no "
                 "component and no variable of a result."
             )
-        if not isinstance(of, World) or of._recorder is not self:
-            raise RecipeError(f"of= is a world of this recording, such as p.clean, not {of!r}.")
+        if not isinstance(of, World) or of._recorder is not self or of._name in self.references:
+            what = of._name if isinstance(of, World) else repr(of)
+            raise RecipeError(f"of= is a world of this recording that has a run, such as p.clean, not {what}.")
         below = self.edited.get(of._name)
         if below is not None:
             below.used = True
         self.edited[name] = EditedWorld(name, of._name, below.root if below else of._name)
         return World(self, name)
 
-    @staticmethod
-    def gaussian(scale: float, seed: int = 0) -> Noise:
-        """Gaussian noise of a standard deviation, in the activation's unit: a source, as in ``site += p.gaussian(3)``.
+    def gaussian(self, scale: float, seed: int = 0, *, of: str | Value | None = None, draws: int = 1) -> Noise:
+        """Gaussian noise of a standard deviation: a source, as in ``site += p.gaussian(3, of="embed")``.
 
         Every site and pair draws its own; the same seed gives the same noise again.
+
+        Args:
+            scale: The standard deviation: in the activation's unit or, with ``of``, a multiple of another one.
+            seed: Which noise.
+            of: What the scale is a multiple of: the standard deviation of all numbers of ``"embed"`` in the clean
+                prompts, or of a value of the clean or corrupted world, as in ``of=p.clean.embed[subject]``.
+            draws: How often the noise is drawn; rows are then measured once for each draw, with the label ``draw``,
+                and ``tp.over_draws`` averages them.
+
+        Raises:
+            RecipeError: It is no standard deviation, seed, number of draws, or value of an unpatched world.
         """
-        return Noise.of(scale, seed)
+        return Noise.of(scale, seed, None if of is None else self._unit(of), draws)
+
+    def _unit(self, of: Any) -> Value:
+        if isinstance(of, str) and component(of).index == ("pos",):
+            of = getattr(self.clean, of)[:]
+        attends = isinstance(of, Value) and (component(of.site.component).attends or of.site.component == "logits")
+        if not isinstance(of, Value) or of.world not in ("clean", "corrupted") or attends:
+            raise RecipeError(
+                f"of={of!s} has no standard deviation that noise could be a multiple of: pass 'embed', or a vector's "
+                "place in an unpatched world, such as p.clean.resid_pre[3, :]."
+            )
+        return Value(self._draws.prompts(of.world), of.site)
+
+    def mean(self, prompts: Pairs | Sequence[Any], over: Literal["positions"] | None = None) -> World:
+        """The mean over a set of prompts, indexed like a world: ``p.clean.z[5, :, 3] = p.mean(prompts).z[5, :, 3]``.
+
+        ``tracepatch.references.mean`` describes the arguments.
+        """
+        return self.reference(mean(prompts, over))
+
+    def resample(self, prompts: Pairs | Sequence[Any], seed: int = 0, draws: int = 1) -> World:
+        """For each pair a prompt drawn from a set, indexed like a world; all sites of a pair take the same prompt.
+
+        ``tracepatch.references.resample`` describes the arguments.
+        """
+        return self.reference(resample(prompts, seed, draws))
+
+    def reference(self, declared: Reference) -> World:
+        """The world of a reference from ``tp.mean`` or ``tp.resample``: for the right side of edits only."""
+        return World(self, self._draws.reference(declared))
 
     def row(self, *, renormalize: bool = False, **labels: Label) -> _RowBlock:
         """A block whose edits are one patched forward.
@@ -157,7 +198,8 @@ class Recorder:
         if self.opened.raw is not None:
             raise RecipeError("A raw trace saves what it likes itself, with nnsight.save; p.save is for rows of edits.")
         site = value.site if isinstance(value, Value) else None
-        shapes = [dims for n in self.lengths if site and (dims := self._shape(site, n)) is not None]
+        of = [] if site is None else self._sides(value.world)
+        shapes = [dims for side in of if site and (dims := self._shape(site, side)) is not None]
         save = saved(self.opened, value, reduce, name or (site.component.replace(".", "_") if site else ""), shapes)
         self.opened.saves.append(save)
         return save
@@ -195,87 +237,109 @@ class Recorder:
         row.base, row.raw = given._name, function
 
     @overload
-    def grid(self, name: str, by: str, **only: Any) -> list[int]: ...
+    def grid(self, name: str, by: str, *, base: World | None = ..., aligned: bool = ..., **only: Any) -> list[Any]: ...
     @overload
-    def grid(self, name: str, by: Sequence[str] = ..., **only: Any) -> list[tuple[int, ...]]: ...
-    def grid(self, name: str, by: str | Sequence[str] = ("layer", "pos"), **only: Any) -> list[Any]:
+    def grid(
+        self, name: str, by: Sequence[str] = ..., *, base: World | None = ..., aligned: bool = ..., **only: Any
+    ) -> list[tuple[Any, ...]]: ...
+    def grid(
+        self,
+        name: str,
+        by: str | Sequence[str] = ("layer", "pos"),
+        *,
+        base: World | None = None,
+        aligned: bool = True,
+        **only: Any,
+    ) -> list[Any]:
         """The sites of a component that exist in this model, as index tuples (as numbers where ``by`` is one string).
+
+        Where not every position of a pair's prompts corresponds to the same one (``align=…`` of ``tp.Pairs``),
+        positions are those of the base that have a partner in some pair; in the other prompt they mean the partner, so
+        that ``p.corrupted.z[layer, pos] = p.clean.z[layer, pos]`` writes partners' values.
 
         Args:
             name: The component.
-            by: Which of its dims to run over: ``layer``, ``pos``, ``head``, ``neuron``.
+            by: Which of its dims to run over: ``layer``, ``pos``, ``head``, ``neuron``; ``span`` instead of ``pos`` for
+                the names of the pairs' spans.
+            base: The world whose positions are counted, where those of a pair differ: the corrupted one, where there is
+                one, unless said otherwise.
+            aligned: ``False`` runs over all positions of the base, which in the other prompt are then its own positions
+                of the same number.
             only: A dim and the indices to keep, as in ``layer=slice(0, 4)`` or ``pos=[-1, 3]``.
 
         Raises:
             SiteError: The component lacks such a dim, or an index does not exist.
             ComponentError: No layer of this model has the component.
         """
-        kind = component(name)
         dims = (by,) if isinstance(by, str) else tuple(by)
-        offered = self._offered(kind, dims, only)
-        places = [dim for dim in kind.index if dim in ("pos", "dest", "src")]
-        along = {dim: self._positions(dim, only) for dim in places}
-        found: list[Any] = []
-        for n in offered if "layer" in dims else offered[:1]:
-            units = self._units(kind, n, only)
-            ranges: dict[str, tuple[int, ...]] = {"layer": (n,), **along, kind.unit or "": units}
-            indices: Iterable[tuple[int, ...]] = product(*(ranges[dim] for dim in dims))
-            if {"dest", "src"} <= set(dims):  # a position attends to none after it
-                dest, src = dims.index("dest"), dims.index("src")
-                indices = (i for i in indices if i[src] <= i[dest] or min(i[src], i[dest]) < 0)
-            found += indices
+        found = self._grid(base, aligned).indices(name, dims, only)
         return [index[0] for index in found] if isinstance(by, str) else found
 
-    def ranges(self, kind: Component, dims: Sequence[str], only: dict[str, Any]) -> dict[str, list[int]]:
+    def ranges(
+        self, name: str, dims: Sequence[str], only: dict[str, Any], base: World | None = None, aligned: bool = True
+    ) -> dict[str, list[Any]]:
         """The labels along each dim of a component, and under ``layers`` the layers that have it.
+
+        Args:
+            name: The component.
+            dims: The dims that will be run over.
+            only: A dim and the indices to keep.
+            base: As for ``grid``.
+            aligned: As for ``grid``.
 
         Raises:
             SiteError: The component lacks a dim, or an index does not exist.
             ComponentError: No layer of this model has the component.
         """
-        offered = self._offered(kind, dims, only)
-        found = {dim: list(self._positions(dim, only)) for dim in kind.index if dim in ("pos", "dest", "src")}
-        if kind.unit:
-            found[kind.unit] = sorted({unit for layer in offered for unit in self._units(kind, layer, only)})
-        return {**found, "layers": offered}
+        return self._grid(base, aligned).ranges(name, dims, only)
 
-    def _offered(self, kind: Component, dims: Sequence[str], only: dict[str, Any]) -> list[int]:
-        """The layers that have a component, of those that are asked for."""
-        wrong = [dim for dim in (*dims, *only) if dim not in kind.index]
-        if wrong or len(set(dims)) < len(dims):
-            raise SiteError(
-                f"{kind.name} has the dims {', '.join(kind.index)}; it has no {', '.join(wrong) or 'dim twice'}."
-            )
-        picked = select(only["layer"], "layer") if "layer" in only else ALL
-        layers = layers_of(kind, picked, len(self.architecture))
-        offered = [n for n in layers if self.architecture.offers(kind.name, n)]
-        if not offered:
-            self.architecture.require(kind.name, layers[0])
-        return offered
+    def _grid(self, base: World | None, aligned: bool) -> Grid:
+        given = self.encoded.worlds[-1] if base is None else self._root(self._world_of(base)._name)
+        return Grid(self.architecture, self.encoded, given, aligned)
 
-    def _positions(self, dim: str, only: dict[str, Any]) -> tuple[int, ...]:
-        chosen = select(only[dim], dim) if dim in only else ALL
-        if len(self.lengths) > 1 and chosen.items is not None and min(chosen.items) < 0:
-            return chosen.items  # each prompt counts from its own end
-        found = chosen.resolve(self.lengths[-1])
-        if found is None:
-            hint = self.encoded.hint
-            raise SiteError(f"grid: {dim}={only[dim]!r}: the longest prompt has {self.lengths[-1]} tokens.{hint}")
-        return found
+    def aligned(self, positions: Any, of: World | None = None) -> Any:
+        """Positions of one prompt that, as an index into the other, mean their partners there.
 
-    def _units(self, kind: Component, layer: int, only: dict[str, Any]) -> tuple[int, ...]:
-        count = self.architecture.units(kind.name, layer)
-        if kind.unit not in only:
-            return tuple(range(count))
-        picked = select(only[kind.unit], kind.unit)
-        units_of(kind, layer, picked, count)
-        return picked.resolve(count) or ()
+        ``p.clean.resid_pre[5, 9]`` is position 9 of the clean prompt; ``p.clean.resid_pre[5, p.aligned(9)]`` is the one
+        that corresponds to position 9 of the corrupted prompt.
+
+        Args:
+            positions: An integer, or several, counted from 0.
+            of: The world whose prompt is counted: the corrupted one, where there is one, unless said otherwise.
+        """
+        given = self.encoded.worlds[-1] if of is None else self._root(self._world_of(of)._name)
+        if isinstance(positions, (int, np.integer)):
+            return Aligned(int(positions), given)
+        return [Aligned(int(one), given) for one in positions]
+
+    def span(self, name: str, token: int | None = None) -> str:
+        """A named span of the pairs, as an index: the tokens that stand for it, in each prompt its own.
+
+        Where values go from one prompt to the other, those of its tokens that are aligned.
+
+        Args:
+            name: The span.
+            token: One of its tokens only: ``0`` for the first, ``-1`` for the last.
+
+        Raises:
+            SiteError: The pairs have no such span.
+        """
+        written = name if token is None else f"{name}[{token}]"
+        return str(Grid(self.architecture, self.encoded).indices("logits", ("span",), {"span": written})[0][0])
+
+    @staticmethod
+    def _world_of(given: Any) -> World:
+        if not isinstance(given, World):
+            raise RecipeError(f"Pass a world of this recording, such as p.clean, not {given!r}.")
+        return given
 
     # ------------------------------------------------------------------------------------------------ called by worlds
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
         """Records one assignment."""
         row, own = self.opened, self.edited.get(world)
+        if world in self.references:
+            raise RecipeError(f"{world}.{site} cannot be edited: it is no run, but values to be written in one.")
         if row is None and (own is None or self._ended):
             raise RecipeError(
                 f"{world}.{site} is edited outside a row. Write the edit inside `with p.row(...):`, one block "
@@ -304,20 +368,23 @@ class Recorder:
                 "cannot be edited in it. "
                 "The world that is assigned into is the base of the forward; open another row."
             )
+        total = summed(source)
         if isinstance(source, Function):
-            self._require_result(site, source)
-        elif not (isinstance(source, Value) and source.site == site):
-            for length in self.lengths:
-                require_unmoved(site, source.terms(), length, self.architecture)
-                require_fit(site, source.terms(), length, partial(self._shape, length=length))
-        taken = {} if isinstance(source, Function) else {value.world for _, value in source.terms().values}
+            self._require_result(world, site, source)
+        else:
+            assert total is not None
+            own_place = isinstance(source, Value) and source.site == site and source.world not in self.references
+            self._require_fit(world, site, total, plain=own_place)
+        if isinstance(source, Part):
+            source = require_portion(f"{world}.{site}", site, source, add, self.architecture)
+        taken = set() if total is None else {value.world for _, value in total.values}
         for other in (self.edited[name] for name in taken if name in self.edited):
             if row is None and other is own:
                 raise RecipeError(f"{world}.{site}: a standing edit of {world} cannot take {world}'s own values.")
             other.used = True
-        if not isinstance(source, Function):
-            require_plain(source.terms(), self.edited)
-            for _, value in source.terms().values:
+        if total is not None:
+            require_plain(total, self.edited)
+            for _, value in total.values:
                 require_fresh(f"{world}.{site}", self._standing(value.world), [value.site], self.architecture)
         if row is None:
             assert own is not None
@@ -335,22 +402,64 @@ class Recorder:
     def _standing(self, name: WorldName) -> list[Edit]:
         return [edit for _, edit in standing(name, self.edited)]
 
-    def _require_result(self, site: Site, source: Function) -> None:
+    def _root(self, world: WorldName) -> WorldName:
+        return self.edited[world].root if world in self.edited else world
+
+    def _sides(self, world: WorldName) -> list[Side]:
+        """The different prompts of a world."""
+        return list(dict.fromkeys(alignment.side(self._root(world)) for alignment in self.alignments))
+
+    def _require_fit(self, world: WorldName, site: Site, source: Sum, plain: bool) -> None:
+        """Tries an edit on each different pair, once for those that are alike.
+
+        Raises:
+            RecipeError: What is written does not fit.
+            SiteError: No pair has all the positions.
+        """
+        if plain and not self._by_pair:
+            return
+        layer = site.layer if not plain or site.component in ("q", "k") else -1
+        worlds = tuple(value.world for _, value in source.values)
+        key = world, worlds, site.component, site.pos, site.src, layer
+        if plain and key in self._tried:
+            return
+        roots = {name: edited.root for name, edited in self.edited.items()}
+        own = self._root(world), self.architecture, roots, self.references
+        meetings = [Meeting(pair, *own) for pair in self.alignments]
+        found = [require_fit(site, source, meeting) for meeting in meetings]  # each is tried
+        if not any(found):
+            raise SiteError(
+                f"{world}.{site} = {source}: no pair has all these positions. Where values go from one prompt to the "
+                "other, `:` and spans are those tokens that are aligned (align=… of tp.Pairs)."
+            )
+        self._tried.add(key)
+
+    def _require_result(self, world: WorldName, site: Site, source: Function) -> None:
         """Tries a function on made-up values of the site's shape, once for each shape."""
-        for length in self.lengths:
-            dims = self._shape(site, length)
-            if dims is None or (source.function, dims) in self._tried:
+        crossing = source.arguments > 1
+        roots = dict.fromkeys(("clean", "corrupted")) if crossing else {self._root(world): None}
+        for alignment in self.alignments:
+            shapes = [self._shape(site, alignment.side(root), crossing) for root in roots]
+            dims = shapes[list(roots).index(self._root(world))]
+            if dims is None or None in shapes or (source.function, dims) in self._tried:
                 continue
+            if len(set(shapes)) > 1:
+                clean, corrupted = alignment.clean.length, alignment.corrupted.length
+                raise RecipeError(
+                    f"{source} takes {site} of both prompts, which is not equally many tokens in a pair of {clean} "
+                    f"clean and {corrupted} corrupted ones: index by `:`, spans or aligned positions."
+                )
             require_result(source, site, dims)
             self._tried.add((source.function, dims))
 
-    def _shape(self, site: Site, length: int) -> tuple[tuple[str, int], ...] | None:
-        """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions."""
+    def _shape(self, site: Site, side: Side, crossing: bool = False) -> tuple[tuple[str, int], ...] | None:
+        """Dims and sizes as indexing gives them; ``None`` where a prompt lacks the positions."""
         return shape_of(
             site,
-            length,
+            side,
             self.architecture.units(site.component, site.layer),
             self.architecture.width(site.component, site.layer),
+            crossing,
         )
 
     def finish(self, row: Row) -> None:
@@ -375,17 +484,18 @@ class Recorder:
                     "before it. Give it a name of its own: name='…'."
                 )
         for name, label in row.labels.items():
-            require_label(row, name, label, self.architecture, self.lengths)
+            require_label(row, name, label, self.architecture, self._sides(row.base))
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
         require_apart(f"row({row.described})", every, self.architecture)
-        key = tuple(row.labels.items())
-        if key in self._taken:
-            labels = ", ".join(f"{k}={v!r}" for k, v in row.labels.items())
-            raise RecipeError(
-                f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'."
-            )
-        self._taken.add(key)
-        self.rows.append(row)
+        for one in self._draws.rows(row, len(self.rows)):
+            key = tuple(one.labels.items())
+            if key in self._taken:
+                labels = ", ".join(f"{k}={v!r}" for k, v in one.labels.items())
+                raise RecipeError(
+                    f"Two rows have the labels {labels or '(none)'}; give each row labels of its own, such as name='…'."
+                )
+            self._taken.add(key)
+            self.rows.append(one)
 
 
 class _RowBlock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,12 +12,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from tracepatch.alignment import Aligned, Side
 from tracepatch.architecture import Architecture
 from tracepatch.journal import Measured
 from tracepatch.models import Model, fingerprint, name_of, source_of, versions
 from tracepatch.plan import Plan, Proof, Status
 from tracepatch.rows import Label, Row
-from tracepatch.sources import Function, Source, Value
+from tracepatch.sites import PLACES, select
+from tracepatch.sources import Part, Source, Value, WorldName, summed
 from tracepatch.tokens import EncodedPairs, Prompt
 
 Result: TypeAlias = xr.Dataset | xr.DataTree
@@ -104,8 +107,19 @@ def _dataset(
     for part in dict.fromkeys(p for m in plan.metrics for p in m.parts):
         data[f"effect_{part}"] = ((*lead, *dims), variable(values - base, part))
     data["base"] = (lead, baseline(next(iter(bases)))) if len(bases) == 1 else ((*lead, *dims), variable(base))
-    for world in (*plan.worlds, *(world.name for world in plan.edited)):
+    for world in plan.worlds:
         data[world] = (lead, baseline(world))
+    drawn: dict[WorldName, list[WorldName]] = {}
+    for edited in plan.edited:
+        drawn.setdefault(edited.origin or edited.name, []).append(edited.name)
+    for origin, draws in drawn.items():
+        if len(draws) == 1:
+            data[origin] = (lead, baseline(origin))
+            continue
+        own = coords.setdefault("draw", list(range(len(draws))))
+        alike = isinstance(own, list) and len(own) == len(draws)
+        dim = "draw" if alike else f"{origin}_draw"
+        data[origin] = ((*lead, dim), np.stack([baseline(draw) for draw in draws], -1))
     proofs = plan.proofs[numbers]
     status = np.where(
         absent,
@@ -117,12 +131,13 @@ def _dataset(
     dataset = xr.Dataset(data, coords=coords | pair_coords(encoded), attrs=attrs)
     dataset = dataset.assign_coords(metric=metrics if len(metrics) > 1 else metrics[0])
     if dims == names:
-        dataset = site_coords(dataset, architecture, encoded)
+        dataset = site_coords(dataset, architecture, encoded, rows)
     if len(plan.worlds) == 2:
         dataset = normalize(dataset, _own_noise(measured), "corrupted")
     elif plan.edited:
         dataset = normalize(dataset, _own_noise(measured), "base")
-    dataset.attrs["base"] = " and ".join(sorted(bases))
+    origins = {world.name: world.origin or world.name for world in plan.edited}
+    dataset.attrs["base"] = " and ".join(sorted({origins.get(base, base) for base in bases}))
     sources = (e.source for row in rows for e in row.edits)
     written = {_described(s) for s in sources}
     dataset.attrs["written"] = written.pop() if len(written) == 1 else "other"
@@ -134,7 +149,7 @@ def _dataset(
         "base",
         "clean",
         "corrupted",
-        *(world.name for world in plan.edited),
+        *drawn,
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
     ):
         if name in dataset:
@@ -149,7 +164,7 @@ def _dataset(
         *(v for v in dataset.data_vars if str(v).startswith("effect_")),
         "base",
         *plan.worlds,
-        *(world.name for world in plan.edited),
+        *drawn,
         "status",
     ]
     return dataset[[name for name in order if name in dataset]]
@@ -177,9 +192,9 @@ def _described(source: Source) -> str:
     """What was written, in a word: a world, or a number."""
     if isinstance(source, Value):
         return source.world
-    if isinstance(source, Function):
+    total = summed(source)
+    if total is None or isinstance(source, Part):
         return "other"
-    total = source.terms()
     number = total.constant is not None and not total.values and not total.constant.tensor.shape
     return str(total) if number else "other"
 
@@ -197,6 +212,8 @@ def pair_coords(encoded: EncodedPairs) -> dict[str, Any]:
     }
     if encoded.corrupted is not None:
         coords["corrupted_prompt"] = ("pair", [_text(encoded, p) for p in encoded.corrupted_prompts])
+    if encoded.corruption:
+        coords["corruption"] = ("pair", list(encoded.corruption))
     if encoded.decoder_prompts:
         coords["decoder_prompt"] = ("pair", [_text(encoded, p) for p in encoded.decoder_prompts])
     for name, ids in (("answer", encoded.answer), ("wrong", encoded.wrong)):
@@ -209,8 +226,14 @@ def _text(encoded: EncodedPairs, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "".join(encoded.words(prompt))
 
 
-def site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs) -> xr.Dataset:
-    """Adds the depth of layers, the kv_head of heads and the tokens of positions."""
+def site_coords(
+    dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs, rows: Sequence[Row] = ()
+) -> xr.Dataset:
+    """Adds the depth of layers, the kv_head of heads, and the tokens of positions and spans, of both prompts.
+
+    A position counts in the prompts of the rows' base; where its partner in the other prompt is another position, the
+    other token is the partner's. Without rows it counts in both.
+    """
     if "layer" in dataset.dims:
         depth = dataset["layer"].values / max(1, len(architecture) - 1)
         dataset = dataset.assign_coords(depth=("layer", depth))
@@ -223,21 +246,61 @@ def site_coords(dataset: xr.Dataset, architecture: Architecture, encoded: Encode
         if len(groups) == 1:
             heads, kv_heads = groups.pop()
             dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
-    for dim in ("pos", "dest", "src"):
-        if dim not in dataset.coords or not all(isinstance(p, int) and p >= 0 for p in dataset[dim].values.tolist()):
+    for dim in (*PLACES, "span"):
+        counted = _counted(dim, rows, dataset[dim].values.tolist()) if dim in dataset.coords else None
+        if counted is None:
             continue
-        sides = (
-            {"token": encoded.clean}
-            if encoded.corrupted is None
-            else {"token": encoded.clean, "corrupted_token": encoded.corrupted}
-        )
-        for side, prompts in sides.items():
-            name = side if dim == "pos" else f"{dim}_{side}"
-            words = [encoded.words(ids) for ids in prompts]
-            picked = [[w[p] if p < len(w) else "" for p in dataset[dim].values] for w in words]
+        for world in encoded.worlds:
+            name = "token" if world == "clean" else "corrupted_token"
+            name = name if dim in ("pos", "span") else f"{dim}_{name}"
+            labels, sides = dataset[dim].values.tolist(), zip(encoded.sides(world), encoded.world(world), strict=True)
+            if dim == "span":
+                picked = [
+                    [encoded.text(ids[p] for p in select(s, "pos").on(side) or ()) for s in labels]
+                    for side, ids in sides
+                ]
+            else:
+                picked = [
+                    [word_at(p, counted, side, words) for p in labels]
+                    for side, ids in sides
+                    for words in [encoded.words(ids)]
+                ]
             shared = all(p == picked[0] for p in picked)
             dataset = dataset.assign_coords({name: (dim, picked[0]) if shared else (("pair", dim), picked)})
     return dataset
+
+
+def _counted(dim: str, rows: Sequence[Row], found: Sequence[Label]) -> str | None:
+    """In whose prompts the labels of a dim count: ``""`` for each in its own; ``None`` where that has no answer."""
+    labels = [row.labels[dim] for row in rows if dim in row.labels] or found
+    if dim == "span":
+        return "" if all(isinstance(label, str) for label in labels) else None
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        return None
+    counted = {_of(row, dim) for row in rows if dim in row.labels} or {""}
+    return counted.pop() if len(counted) == 1 else None
+
+
+def _of(row: Row, dim: str) -> str:
+    """In whose prompts a row's label of a dim counts."""
+    label = row.labels[dim]
+    if isinstance(label, Aligned):
+        return label.of
+    picked = [site.picked(dim) for site in row.sites]
+    return next((one.of for one in picked if one.of and label in (one.items or ())), "")
+
+
+def word_at(position: int, counted: str, side: Side, words: Sequence[str]) -> str:
+    """The token at a position of one prompt; empty where it has none.
+
+    Args:
+        position: The position.
+        counted: In whose prompt it counts, to be found by its partner in the other; ``""`` for this one.
+        side: The prompt.
+        words: Its tokens.
+    """
+    at = select(Aligned(position, counted) if counted else position, "pos").on(side)
+    return words[at[0]] if at else ""
 
 
 def _own_noise(measured: Measured) -> list[float]:
@@ -279,8 +342,21 @@ def provenance(model: Model, encoded: EncodedPairs, plan: Plan, measured: Measur
         "noise_floor": json.dumps(
             {".".join(filter(None, c)): float(n) for c, n in zip(measured.columns, measured.noise, strict=True)}
         ),
+        **({"references": json.dumps(_references(plan))} if plan.references else {}),
         "seconds": round(measured.seconds, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _references(plan: Plan) -> dict[WorldName, dict[str, Any]]:
+    """What the reference worlds are made of: how many prompts, their tokens by hash, and the first one's."""
+    return {
+        world.name: {
+            "prompts": len(world.ids),
+            "hash": hashlib.sha256(repr((world.ids, world.encoder, world.row_of)).encode()).hexdigest()[:16],
+            "first": list(world.ids[0]),
+        }
+        for world in plan.references
     }
 
 
@@ -296,6 +372,7 @@ def origin(
         "fingerprint": fingerprint(model),
         "pairs": encoded.name,
         "bos": str(encoded.bos),
+        "align": encoded.align,
         "seed": "none" if encoded.seed is None else encoded.seed,
         "versions": json.dumps(versions()),
     }

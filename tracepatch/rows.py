@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 import torch
 import xarray as xr
 
+from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.errors import RecipeError
+from tracepatch.portions import Portion
 from tracepatch.sites import UNITS, Select, Site, component
-from tracepatch.sources import Function, Source, WorldName
+from tracepatch.sources import Function, Part, Source, WorldName, summed
 
 Label: TypeAlias = int | float | str
 # Names that results use themselves.
@@ -21,7 +23,16 @@ RESERVED = frozenset(
     (
         *("pair", "metric", "model", "row", "rows", "depth", "status"),
         *("effect", "normalized", "value", "base", "clean", "corrupted"),
-        *("token", "corrupted_token", "answer", "wrong", "clean_prompt", "corrupted_prompt", "decoder_prompt"),
+        *(
+            "token",
+            "corrupted_token",
+            "answer",
+            "wrong",
+            "clean_prompt",
+            "corrupted_prompt",
+            "decoder_prompt",
+            "corruption",
+        ),
     )
 )
 
@@ -42,7 +53,8 @@ class Edit:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The fixed tensor that it writes, alone or in a sum; ``None`` if there is none, or it is one number."""
-        constant = None if isinstance(self.source, Function) else self.source.terms().constant
+        total = summed(self.source)
+        constant = None if total is None else total.constant
         return None if constant is None or not constant.tensor.shape else constant.tensor
 
 
@@ -56,6 +68,11 @@ class Edits:
     def tensors(self) -> list[torch.Tensor]:
         """The fixed tensors of its edits, in the order of the edits; single numbers are left out."""
         return [e.tensor for e in self.edits if e.tensor is not None]
+
+    @property
+    def portions(self) -> list[Portion]:
+        """Which portions of live values its edits replace, in their order; those that replace all are left out."""
+        return [e.source.portion for e in self.edits if isinstance(e.source, Part)]
 
     @property
     def functions(self) -> list[Callable[..., torch.Tensor]]:
@@ -73,6 +90,8 @@ class EditedWorld(Edits):
         root: The pristine world below all edited ones: its prompts.
         edits: What always happens in it, in the order of recording.
         used: Whether a row or another world has used it, after which it cannot change.
+        origin: The world that it is a further draw of; empty for one that was recorded.
+        draw: Which draw of it.
     """
 
     name: WorldName
@@ -80,6 +99,8 @@ class EditedWorld(Edits):
     root: WorldName
     edits: list[Edit] = field(default_factory=list)
     used: bool = False
+    origin: WorldName = ""
+    draw: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} is {self.of} with " + "; ".join(map(str, self.edits))
@@ -215,7 +236,7 @@ def counted_from_0(row: Row, name: str, label: Label, architecture: Architecture
     return label + counts[0] if counts else label
 
 
-def require_label(row: Row, name: str, label: Label, architecture: Architecture, lengths: tuple[int, ...]) -> None:
+def require_label(row: Row, name: str, label: Label, architecture: Architecture, sides: Sequence[Side]) -> None:
     """Refuses a label that none of the row's edits touches, or, in a row without edits, nothing that it saves.
 
     Raises:
@@ -229,7 +250,9 @@ def require_label(row: Row, name: str, label: Label, architecture: Architecture,
         touched = any(site.component == label for site in row.sites)
     elif name in ("pos", "dest", "src"):
         along = [site for site in row.sites if name == "pos" or name in component(site.component).index]
-        touched = any(_selects(site.picked(name), label, n) for site in along for n in lengths)
+        touched = any(_stands_at(site.picked(name), label, side) for site in along for side in sides)
+    elif name == "span":
+        touched = any(str(site.picked(dim)) == label for site in row.sites for dim in ("pos", "src"))
     elif name in UNITS:
         split = [site for site in row.sites if component(site.component).unit == name]
         touched = any(_selects(s.unit, label, architecture.units(s.component, s.layer)) for s in split)
@@ -309,6 +332,13 @@ def require_fresh(what: str, edits: Sequence[Edit], taken: Sequence[Site], archi
                 f"{what} takes {site}, which has passed by when {late[0].component} is edited. Take that module's "
                 f"output instead, or edit {site.component} itself."
             )
+
+
+def _stands_at(picked: Select, label: Any, side: Side) -> bool:
+    if picked.items is not None and not picked.span and label in picked.items:
+        return True
+    found, length = picked.on(side) or (), side.length
+    return isinstance(label, int) and -length <= label < length and label % length in found
 
 
 def _selects(picked: Select, label: Any, length: int) -> bool:

@@ -18,21 +18,23 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
+from tracepatch.constants import Constant
 from tracepatch.costs import kept_bytes
 from tracepatch.errors import RecipeError, listing
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, held_of
 from tracepatch.jobs import EAGER, Job, Term, Write
 from tracepatch.journal import Measured
-from tracepatch.layout import Key, Seats, columns
+from tracepatch.layout import Key, columns
 from tracepatch.models import Model
 from tracepatch.plan import PROVED, Group, Plan, Status
 from tracepatch.planner import MEMORY
+from tracepatch.portions import Features
 from tracepatch.results import Result, to_result
-from tracepatch.rows import Row
+from tracepatch.rows import Edit, Row
 from tracepatch.sides import Op, Sides
 from tracepatch.sites import SPLIT_READERS
 from tracepatch.slopes import Slopes
-from tracepatch.sources import Constant, Function, Value, WorldName
+from tracepatch.sources import Function, Part, Value, WorldName
 from tracepatch.tokens import EncodedPairs
 
 SHARE = 8  # of the memory, the part that edited copies of values may take
@@ -91,9 +93,15 @@ def _why_not(row: Row, how: AtP) -> str:
         )
     if isinstance(how, IntegratedGradients) and any(isinstance(e.source, Function) for e in row.edits):
         return "a function has no line from the base to it; take tp.AtP(), or p.run()"
+    if isinstance(how, IntegratedGradients) and any(_of_features(e) for e in row.edits):
+        return "features of a dictionary do not follow a line; take tp.AtP(), or p.run()"
     if isinstance(how, IntegratedGradients) and any(e.site.component in SPLIT_READERS for e in row.edits):
         return "what single heads read is read in a run beside it, which has no line; take tp.AtP(), or p.run()"
     return ""
+
+
+def _of_features(edit: Edit) -> bool:
+    return isinstance(edit.source, Part) and isinstance(edit.source.portion, Features)
 
 
 @dataclass
@@ -128,6 +136,8 @@ class _Rows:
             plan.edited,
             touched,
             self.memory,
+            plan.references,
+            plan.surveys,
         )
         held, rules = held_of(self.how, self.architecture)
         scales = {(e.site.component, e.site.layer) for w in plan.edited for e in w.edits}
@@ -178,7 +188,9 @@ class _Rows:
     def _build(self, group: Group) -> list[Op]:
         sides = self.sides
         jobs = [job for pair in group.pairs for job in self.by_pair[pair]]
-        keep = {(t.component, t.layer) for job in jobs for w in job.writes for t in w.terms}
+        keep = {key for job in jobs for w in job.writes for key in w.needed}
+        if isinstance(self.how, IntegratedGradients):  # a line begins at the base's own values
+            keep |= {(w.component, w.layer) for job in jobs for w in job.writes if not w.add}
         ops = sides.known(group, keep)
         for base in self.bases:
             own = [job for job in jobs if job.base == base]
@@ -199,7 +211,8 @@ class _Rows:
         assert isinstance(how, IntegratedGradients)
         ops: list[Op] = [sides.backward(group, base, self.slopes, wanted)]  # for the base's values
         standing = {job.pair: job.writes for job in sides.unpatched(group, base)}
-        most = max(1, int((self.memory or MEMORY) // max(1, sides.pair_bytes(wanted, group.length, how.steps))))
+        length = group.of(sides.tracer.roots.get(base, base)).length
+        most = max(1, int((self.memory or MEMORY) // max(1, sides.pair_bytes(wanted, length, how.steps))))
         for start in range(0, len(own), most):
             part = own[start : start + most]
             moved = [
@@ -301,17 +314,20 @@ def by_place(jobs: Sequence[Job]) -> dict[Key, list[int]]:
 def edits_of(
     sides: Sides, group: Group, jobs: Sequence[Job], memory: int | None
 ) -> Iterator[tuple[Key, list[int], torch.Tensor, tuple[Any, ...], int]]:
-    """What rows write, place by place, as ``contractions.changes`` takes it.
+    """What rows of one base write, place by place, as ``contractions.changes`` takes it.
 
     Yields:
         Component and layer; the numbers of the rows that write there; where their pairs stand; the writes of each part
         of the rows; how many rows a part has.
     """
     place = {pair: i for i, pair in enumerate(group.pairs)}
-    seats = Seats({run: i for i, run in enumerate(sides.tracer.order(group))}, group.length)
+    if not jobs:
+        return
+    root = sides.tracer.root(jobs[0])
+    length, seats = group.of(root).length, sides.seats(group, root)
     for key, numbers in by_place(jobs).items():
         pairs = torch.tensor([place[jobs[n].pair] for n in numbers])
-        size = kept_bytes(sides.architecture, *key, group.length)
+        size = kept_bytes(sides.architecture, *key, length)
         most = max(1, int((memory or MEMORY) // SHARE // max(1, size)))
         writes = []
         for start in range(0, len(numbers), most):
@@ -334,7 +350,8 @@ def _partly(write: Write, weight: float, base: WorldName) -> Write:
             name, units = "attn_in", None
         own = Term(1 - weight, base, name, write.layer, write.positions, units, write.srcs)
         terms = (*terms, own)
-    return replace(write, terms=terms, constant=constant)
+    spread = tuple((tally, Constant.of(numbers.tensor * weight)) for tally, numbers in write.spread)
+    return replace(write, terms=terms, constant=constant, spread=spread)
 
 
 def _relabelled(result: Result, study: _Rows) -> Result:

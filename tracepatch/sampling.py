@@ -133,7 +133,7 @@ def binomial(trials: int, chance: float, found: int) -> float:
 
 def _choose(of: int, number: NDArray[np.intp]) -> Floats:
     """The logarithm of how many ways there are to choose ``number`` things of some."""
-    logs = _factorials(1 << max(4, of.bit_length()))
+    logs = _factorials(1 << max(4, int(of).bit_length()))
     return np.asarray(logs[of] - logs[number] - logs[of - number])
 
 

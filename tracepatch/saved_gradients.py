@@ -136,6 +136,7 @@ class Gradients:
         """
         direction = self._direction(direction)
         cells = Cells.of(self._rows, components, by, direction, source, only)
+        cells.require_plain(self._rows, "What was saved", "Estimate without saving: tp.attribute takes spans.")
         self._require_saved(cells.names)
         return self._estimated(cells, direction, lambda part, key, number: [self._product(part, cells, key, number)])
 

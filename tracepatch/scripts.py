@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from tracepatch.architecture import Architecture
+from tracepatch.averages import averages, prompts
 from tracepatch.errors import RecipeError, listing, plural
 from tracepatch.forwards import NAMED, PRISTINE, WIDTH, Common, Forward, comment, indented, safe, written
 from tracepatch.literals import along
 from tracepatch.metrics import Metric
+from tracepatch.reach import scored_at
 from tracepatch.readings import READINGS, Read
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Function, WorldName
+from tracepatch.sources import Value, WorldName, summed
 from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
@@ -38,6 +42,7 @@ def script(
     metrics: tuple[Metric, ...],
     model: str,
     edited: Mapping[WorldName, EditedWorld],
+    references: Mapping[WorldName, ReferenceWorld] | None = None,
 ) -> str:
     """The script of a row on a pair; ``Row.as_nnsight`` describes it.
 
@@ -50,6 +55,7 @@ def script(
         metrics: What is read.
         model: What the model is called.
         edited: The edited worlds.
+        references: The reference worlds.
 
     Raises:
         RecipeError: There is no such pair or metric, the pair lacks the row's positions, or the row holds what no
@@ -62,10 +68,12 @@ def script(
     names = [m.name for m in metrics]
     if metric is not None and metric not in names:
         raise RecipeError(f"There is no metric {metric!r} here; there is {', '.join(names)}.")
-    common = Common(row, pair, architecture, encoded, dict(edited))
+    common = Common(row, pair, architecture, encoded, dict(edited), references=dict(references or {}))
     worlds = _worlds(common, {row.base, *_sources(row.edits)})
-    _require_words([*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)])
-    _require_present(row.edits, pair, encoded)  # of edited worlds the plan has made sure
+    every = [*row.edits, *(edit for world in worlds if world in edited for edit in edited[world].edits)]
+    _require_words(every)
+    _require_counted(common, every)
+    _require_present(common, row)  # of edited worlds the plan has made sure
     which = 0 if metric is None else names.index(metric)
     read = metrics[which].site
     if read is not None and read.component not in STOPS:
@@ -82,11 +90,12 @@ def _worlds(common: Common, given: Iterable[WorldName]) -> list[WorldName]:
 
     def add(world: WorldName) -> None:
         if world not in found:
-            for other in (common.edited[world].of, *sorted(_sources(common.edited[world].edits))):
+            taken = _sources(common.edited[world].edits) - {*common.references}
+            for other in (common.edited[world].of, *sorted(taken)):
                 add(other)
             found.append(world)
 
-    for world in sorted(given, key=[*PRISTINE, *common.edited].index):
+    for world in sorted({*given} - {*common.references}, key=[*PRISTINE, *common.edited].index):
         add(world)
     return found
 
@@ -100,16 +109,39 @@ def _require_words(edits: list[Edit]) -> None:
         )
 
 
-def _require_present(edits: list[Edit], pair: int, encoded: EncodedPairs) -> None:
-    sites = [site for edit in edits for site in _sites(edit)]
-    absent = [[str(s) for s in sites if not (s.pos.resolve(n) and s.src.resolve(n))] for n in encoded.lengths]
-    if absent[pair]:
-        lacking, tokens = ", ".join(dict.fromkeys(absent[pair])), plural(encoded.lengths[pair], "token")
-        having = ", ".join(str(i) for i, missing in enumerate(absent) if not missing) or "none"
+def _require_counted(common: Common, edits: list[Edit]) -> None:
+    """Refuses values of references where a pair's prompts, or the reference's, are not indexed by numbers alone."""
+    mapped = common.encoded.alignments[common.pair].mapped
+    for value in (v for edit in edits for _, v in _values(edit) if v.world in common.references):
+        if mapped or value.site.pos.span or value.site.src.span:
+            raise RecipeError(
+                f"No script is written for {value}: in pairs that are aligned, and by spans, prompts of a reference "
+                "have positions of their own. Index the reference by positions, in pairs that correspond one by one."
+            )
+
+
+def _require_present(common: Common, row: Row) -> None:
+    lacking = [_lacking(replace(common, pair=i), row) for i in range(len(common.encoded))]
+    if lacking[common.pair]:
+        tokens = plural(common.side(row.base).length, "token")
+        having = ", ".join(str(i) for i, missing in enumerate(lacking) if not missing) or "none"
         raise RecipeError(
-            f"The row does not exist in pair {pair}: its prompts have {tokens}, which are too few for {lacking}. "
-            f"Pairs that have all of the row's positions: {having}."
+            f"The row does not exist in pair {common.pair}: its prompts have {tokens}, which are too few for "
+            f"{', '.join(lacking[common.pair])}. Pairs that have all of the row's positions: {having}."
         )
+
+
+def _lacking(common: Common, row: Row) -> list[str]:
+    """The sites of a row's edits that a pair does not have."""
+    found: dict[str, None] = {}
+    for edit in row.edits:
+        crossing = common.crosses(edit, row.base)
+        values = [(v.world, v.site) for _, v in _values(edit) if v.world not in common.references]
+        for world, site in ((row.base, edit.site), *values):
+            side = common.side(world)
+            if not (site.pos.on(side, crossing) and site.src.on(side, crossing)):
+                found[str(site)] = None
+    return list(found)
 
 
 class _Script:
@@ -117,19 +149,21 @@ class _Script:
 
     def __init__(self, common: Common, worlds: list[WorldName], which: int, metric: Metric) -> None:
         self.common, self.worlds, self.which, self.metric = common, worlds, which, metric
-        self.row, self.pair, self.encoded, self.length = common.row, common.pair, common.encoded, common.length
+        self.row, self.pair, self.encoded = common.row, common.pair, common.encoded
+        self.side = common.side(common.row.base)
 
     def text(self, model: str) -> str:
         """All of it; what the edits and the metric take from other runs is known only when they have been written."""
         patched, value, common = self._patched(), self._value(), self.common
         runs = [self._run(world) for world in reversed(self.worlds) if common.wanted[world]]
+        runs += [list(averages(common))] if common.averages else []
         body = [line for part in (*reversed(runs), patched) for line in (*part, "")]
         used = {
             common.root(world)
             for world in (self.row.base, *self.worlds)
             if world == self.row.base or common.wanted[world]
         }
-        tokens = [self._tokens(world) for world in PRISTINE if world in used]
+        tokens = [self._tokens(world) for world in PRISTINE if world in used] + [list(prompts(common))]
         names = sorted(common.parameters)
         body = [*EAGER, "", *indented(body[:-1]), BACK] if self._eager() else indented(body[:-1])
         lines = [
@@ -222,24 +256,29 @@ class _Script:
     def _value(self) -> list[str]:
         """The metric, from ``logits [pos, vocab]``, or from the live value that was kept."""
         if self.metric.site is not None:
+            if "direct" in self.metric.needs:
+                raise RecipeError(
+                    f"No plain script is written for {self.metric.name!r}, which needs the unembedding's directions. "
+                    "Ask for another metric: row.as_nnsight(pair, 'NAME')."
+                )
             self.common.parameters["metric"] = f"p.metrics[{self.which}]"
-            held = {need: list(self._given(need, (), "")) for need in self.metric.needs}
+            held = {need: list(self._given(need, (), "", False)) for need in self.metric.needs}
             of_pair = ", ".join(f"{need!r}: torch.tensor([{ids}])" for need, ids in held.items())
             return [f"value = metric({self.live}.float(), {{{of_pair}}})[0]  # of {self.metric.site}, [row, ...]"]
-        metric, positions = self.metric, self.metric.positions.resolve(self.length) or ()
-        several, last = len(positions) > 1, positions == (self.length - 1,)
+        metric, positions, length = self.metric, scored_at(self.metric, self.side) or (), self.side.length
+        several, last = len(positions) > 1, positions == (length - 1,)
         if metric.function in READINGS:
-            at = along(positions, not several, self.length)
+            at = along(positions, not several, length)
             name = "last" if last else "read"
-            read = Read(name, several, {need: self._given(need, positions, f"0, {at}") for need in metric.needs})
+            read = Read(name, several, {need: self._given(need, positions, "0", not several) for need in metric.needs})
             return [
                 f"{name} = logits[{-1 if last else at}].float()  # [{'position, ' if several else ''}vocab]",
                 f"value = {READINGS[metric.function](read)}{self._named(metric)}",
             ]
         self.common.parameters["metric"] = f"p.metrics[{self.which}]"
-        at, given = along(positions, False, self.length), []
+        at, given = along(positions, False, length), []
         for need in metric.needs:
-            what = self._given(need, positions, f":, {at}")
+            what = self._given(need, positions, ":", False)
             given.append(
                 f"{need!r}: {what if isinstance(what, str) else f'torch.tensor([{list(what)}]).to(logits.device)'}"
             )
@@ -256,22 +295,33 @@ class _Script:
         words = [f"{i} is {word!r}" for i, word in zip(ids, self.encoded.words(ids), strict=True)]
         return f"  # {', '.join(words)}" if 0 < len(words) <= NAMED else ""
 
-    def _given(self, need: str, positions: tuple[int, ...], at: str) -> tuple[int, ...] | str:
+    def _given(self, need: str, positions: tuple[int, ...], rows: str, scalar: bool) -> tuple[int, ...] | str:
         """What a metric needs of the pair: ids, or another run's log-probabilities as code."""
         if need in PRISTINE:
-            return f"{self.common.kept(need, 'logits', 0)}[{at}].float().log_softmax(-1)"
-        found: tuple[int, ...] = getattr(self.encoded, "clean" if need == "next" else need)[self.pair]
+            there = self.common.side(need)
+            at = along(scored_at(self.metric, there) or (), scalar, there.length)
+            return f"{self.common.kept(need, 'logits', 0)}[{rows}, {at}].float().log_softmax(-1)"
+        if need == "tokens":
+            return self.encoded.world(self.common.root(self.row.base))[self.pair]
+        if need == "continuation":
+            ids, appended = self.encoded.clean[self.pair], self.encoded.appended[self.pair]
+            answer = (*ids[len(ids) - appended :], *self.encoded.answer[self.pair])
+            return (-1,) * (len(positions) - len(answer)) + answer
         if need == "next":  # after the last token the answer
-            follow = (*found[1:], *(self.encoded.answer[self.pair][:1] or (0,)))
-            found = tuple(follow[p] for p in positions)
+            return tuple(self.encoded.following(self.pair, self.side.world, p) or 0 for p in positions)
+        found: tuple[int, ...] = getattr(self.encoded, need)[self.pair]
         return found
 
 
 def _sources(edits: Iterable[Edit]) -> set[WorldName]:
     """The worlds whose values edits take."""
-    return {v.world for e in edits if not isinstance(e.source, Function) for _, v in e.source.terms().values}
+    return {v.world for e in edits for _, v in _values(e)}
 
 
 def _sites(edit: Edit) -> list[Site]:
-    values = () if isinstance(edit.source, Function) else edit.source.terms().values
-    return [edit.site, *(value.site for _, value in values)]
+    return [edit.site, *(value.site for _, value in _values(edit))]
+
+
+def _values(edit: Edit) -> tuple[tuple[float, Value], ...]:
+    total = summed(edit.source)
+    return () if total is None else total.values

@@ -70,6 +70,7 @@ def _functions(plan: Plan) -> Iterator[tuple[str, Any]]:
             function = getattr(edit.source, "function", None)
             if function is not None:
                 yield name, function
+            yield from ((name, code) for code in getattr(getattr(edit.source, "portion", None), "functions", ()))
         for save in getattr(owner, "saves", ()):
             if save.reduce is not None:
                 yield name, save.reduce

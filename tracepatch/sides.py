@@ -1,4 +1,4 @@
-"""The runs that gradients take, for pairs of one length: unpatched and edited worlds, backwards, and contractions.
+"""The runs that gradients take, for pairs of the same lengths: unpatched and edited worlds, backwards, contractions.
 
 Operations are made here and taken as those of a plan are, in this process or on a server. Nothing is pruned: gradients
 are of whole prompts.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,28 +15,32 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
-from tracepatch.jobs import EAGER, Job
-from tracepatch.layout import Key, heads_of
+from tracepatch.jobs import EAGER, Job, order_of, parts
+from tracepatch.layout import Key, Seats, heads_of
 from tracepatch.lowering import Lowering
 from tracepatch.metrics import Metric
 from tracepatch.models import Model, module_of, name_of, remote_of, room_of
-from tracepatch.plan import Group, Plan, order_of, parts
-from tracepatch.planner import MEMORY, profile_of, require_given, world_job
+from tracepatch.plan import Group, Plan, Reading
+from tracepatch.planner import MEMORY, world_job
+from tracepatch.profiles import profile_of, require_given
 from tracepatch.reach import layers_of
+from tracepatch.references import ReferenceWorld, Survey
 from tracepatch.remote import There
 from tracepatch.rows import EditedWorld
 from tracepatch.slopes import LINE, Between, Slopes
 from tracepatch.sources import WorldName
 from tracepatch.steps import Here, Step, Taken
+from tracepatch.surveying import surveyed
+from tracepatch.surveys import cost
 from tracepatch.tokens import EncodedPairs
 from tracepatch.traced import Call, Tracer
+from tracepatch.weights import frozen
 
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
 
@@ -73,21 +76,25 @@ class Sides:
         edited: Sequence[EditedWorld] = (),
         wanted: Iterable[Key] = (),
         memory: int | None = None,
+        references: Sequence[ReferenceWorld] = (),
+        surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
         self._profiles = [replace(profile, pair=n) for n, profile in enumerate(self._profiles)]
-        named = {world.name: world for world in edited}
+        named, others = {world.name: world for world in edited}, {world.name: world for world in references}
         pristine = ("clean",) if encoded.corrupted is None else ("clean", "corrupted")
-        self._lowering = [Lowering(architecture, p, False, pristine, named) for p in self._profiles]
+        self._lowering = [Lowering(architecture, p, False, pristine, named, others) for p in self._profiles]
         self._memory = memory or room_of(model) or MEMORY
         widths = np.cumsum([0, *(1 + len(m.parts) for m in metrics)])
         self.columns = tuple(int(n) for n in widths[:-1])
         reads_logits = any(m.site is None for m in metrics)
         reached = {layers_of(architecture, name, layer) for name, layer in wanted}
-        reached |= {layers_of(architecture, r.component, r.layer) for p in self._profiles for r in p.seen}
+        reached |= {
+            layers_of(architecture, r.component, r.layer) for p in self._profiles for seen in p.seen for r in seen
+        }
         whole = reads_logits or not reached or bool(unending(model, architecture))
         until = 1 << 30 if whole else max(1, *reached)
         self.plan = Plan(
@@ -104,9 +111,13 @@ class Sides:
             budget=self._memory,
             edited=self.edited,
             until=until,
+            references=tuple(references),
+            surveys=tuple(surveys),
         )
         self.tracer = Tracer(model, architecture, encoded, self.plan)
+        self._surveyed = sum(cost(architecture, survey) for survey in surveys) / len(encoded)
         self.counted: dict[str, float] = defaultdict(float)  # forwards and backwards, in prompts
+        self.counted["forwards"] = self._surveyed
 
     @property
     def cost(self) -> str:
@@ -121,23 +132,36 @@ class Sides:
     # ------------------------------------------------------------------------------------------------ groups of pairs
 
     def groups(self, keys: Iterable[Key], rows: int = 1) -> Iterator[Group]:
-        """Pairs of one length, as many as the memory allows with these components kept, and so many rows a pair."""
+        """Pairs of the same lengths, as many as the memory allows with these components kept, and so many rows each."""
         keys = list(keys)
-        by_length: dict[Any, list[int]] = defaultdict(list)
-        for pair, length in enumerate(self.encoded.lengths):
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for pair, profile in enumerate(self._profiles):
+            lengths = profile.alignment.clean.length, profile.alignment.corrupted.length
             read = tuple(len(side[pair]) for side in self.encoded.encoder)
-            by_length[length, read].append(pair)
-        for (length, _), pairs in sorted(by_length.items()):
-            most = max(1, int(self._memory // max(1, self.pair_bytes(keys, length, rows))))
+            alike[lengths, read, profile.scored, profile.seen].append(pair)
+        for (lengths, *_), pairs in sorted(alike.items(), key=lambda item: item[0][:2]):
+            most = max(1, int(self._memory // max(1, self.pair_bytes(keys, max(lengths), rows))))
             for several in parts(pairs, lambda pair: 0, most):
                 yield self.group(several)
 
     def group(self, pairs: Sequence[int]) -> Group:
-        """Some pairs of one length."""
+        """Some pairs of the same lengths."""
         profile = self._profiles[pairs[0]]
-        reads = sorted({p for pair in pairs for p in self._profiles[pair].reads})
+        clean, corrupted = (
+            Reading(profile.alignment.side(root).length, profile.reads_of(root), profile.seen_of(root))
+            for root in ("clean", "corrupted")
+        )
         edited = tuple(tuple(world_job(self._lowering[pair], pair, world) for pair in pairs) for world in self.edited)
-        return Group(profile.length, tuple(pairs), tuple(reads), frozenset(), (), edited, 1, profile.seen)
+        return Group(
+            clean.length,
+            tuple(pairs),
+            clean.reads,
+            frozenset(),
+            (),
+            edited,
+            seen=clean.seen,
+            corrupted=None if profile.shared else corrupted,
+        )
 
     def pair_bytes(self, keys: Iterable[Key], length: int, rows: int = 1) -> int:
         """Memory of one pair: what a backward keeps of each layer, and values and gradients of components."""
@@ -147,28 +171,30 @@ class Sides:
             heads = architecture.units("z", layer.index)
             layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
         kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
-        logits = 3 * len(self._profiles[0].reads) * architecture.vocab * 4
+        logits = (
+            3 * max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted")) * architecture.vocab * 4
+        )
         return int(rows * (layer_bytes + logits + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
-        """Runs the unpatched worlds of pairs, then the edited ones, and keeps some of their values."""
-        keep = sorted({*keep, *((t.component, t.layer) for w in self._writes(group) for t in w.terms)})
+        """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
+        keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
         late = [m for m in self.metrics if self._compares(m)]
         direct = [m for m in self.metrics if not self._compares(m)]
-        ops: list[Op] = []
+        ops: list[Op] = [(op, None) for op in surveyed(self.tracer)]
         pristine = [Job(-1, pair, world, (), 0, 0) for pair in group.pairs for world in self.worlds]
         for jobs in (pristine, *group.edited):
             if not jobs:
                 continue
-            split = parts(jobs, lambda job: len(self.encoded.encoded(self.tracer.root(job), job.pair)), len(jobs))
+            split = parts(jobs, partial(self.tracer.alike, group), len(jobs))
             for part in split:
                 call = self.tracer.call(group, part, direct, keep=keep, keep_logits=bool(late))
                 ops.append((("run", call.run, "piece"), call))
             order = order_of(jobs, split)
-            joined = None if order is None else torch.tensor(order), torch.tensor(group.reads)
-            ops.append((("join", *joined, 0, self.tracer.measures(late, group, jobs)), None))
+            joined = self.tracer.joined(group, jobs, late)
+            ops.append((("join", None if order is None else torch.tensor(order), *joined), None))
             self.counted["forwards"] += len(jobs) / len(self.encoded)
         return ops
 
@@ -243,6 +269,10 @@ class Sides:
                 yield from zip((jobs[i] for i in order), own, strict=True)
                 pieces, jobs = [], []
 
+    def seats(self, group: Group, root: WorldName) -> Seats:
+        """Where what is known of each pair's worlds stands, for runs of its clean or corrupted prompts."""
+        return Seats(self.tracer.places(group), group.of(root).length)
+
     @staticmethod
     def unpatched(group: Group, base: WorldName) -> list[Job]:
         """The runs of a world, one a pair; of an edited one with its standing edits."""
@@ -253,6 +283,12 @@ class Sides:
         """Where each pair's run of a world stands in what is known."""
         order = {run: i for i, run in enumerate(self.tracer.order(group))}
         return torch.tensor([order[pair, world] for pair in group.pairs])
+
+    def settled(self, group: Group, world: WorldName, keys: Iterable[Key]) -> tuple[Any, ...]:
+        """The contraction that makes values kept of a world's run those that differences are taken from."""
+        apart = group.corrupted is not None
+        length = group.of(self.tracer.roots.get(world, world)).length if apart else None
+        return "settle", world, self.where(group, world), tuple(keys), length
 
     def agreeing(self, group: Group) -> torch.Tensor | None:
         """Before which position the two worlds of each pair are the same; ``None`` where that is not proved."""
@@ -301,12 +337,13 @@ class Sides:
         here = not remote_of(self.model)
         runner = Here(self.model, self.architecture, eager) if here else There(self.model, eager, say)
         asked = list(groups)
-        with runner.ready(), _frozen(module_of(self.model)):
+        with runner.ready(), frozen(module_of(self.model)):
             try:
                 runner.go((self._step(group, build, read), ()) for group in asked)
             except _MovedError:
                 _MUTATING.add(type(module_of(self.model)))
                 self.counted.clear()
+                self.counted["forwards"] = self._surveyed
                 runner.go((self._step(group, build, read), ()) for group in asked)
 
     def _step(
@@ -346,7 +383,7 @@ class Sides:
         if any(words in str(error) for words in (MOVED, *INPLACE)):
             return _MovedError(MOVED)
         call = next(call for _, call in (*reversed(ops[: number + 1]), *ops[number:]) if call is not None)
-        return self.tracer.failed(call, error)
+        return self.tracer.failed(call, error, ops[number][0])
 
 
 def _scales(how: Iterable[tuple[Key, tuple[Any, ...]]]) -> Iterator[tuple[Key, Any]]:
@@ -355,16 +392,3 @@ def _scales(how: Iterable[tuple[Key, tuple[Any, ...]]]) -> Iterator[tuple[Key, A
         held = given[-1] if kind in ("reader", "heads") else None
         if isinstance(held, tuple):
             yield key, held
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """The module with parameters that are not differentiated by, so that nothing is kept for their sake."""
-    changed = [p for p in module.parameters() if p.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)

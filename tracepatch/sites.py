@@ -7,15 +7,17 @@ slices, lists and boolean masks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Final, Literal
 
 import numpy as np
 
-from tracepatch.errors import ComponentError, SiteError, listing
+from tracepatch.alignment import Aligned, Side
+from tracepatch.errors import ComponentError, SiteError
 
 
 @dataclass(frozen=True)
@@ -150,27 +152,50 @@ class Select:
         bounds: ``(start, stop, step)`` of a slice.
         scalar: Written as one integer, so that the dim is dropped from shapes.
         mask: Length of the boolean mask it came from.
+        span: The named span among whose tokens the indices count; empty for a whole prompt.
+        of: Whose positions the indices are, where they mean their partners in another world's prompt (``Aligned``).
     """
 
     items: tuple[int, ...] | None = None
     bounds: tuple[int | None, int | None, int | None] = (None, None, None)
     scalar: bool = False
     mask: int | None = None
+    span: str = ""
+    of: str = ""
 
     def __str__(self) -> str:
+        if self.span:
+            return self.span if self._whole else f"{self.span}[{replace(self, span='')}]"
         if self.items is None:
             start, stop, step = ("" if b is None else str(b) for b in self.bounds)
             return f"{start}:{stop}" + (f":{step}" if step else "")
-        return str(self.items[0]) if self.scalar else str(list(self.items))
+        found = str(self.items[0]) if self.scalar else str(list(self.items))
+        return f"{found} of {self.of}" if self.of else found
+
+    @property
+    def _whole(self) -> bool:
+        return self.items is None and self.bounds == (None, None, None)
 
     @property
     def all(self) -> bool:
         """Whether it is a plain ``:``."""
-        return self.items is None and self.bounds == (None, None, None)
+        return self._whole and not self.span
 
     def resolve(self, length: int) -> tuple[int, ...] | None:
         """The indices along a dim of ``length``, counted from 0; ``None`` if one of them does not exist there."""
         return _resolve(self, length)
+
+    def on(self, side: Side, crossing: bool = False) -> tuple[int, ...] | None:
+        """The positions in a prompt; ``None`` if it lacks one of them.
+
+        Args:
+            side: The prompt.
+            crossing: Whether values go from one prompt of the pair to the other. Then ``:``, or a whole span, are those
+                positions that have a partner there, in the order of the clean prompt.
+        """
+        if not (self.span or self.of or (crossing and side.aligned is not None)):
+            return _resolve(self, side.length)
+        return _on(self, side, crossing)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -184,17 +209,37 @@ def _resolve(select: Select, length: int) -> tuple[int, ...] | None:
     return tuple(i % length for i in select.items)
 
 
+@lru_cache(maxsize=1 << 16)
+def _on(select: Select, side: Side, crossing: bool) -> tuple[int, ...] | None:
+    if select.span:
+        tokens = side.span(select.span, crossing and select._whole)
+        inside = None if tokens is None else _resolve(replace(select, span=""), len(tokens))
+        return tuple(tokens[i] for i in inside) if tokens and inside else None
+    if select.of:
+        found = [side.here(i, select.of) for i in select.items or ()]
+        return None if None in found else tuple(i for i in found if i is not None)
+    return side.aligned if crossing and select.all else _resolve(select, side.length)
+
+
 ALL: Final = Select()
+SPAN: Final = re.compile(r"([^\W\d]\w*)(?:\[(-?\d+|-?\d*:-?\d*)\])?")
+PLACES: Final = ("pos", "dest", "src")
+"""The dims along a prompt."""
 
 
 def select(index: Any, dim: str) -> Select:
     """An index as a user writes it, along ``dim``: an integer, slice, list, range, integer or boolean array.
+
+    Along a prompt also the name of a span, ``"subject"``, or tokens of one, ``"subject[-1]"``, and ``Aligned``
+    positions, one or a list of them.
 
     Raises:
         SiteError: It is something else, or it names one index twice.
     """
     if type(index) is int:
         return Select(items=(index,), scalar=True)
+    if isinstance(index, str) and dim in PLACES:
+        return _of_span(index, dim)
     if isinstance(index, slice):
         bounds = []
         for bound in (index.start, index.stop, index.step):
@@ -206,10 +251,17 @@ def select(index: Any, dim: str) -> Select:
         return Select(bounds=(bounds[0], bounds[1], bounds[2])) if any(b is not None for b in bounds) else ALL
     if isinstance(index, (bool, np.bool_, str)) or index is None or index is Ellipsis:
         raise SiteError(f"{index!r} is no index along {dim}: pass an integer, a slice, a list or a mask.")
+    if isinstance(index, Aligned):
+        return Select(items=(int(index),), scalar=True, of=index.of)
     if hasattr(index, "detach"):
         index = index.detach().cpu().numpy()
     if not isinstance(index, np.ndarray) and isinstance(index, Iterable):
         index = list(index)
+        counted = {i.of if isinstance(i, Aligned) else "" for i in index}
+        if counted & {"clean", "corrupted"}:
+            if len(counted) > 1:
+                raise SiteError(f"{index} along {dim} mixes positions of different prompts; an index counts in one.")
+            return replace(select([int(i) for i in index], dim), of=counted.pop())
     try:
         array = np.asarray(index)
     except ValueError:
@@ -229,6 +281,22 @@ def select(index: Any, dim: str) -> Select:
         twice = sorted({i for i in items if items.count(i) > 1})
         raise SiteError(f"{list(items)} along {dim} names {twice} twice; an edit writes each index once.")
     return Select(items=items)
+
+
+def _of_span(written: str, dim: str) -> Select:
+    found = SPAN.fullmatch(written)
+    if found is None:
+        raise SiteError(
+            f"{written!r} is no index along {dim}: a span is written as its name, or as 'name[-1]' or 'name[1:]' for "
+            "some of its tokens."
+        )
+    name, inside = found.groups()
+    if inside is None:
+        return Select(span=name)
+    if ":" not in inside:
+        return Select(items=(int(inside),), scalar=True, span=name)
+    start, stop = (int(bound) if bound else None for bound in inside.split(":"))
+    return Select(bounds=(start, stop, None), span=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,15 +344,17 @@ def split_index(kind: Component, index: Any) -> tuple[Select, Select, Select, Se
 
 
 def hashable(index: Any) -> Any:
-    """An index of integers and slices as something to look it up by; ``None`` for any other."""
+    """An index of integers, slices and names as something to look it up by; ``None`` for any other."""
     if type(index) is int:
         return index
     if type(index) is not tuple:
         index = (index,)
     key: list[Any] = []
     for part in index:
-        if type(part) is int:
+        if type(part) in (int, str):
             key.append(part)
+        elif type(part) is Aligned:
+            key.append((int(part), part.of))
         elif type(part) is slice and all(b is None or type(b) is int for b in (part.start, part.stop, part.step)):
             key.append((part.start, part.stop, part.step))
         else:
@@ -308,72 +378,3 @@ def layers_of(kind: Component, picked: Select, count: int) -> tuple[int, ...]:
             f"{kind.name}[{picked}, …]: this model has {count} layers, 0 to {count - 1} (or -{count} to -1)."
         )
     return layers
-
-
-def units_of(kind: Component, layer: int, picked: Select, count: int) -> None:
-    """Checks that the heads or neurons an index picks exist.
-
-    Raises:
-        SiteError: One does not exist.
-    """
-    if picked.all:
-        return
-    found = picked.resolve(count)
-    if found:
-        _require_once(found, f"{kind.name}[{layer}, …, {picked}]", f"a layer of {count} {kind.unit}s")
-    else:
-        raise SiteError(
-            f"{kind.name}[{layer}, …, {picked}]: layer {layer} has {count} {kind.unit}s, 0 to {count - 1} "
-            f"(or -{count} to -1)."
-        )
-
-
-def _require_once(indices: tuple[int, ...], what: str, where: str) -> None:
-    twice = sorted({i for i in indices if indices.count(i) > 1}) if len(set(indices)) < len(indices) else []
-    if twice:
-        raise SiteError(f"{what} names {twice} twice in {where}; an edit writes each index once.")
-
-
-def positions_of(site: Site, lengths: Iterable[int]) -> tuple[tuple[int, ...] | None, ...]:
-    """The positions a site picks in prompts of these lengths; ``None`` for a prompt that lacks one of them.
-
-    Raises:
-        SiteError: No prompt has them.
-    """
-    lengths = tuple(lengths)
-    found = _along(site, site.pos, lengths)
-    attended = _along(site, site.src, lengths)
-    return tuple(here if there else None for here, there in zip(found, attended, strict=True))
-
-
-def _along(site: Site, picked: Select, lengths: tuple[int, ...]) -> tuple[tuple[int, ...] | None, ...]:
-    found = tuple(picked.resolve(n) or None for n in lengths)
-    for length, positions in zip(lengths, found, strict=True):
-        _require_once(positions or (), str(site), f"a prompt of {length} tokens")
-    if not any(found):
-        shown = sorted(set(lengths))
-        tokens = f"{shown[0]} tokens" if len(shown) == 1 else f"{shown[0]} to {shown[-1]} tokens"
-        what = f"a mask of {picked.mask} positions" if picked.mask is not None else f"position {picked}"
-        offenders = listing([f"pair {i}: {n} tokens, 0 to {n - 1} (or -{n} to -1)" for i, n in enumerate(lengths)])
-        raise SiteError(f"{site}: {what} is in no prompt; the prompts have {tokens}.\n{offenders}")
-    return found
-
-
-@lru_cache(maxsize=1 << 14)
-def shape_of(site: Site, length: int, units: int, width: int) -> tuple[tuple[str, int], ...] | None:
-    """Dims and sizes as indexing gives them; ``None`` where prompts of this length lack the positions.
-
-    Args:
-        site: The place.
-        length: Tokens of the prompt.
-        units: Heads or neurons of that layer.
-        width: Size of the component's last dim.
-    """
-    kind = component(site.component)
-    sizes = {kind.place: len(site.pos.resolve(length) or ()), kind.unit: len(site.unit.resolve(units) or ())}
-    if kind.attends:
-        sizes["src"] = len(site.src.resolve(length) or ())
-    if not sizes[kind.place] or sizes.get("src") == 0:
-        return None
-    dims = [(dim, sizes[dim]) for dim in kind.index if dim != "layer" and not site.picked(dim).scalar]
-    return tuple(dims) if kind.dims[-1] in kind.index else (*dims, (kind.dims[-1], width))

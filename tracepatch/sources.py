@@ -10,13 +10,15 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from tracepatch.constants import Constant
 from tracepatch.errors import RecipeError
+from tracepatch.portions import Dictionary, Features, Portion, Subspace
 from tracepatch.sites import Site
 
 WorldName: TypeAlias = str  # "clean", "corrupted", or the name of an edited world
@@ -74,6 +76,30 @@ class Source:
 
     __itruediv__ = __imul__
 
+    def along(self, vectors: Any) -> Source:
+        """Its projection onto the span of vectors ``[k, d]``, or of one ``[d]``: all else of the site stays live.
+
+        ``p.corrupted.resid_pre[5, -1] = p.clean.resid_pre[5, -1].along(v)``. Vectors that span everything give the
+        source itself.
+
+        Raises:
+            RecipeError: They are no vectors, or are all 0.
+        """
+        span = Subspace.of(vectors)
+        return self if span.whole else Part(self, span)
+
+    def features(self, dictionary: Dictionary, chosen: Any) -> Part:
+        """Some features of it in a dictionary: all others, and what the dictionary does not explain, stay live.
+
+        Args:
+            dictionary: Which.
+            chosen: An integer, slice, list or mask.
+
+        Raises:
+            RecipeError: They are no features.
+        """
+        return Part(self, dictionary.portion(chosen))
+
 
 @dataclass(frozen=True, slots=True)
 class Value(Source):
@@ -91,39 +117,25 @@ class Value(Source):
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
-    """A fixed tensor, compared by its contents."""
-
-    tensor: torch.Tensor = field(compare=False)
-    digest: str
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Constant:
-        """The constant with these contents, in float32 or wider."""
-        kept = tensor.detach().cpu()
-        kept = kept.clone() if kept.dtype == torch.float64 else kept.to(torch.float32, copy=True)
-        content = str(tuple(kept.shape)).encode() + kept.contiguous().numpy().tobytes()
-        return cls(kept, hashlib.blake2b(content, digest_size=12).hexdigest())
-
-    def __str__(self) -> str:
-        shape = tuple(self.tensor.shape)
-        return f"{self.tensor.item():g}" if not shape else f"tensor{list(shape)}"
-
-
-@dataclass(frozen=True, slots=True)
 class Noise(Source):
     """Gaussian noise: drawn anew for each pair and site, and the same each time for the same seed.
 
     Attributes:
-        scale: Its standard deviation, in the activation's own unit.
+        scale: Its standard deviation, in the activation's own unit, or in that of ``unit``.
         seed: Which draw.
+        unit: What the scale is a multiple of the standard deviation of; ``None`` where it is a number as it stands.
+        draws: How often it is drawn, in rows of their own.
+        number: Which of these draws it is.
     """
 
     scale: float
     seed: int
+    unit: Value | None = None
+    draws: int = 1
+    number: int = 0
 
     @classmethod
-    def of(cls, scale: Any, seed: Any) -> Noise:
+    def of(cls, scale: Any, seed: Any, unit: Value | None = None, draws: int = 1) -> Noise:
         """Noise as a user asks for it.
 
         Raises:
@@ -131,26 +143,49 @@ class Noise(Source):
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
             raise RecipeError(f"gaussian takes a standard deviation, 0 or more, not {scale!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise RecipeError(f"The seed of gaussian is an integer, not {seed!r}.")
-        return cls(float(scale), seed)
+        return cls(float(scale), require_seed("gaussian", seed), unit, require_draws("gaussian", draws))
 
     def terms(self) -> Sum:
         """The noise alone."""
         return Sum((), None, ((1.0, self),))
 
     def draw(self, place: str, shape: Sequence[int]) -> torch.Tensor:
-        """The noise of a shape at a place (any text), in float32."""
+        """The noise of a shape at a place (any text), in float32; without its unit where it has one."""
         generator = torch.Generator().manual_seed(self.seed_at(place, shape))
         return self.scale * torch.randn(tuple(shape), generator=generator)
 
     def seed_at(self, place: str, shape: Sequence[int]) -> int:
         """The generator's seed for a shape at a place."""
-        digest = hashlib.blake2b(f"{self.seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
+        seed = f"{self.seed}" if self.number == 0 else f"{self.seed}, draw {self.number}"
+        digest = hashlib.blake2b(f"{seed} {place} {tuple(shape)}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big")
 
     def __str__(self) -> str:
-        return f"gaussian({self.scale:g}, seed={self.seed})"
+        of = "" if self.unit is None else f" × std of {self.unit}"
+        drawn = f", draw {self.number} of 0 to {self.draws - 1}" if self.draws > 1 else ""
+        return f"gaussian({self.scale:g}{of}, seed={self.seed}{drawn})"
+
+
+def require_seed(who: str, seed: Any) -> int:
+    """A seed as a user gives it.
+
+    Raises:
+        RecipeError: It is no integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise RecipeError(f"The seed of {who} is an integer, not {seed!r}.")
+    return seed
+
+
+def require_draws(who: str, draws: Any) -> int:
+    """A number of draws as a user gives it.
+
+    Raises:
+        RecipeError: It is no number of them.
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise RecipeError(f"draws of {who} is how often to draw, 1 or more, not {draws!r}.")
+    return draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +203,35 @@ class Sum(Source):
     def __str__(self) -> str:
         parts = [f"{one}" if factor == 1 else f"{factor:g}·{one}" for factor, one in (*self.values, *self.noise)]
         return " + ".join(parts + ([str(self.constant)] if self.constant or not parts else [])).replace("+ -1·", "- ")
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Source):
+    """What is written of a source: a portion of the live value becomes as it is there, the rest stays."""
+
+    source: Source
+    portion: Portion
+
+    def terms(self) -> Sum:
+        """Nothing: it depends on the live value."""
+        raise RecipeError(f"{self} replaces a portion of the live value, so it cannot be added to other values.")
+
+    def along(self, vectors: Any) -> Source:
+        """Refused: it is a portion already."""
+        raise RecipeError(f"{self} is a portion already; give one subspace, or one set of features.")
+
+    def features(self, dictionary: Dictionary, chosen: Any) -> Part:
+        """Refused, as ``along``."""
+        raise RecipeError(f"{self} is a portion already; give one subspace, or one set of features.")
+
+    def __str__(self) -> str:
+        if isinstance(self.portion, Features) and self.portion.clamp is not None:
+            return f"{self.portion}"
+        return (
+            f"{self.source} {self.portion}"
+            if isinstance(self.portion, Subspace)
+            else f"{self.source} in {self.portion}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +261,43 @@ class Increment:
     source: Source
 
 
+def summed(source: Source) -> Sum | None:
+    """What is written, wholly or in part, as a sum; ``None`` of a function, which is not known before the run."""
+    if isinstance(source, Part):
+        return source.source.terms()
+    return None if isinstance(source, Function) else source.terms()
+
+
+def noises(source: Source) -> bool:
+    """Whether a source is drawn anew for each pair."""
+    total = summed(source)
+    return total is not None and bool(total.noise)
+
+
+def vector(values: Any, name: str = "", *, unit: bool = False) -> Sum:
+    """A fixed vector with a name, as a source: ``p.clean.resid_pre[6, :] += 4 * tp.vector(v, "refusal")``.
+
+    Without a name a tensor may stand in an edit as it is.
+
+    Args:
+        values: ``[d]``, or whatever fits the site.
+        name: What rows and plans call it.
+        unit: Whether to divide it by its length, so that a coefficient is in the activation's unit.
+
+    Raises:
+        RecipeError: It is no tensor of finite numbers, or of length 0.
+    """
+    constant = as_source(values).terms().constant
+    assert constant is not None
+    tensor = constant.tensor
+    if unit:
+        length = tensor.norm()
+        if not length:
+            raise RecipeError(f"The vector {name or 'given'} is 0 and has no direction.")
+        tensor = tensor / length
+    return Sum((), Constant.of(tensor, name))
+
+
 def as_source(given: Any) -> Source:
     """A right-hand side as a source: another source, a number, a tensor or array of numbers, or a function.
 
@@ -205,6 +306,10 @@ def as_source(given: Any) -> Source:
     """
     if isinstance(given, Source):
         return given
+    if isinstance(given, Features):
+        if given.clamp is None:
+            raise RecipeError(f"{given} says which features, not what they become: value.features(…), or clamp(…).")
+        return Part(Sum((), Constant.of(torch.zeros(()))), given)
     if isinstance(given, Increment):
         raise RecipeError("The result of += is no value; write `site += source` as a statement of its own.")
     if callable(given) and not isinstance(given, torch.Tensor):
@@ -260,11 +365,14 @@ def _plus(a: Sum, b: Sum) -> Sum:
     except RuntimeError as error:
         shapes = [list(c.tensor.shape) for c in (a.constant, b.constant)]
         raise RecipeError(f"Tensors of the shapes {shapes[0]} and {shapes[1]} cannot be added.") from error
-    return Sum(values, Constant.of(total), noise)
+    names = [str(c) for c in (a.constant, b.constant)] if a.constant.name or b.constant.name else []
+    return Sum(values, Constant.of(total, " + ".join(names)), noise)
 
 
 def _times(a: Sum, factor: float) -> Sum:
-    constant = None if a.constant is None else Constant.of(a.constant.tensor * factor)
+    fixed = a.constant
+    name = "" if fixed is None or not fixed.name else fixed.name if factor == 1 else f"{factor:g}·{fixed.name}"
+    constant = None if fixed is None else Constant.of(fixed.tensor * factor, name)
     return Sum(
         tuple((factor * f, value) for f, value in a.values), constant, tuple((factor * f, n) for f, n in a.noise)
     )

@@ -18,10 +18,10 @@ import torch
 from tracepatch.architecture import Architecture
 from tracepatch.errors import MeasurementError, TracepatchError
 from tracepatch.firing import each_once
-from tracepatch.meter import metered
+from tracepatch.meter import Meter, metered
 from tracepatch.models import Model, eager_attention, module_of
 from tracepatch.plan import Batch
-from tracepatch.program import operate
+from tracepatch.program import LASTING, operate
 from tracepatch.traced import Call
 
 
@@ -85,7 +85,7 @@ class Here:
 
     def __init__(self, model: Model, architecture: Architecture, eager: bool) -> None:
         self._model, self._architecture, self._eager = model, architecture, eager
-        self._wires: dict[Any, Any] = {}  # the same for all groups
+        self._lasting: dict[Any, Any] = {}
         self.ran: dict[str, str] = {}
         self.forwards: float | None = None
         self.peak: int | None = None
@@ -102,22 +102,20 @@ class Here:
 
     def go(self, groups: Iterable[tuple[Step, Iterable[Step]]]) -> None:
         """Takes one operation after the other; see ``Runner``."""
-        forwards, depth = 0.0, len(self._architecture)
+        self.forwards = 0.0
         with metered(self._model, self._architecture) as meter:
             for lead, steps in groups:
-                before, length = meter.cells or 0, next(call.group.length for _, call in lead.ops if call)
-                known = dict(self._wires)
+                known = dict(self._lasting)
                 for step in itertools.chain([lead], steps):
-                    step.digest(self._taken(step, known))
-                forwards += ((meter.cells or 0) - before) / (length * depth)
-        self.forwards, self.peak = None if meter.cells is None else forwards, meter.peak
+                    step.digest(self._taken(step, known, meter))
+        self.forwards, self.peak = None if meter.cells is None else self.forwards, meter.peak
 
-    def _taken(self, step: Step, known: dict[Any, Any]) -> list[Taken]:
+    def _taken(self, step: Step, known: dict[Any, Any], meter: Meter) -> list[Taken]:
         several: Sequence[Step] = step.instead
         if not several:
             before = set(known)
             try:
-                return [(step, [self._operated(step, number, known) for number in range(len(step.ops))])]
+                return [(step, [self._operated(step, number, known, meter) for number in range(len(step.ops))])]
             except MeasurementError as error:
                 several = step.smaller() if isinstance(error.__cause__, torch.OutOfMemoryError) else ()
                 if not several:
@@ -126,10 +124,11 @@ class Here:
                 del known[key]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return [taken for one in several for taken in self._taken(one, known)]
+        return [taken for one in several for taken in self._taken(one, known, meter)]
 
-    def _operated(self, step: Step, number: int, known: dict[Any, Any]) -> Any:
+    def _operated(self, step: Step, number: int, known: dict[Any, Any], meter: Meter) -> Any:
         op, call = step.ops[number]
+        cells = meter.cells or 0
         try:
             with each_once(module_of(self._model), call.once if call else ()):
                 found = operate(self._model, op, known)
@@ -137,6 +136,15 @@ class Here:
             raise
         except Exception as error:
             raise step.failed(number, error) from error
+        whole = len(self._architecture) * (call.prompts.length if call else _length(op))
+        self.forwards = (self.forwards or 0.0) + ((meter.cells or 0) - cells) / whole
         gc.collect()  # a trace ends as a circle, with every activation of its run in it
-        self._wires |= {key: value for key, value in known.items() if key[0] == "wires"}
+        self._lasting |= {key: value for key, value in known.items() if key[0] in LASTING}
         return found
+
+
+def _length(op: tuple[Any, ...]) -> int:
+    """Tokens of a prompt that an operation runs; 1 of one that runs none."""
+    inputs = op[2][0] if op[0] == "add" else op[1] if op[0] == "raw" else {}
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    return 1 if ids is None else int(ids.shape[-1])

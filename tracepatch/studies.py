@@ -9,8 +9,7 @@ from typing import Any
 
 from tracepatch.metrics import Metrics, logit_diff
 from tracepatch.models import Model
-from tracepatch.prompts import Pairs
-from tracepatch.recipe import require_pairs
+from tracepatch.prompts import Pairs, require_pairs
 from tracepatch.results import Result
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from tracepatch.errors import PromptError, SiteError, listing
-from tracepatch.sites import Site, positions_of
+from tracepatch.alignment import Alignment, Side, paired
+from tracepatch.errors import PromptError, RecipeError, SiteError, listing
+from tracepatch.shapes import require_somewhere
+from tracepatch.sites import Site
 
 Prompt: TypeAlias = str | tuple[int, ...]
 Answer: TypeAlias = str | int
@@ -57,6 +60,13 @@ class EncodedPairs:
         seed: The seed it was made from, if it was.
         encoder: Per world (clean, then corrupted) and pair, the ids that an encoder reads; empty where there is none.
         decoder_prompts: What the decoder has written so far, as written; empty if it is its start token alone.
+        alignments: Per pair, which positions of its prompts correspond, and its spans; position by position, if none
+            are given.
+        unaligned: Why pairs could not be aligned as asked, a line for each.
+        corruption: Per pair, what its corruption is called; empty where they have no names.
+        align: How the positions of a pair's prompts correspond, in a word.
+        appended: Per pair, how many tokens of its answer stand at the end of its prompts: all but the last one; empty
+            where answers are one token.
     """
 
     clean_prompts: tuple[Prompt, ...]
@@ -71,6 +81,16 @@ class EncodedPairs:
     seed: int | None = None
     encoder: tuple[tuple[tuple[int, ...], ...], ...] = ()
     decoder_prompts: tuple[Prompt, ...] = ()
+    alignments: tuple[Alignment, ...] = ()
+    unaligned: tuple[str, ...] = ()
+    corruption: tuple[str, ...] = ()
+    align: str = "position by position"
+    appended: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.alignments:
+            lengths = zip(self.clean, self.clean if self.corrupted is None else self.corrupted, strict=True)
+            object.__setattr__(self, "alignments", tuple(paired((len(a), len(b))) for a, b in lengths))
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -104,6 +124,37 @@ class EncodedPairs:
         """Tokens of each pair's clean prompt; the decoder's, where there is an encoder."""
         return tuple(len(ids) for ids in self.clean)
 
+    def sides(self, world: str) -> tuple[Side, ...]:
+        """Per pair, the positions of its clean or corrupted prompt."""
+        return tuple(alignment.side(world) for alignment in self.alignments)
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """The worlds whose prompts there are."""
+        return ("clean",) if self.corrupted is None else ("clean", "corrupted")
+
+    @property
+    def mapped(self) -> bool:
+        """Whether some pair's positions do not all correspond to the same positions of its other prompt."""
+        return any(alignment.mapped for alignment in self.alignments)
+
+    def require_alike(self, what: str, instead: str) -> None:
+        """Refuses pairs whose prompts do not correspond position by position.
+
+        Args:
+            what: What needs that, to stand at the start of the message.
+            instead: What to do.
+
+        Raises:
+            RecipeError: There are some.
+        """
+        count = sum(alignment.mapped for alignment in self.alignments)
+        if count:
+            raise RecipeError(
+                f"{what} compares the two prompts of a pair at the same positions, and in {count} of {len(self)} pairs "
+                f"other ones correspond (aligned {self.align}). {instead}"
+            )
+
     @property
     def hint(self) -> str:
         """Whose the positions are, to be added to a message about them where an encoder reads the prompts."""
@@ -111,27 +162,59 @@ class EncodedPairs:
             return ""
         return "\nAn encoder reads the prompts; positions are the decoder's, and tp.Pairs(…, decoder=…) gives it more."
 
-    def require_positions(self, site: Site) -> None:
-        """Refuses a site whose positions are in no prompt.
+    def require_positions(self, site: Site, world: str) -> None:
+        """Refuses a site whose positions are in no prompt of a world.
 
         Raises:
             SiteError: With the positions that there are.
         """
         try:
-            positions_of(site, self.lengths)
+            require_somewhere(site, self.sides(world))
         except SiteError as error:
             raise SiteError(f"{error}{self.hint}") from None
 
     def differing(self, pair: int) -> tuple[int, ...]:
-        """The positions at which a pair's prompts, as they were written, have different tokens."""
+        """The positions at which a pair's prompts, as they were written, differ: in their tokens, or in having one."""
         if self.corrupted is None:
             return ()
+        return tuple(p for p, (a, b) in enumerate(zip_longest(*(side[pair] for side in self.written))) if a != b)
+
+    def swapped(self, pair: int) -> tuple[tuple[int | None, int | None], ...]:
+        """Where a pair's prompts, as they were written, differ: partners of different tokens, and what has no partner.
+
+        Each is (clean position, corrupted position), ``None`` for the partner that is not there.
+        """
+        alignment = self.alignments[pair]
+        here, there = alignment.clean.aligned, alignment.clean.partners
+        if here is None or there is None:
+            return tuple((p, p) for p in self.differing(pair))
         clean, corrupted = (side[pair] for side in self.written)
-        return tuple(p for p, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b)
+        found: list[tuple[int | None, int | None]] = [
+            (a, b) for a, b in zip(here, there, strict=True) if clean[a] != corrupted[b]
+        ]
+        found += [(p, None) for p in range(len(clean)) if p not in here]
+        return (*found, *((None, p) for p in range(len(corrupted)) if p not in there))
+
+    def following(self, pair: int, world: str, position: int) -> int | None:
+        """What the clean prompt goes on with after a position of a prompt: its next token; after the last the answer.
+
+        ``None`` where the position has no partner in the clean prompt.
+        """
+        side = self.alignments[pair].side(world)
+        if position == side.length - 1:
+            return (*self.answer[pair], 0)[0]
+        there = position if world == "clean" else self.alignments[pair].clean.here(position, world)
+        after = (*self.clean[pair][1:], *(self.answer[pair][:1] or (0,)))
+        return None if there is None else after[there]
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """Each id as text, special tokens included."""
         return [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Ids as one text."""
+        found: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return found
 
     def require_within(self, taken: int, scored: int, longest: int | None) -> None:
         """Refuses ids and lengths that the model does not have.
@@ -160,24 +243,32 @@ class EncodedPairs:
             raise PromptError(f"The model cannot take these pairs.\n{listing(bad)}\nIs this its tokenizer?")
 
     def require_comparable(self) -> None:
-        """Refuses pairs that cannot be compared position by position, or that do not differ.
+        """Refuses pairs that cannot be compared position by position, nor aligned, or that do not differ.
 
         Raises:
-            PromptError: Unequal token counts, or identical prompts; all offenders are listed.
+            PromptError: Unequal token counts, no alignment, or identical prompts; all offenders are listed.
         """
         if self.corrupted is None:
             return
+        if self.unaligned:
+            raise PromptError(
+                f"{len(self.unaligned)} of {len(self)} pairs cannot be aligned.\n{listing(self.unaligned)}\nReword "
+                "them, leave them out, or align them in another way: align= takes 'ends', 'prefix', 'suffix', 'spans', "
+                "or for each pair a map of clean to corrupted positions."
+            )
         unequal, same = [], []
         for i, (a, b) in enumerate(zip(*self.written, strict=True)):
             texts = f"{shown(self.clean_prompts[i], 40)} / {shown(self.corrupted_prompts[i], 40)}"
-            if len(a) != len(b) and not self.encoder:  # positions are the decoder's, and its text is the same
+            comparable = len(a) == len(b) or self.alignments[i].mapped
+            if not comparable and not self.encoder:  # positions are the decoder's, and its text is the same
                 unequal.append(f"pair {i}: clean has {len(a)} tokens, corrupted has {len(b)}   {texts}")
             elif a == b:
                 same.append(f"pair {i}: {shown(self.clean_prompts[i])}")
         if unequal:
             raise PromptError(
                 f"{len(unequal)} of {len(self)} pairs cannot be compared position by position.\n{listing(unequal)}\n"
-                "Reword one prompt of each pair until the counts agree."
+                "Reword one prompt of each pair until the counts agree, or say which positions correspond: "
+                "align='ends', 'prefix', 'suffix', 'spans', or a map for each pair."
             )
         if same:
             raise PromptError(
@@ -223,9 +314,16 @@ def bos_policy(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> BosPolic
     return BosPolicy(prefix, tokenizer.decode(list(prefix)), why)
 
 
-def one_token(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[str]:
-    """Those of the words that are one token, in order."""
-    return [word for word in words if answer_id(tokenizer, word, "") is not None]
+def one_token(tokenizer: PreTrainedTokenizerBase, words: Iterable[str], after: str = "") -> list[str]:
+    """Those of the words that are one token, in order.
+
+    Args:
+        tokenizer: Of the model.
+        words: With a leading space, as they stand in a text.
+        after: A text that they continue: a SentencePiece tokenizer gives " Mary" on its own two tokens, and after a
+            word one.
+    """
+    return [word for word in words if answer_id(tokenizer, word, after) is not None]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

@@ -14,7 +14,7 @@ import nnsight
 import torch
 
 from tracepatch.masks import wired
-from tracepatch.norms import module_at
+from tracepatch.norms import directions, module_at
 from tracepatch.taps import KINDS, tapped
 from tracepatch.writing import edited, on, perform, retain
 
@@ -165,6 +165,15 @@ def wires_inside(model: Any, blocks: tuple[str, ...], wrapped: bool, unembed: st
     return wires
 
 
+def direct(model: Any, inputs: dict[str, Any], given: tuple[Any, ...]) -> torch.Tensor:
+    """A traced forward of some prompts that shows what the stream adds to sums of logits; see ``norms.directions``."""
+    taken = {name: value.to(home(model)) for name, value in inputs.items()}
+    with torch.no_grad():
+        with model.trace(**taken, use_cache=False):
+            found = nnsight.save(directions(model, sandboxed(model), *given))
+    return found  # type: ignore[no-any-return]  # nnsight has no types
+
+
 def named(ids: torch.Tensor, encoder: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Token ids as the arguments of a forward."""
     return {"input_ids": ids} if encoder is None else {"input_ids": encoder, "decoder_input_ids": ids}
@@ -196,7 +205,7 @@ def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: 
         read = kept[at] if isinstance(at, tuple) else logits[:, at.to(logits.device)].float()
         read = read if columns is None else read[..., columns.to(read.device)]
         # Shadow rows, which stand at the end, have logits, but nothing else that metrics read.
-        needed = {name: needs(value, at, known)[: len(read)].to(read.device) for name, value in given.items()}
+        needed = {name: needs(value, known)[: len(read)].to(read.device) for name, value in given.items()}
         found = function(read, needed)
         scores.append((found if found.ndim == 2 else found[:, None]).to(scores[0].device if scores else read.device))
     if not scores:
@@ -205,12 +214,16 @@ def scored(logits: Any, measures: tuple[Any, ...], kept: dict[Any, Any], known: 
     return torch.cat([found[:rows] for found in scores], 1).float().cpu()
 
 
-def needs(value: Any, at: torch.Tensor, known: dict[Any, Any]) -> torch.Tensor:
-    """What a metric is given: a tensor as it is, or of ``("reference", worlds)`` those worlds' log-probabilities."""
+def needs(value: Any, known: dict[Any, Any]) -> torch.Tensor:
+    """What a metric is given: a tensor, worlds' log-probabilities ``("reference", worlds, at)``, or rows of a table."""
     if isinstance(value, torch.Tensor):
         return value
+    if value[0] == "known":
+        table: torch.Tensor = known[value[1]]
+        return table[value[2].to(table.device)]
     reference: torch.Tensor = known["reference", 0]
-    return reference[value[1].to(reference.device)][:, at.to(reference.device)]
+    worlds, at = on(reference.device, value[1:])
+    return reference[worlds][:, at]
 
 
 def inside(

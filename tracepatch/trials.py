@@ -7,46 +7,106 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 
-from tracepatch.architecture import Architecture
-from tracepatch.errors import RecipeError
-from tracepatch.metrics import Metric, require_sound
+from tracepatch.alignment import Side
+from tracepatch.errors import MetricError, RecipeError
+from tracepatch.fitting import Dims, fits
+from tracepatch.metrics import Metric
 from tracepatch.rows import RESERVED, EditedWorld, Row, Save
-from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site, component
+from tracepatch.sites import COMPONENTS, SPLIT_READERS, Site
 from tracepatch.sources import Function, Sum, Value, WorldName
 
-Dims: TypeAlias = tuple[tuple[str, int], ...]
-"""Names and sizes, as indexing a site gives them."""
 TAKEN = frozenset(
     (*RESERVED, *(dim for kind in COMPONENTS.values() for dim in (*kind.index, *kind.dims)), "name", "component")
 )
 
 
 def require_measure(
-    metric: Metric, vocab: int, lengths: Sequence[int], shape: Callable[[Site, int], Dims | None], device: Any
+    metric: Metric, vocab: int, sides: Sequence[Side], shape: Callable[[Site, Side], Dims | None], device: Any
 ) -> None:
     """Tries a metric on made-up values, of each shape that it will be given.
 
     Args:
         metric: The metric.
         vocab: How many logits there are.
-        lengths: Of the prompts.
-        shape: Dims and sizes of a site in prompts of a length, which may lack it.
+        sides: The prompts.
+        shape: Dims and sizes of a site in a prompt, which may lack it.
         device: Where a metric of an activation is computed.
 
     Raises:
         MetricError: It fails, has the wrong shape, or mixes rows.
     """
     if metric.site is None:
-        require_sound(metric, vocab, len(metric.positions.resolve(lengths[0]) or (0,)))
+        require_sound(metric, vocab, len(metric.positions.on(sides[0]) or (0,)))
         return
-    for dims in dict.fromkeys(shape(metric.site, length) for length in lengths):
+    for dims in dict.fromkeys(shape(metric.site, side) for side in sides):
         if dims is not None:
             require_sound(metric, vocab, 1, dims, device)
+
+
+def require_sound(chosen: Metric, vocab: int, reads: int, dims: Dims = (), device: Any = "cpu") -> None:
+    """Tries a metric on made-up logits, or on a made-up activation.
+
+    Args:
+        chosen: The metric.
+        vocab: How many logits there are.
+        reads: At how many positions it reads them.
+        dims: Names and sizes of the activation, if it reads one.
+        device: Where it will be called with that.
+
+    Raises:
+        MetricError: It raises, has the wrong shape, or mixes rows.
+    """
+    rows = 3
+    beyond = [i for i in chosen.vocab or () if isinstance(i, int) and i >= vocab]
+    if beyond:
+        raise MetricError(f"Metric {chosen.name!r} reads token ids {beyond}, and the vocabulary has {vocab}.")
+    vocab = len(chosen.vocab) if isinstance(chosen.vocab, tuple) else vocab
+    generator = torch.Generator().manual_seed(0)
+    shape = (reads, vocab) if chosen.site is None else tuple(n for _, n in dims)
+    logits = torch.randn(rows, *shape, generator=generator).to(device if chosen.site else "cpu")
+    everything = {
+        "answer": torch.zeros(rows, 1, dtype=torch.long),
+        "wrong": torch.ones(rows, 1, dtype=torch.long),
+        "next": torch.zeros(rows, reads, dtype=torch.long),
+        "continuation": torch.zeros(rows, reads, dtype=torch.long),
+        "tokens": torch.arange(max((n for dim, n in dims if dim in ("dest", "src")), default=4)).repeat(rows, 1),
+        "direct": torch.randn(rows, dict(dims).get("d_model", 1), generator=generator),
+    }
+    if chosen.site is None:
+        everything |= dict.fromkeys(("clean", "corrupted"), logits.flip(0).log_softmax(-1))
+    given = {need: everything[need].to(logits.device) for need in chosen.needs}
+    try:
+        found = chosen.function(logits.clone(), dict(given))
+    except Exception as error:
+        seen = (
+            f"{[rows, vocab]} [row, vocab] (one position is read)"
+            if chosen.squeezed
+            else f"{[rows, reads, vocab]} [row, read, vocab]"
+        )
+        what = f"logits of shape {seen}" if chosen.site is None else _values(chosen.site, rows, dims)
+        raise MetricError(f"Metric {chosen.name!r} fails on {what}: {type(error).__name__}: {error}") from error
+    wanted = [[rows]] if not chosen.parts else [[rows, 1 + len(chosen.parts)]]
+    if not isinstance(found, torch.Tensor) or list(found.shape) not in wanted:
+        got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(type(found).__name__)
+        raise MetricError(
+            f"Metric {chosen.name!r} must return one number a row: a tensor of shape {wanted[0]} for {rows} rows; it "
+            f"returned {got}. Keep the row dim: reduce over the others only."
+        )
+    alone = [chosen.function(logits[i : i + 1], {k: v[i : i + 1] for k, v in given.items()}) for i in range(rows)]
+    if not torch.allclose(found.float(), torch.cat(alone).float(), atol=1e-4, rtol=1e-4, equal_nan=True):
+        raise MetricError(
+            f"Metric {chosen.name!r} mixes rows: a row alone gives another number than among others. Each row "
+            "is a run of "
+            f"its own; reduce over {'positions and vocabulary' if chosen.site is None else 'the other dims'} only."
+        )
+
+
+def _values(site: Site, rows: int, dims: Dims) -> str:
+    return f"values of {site}, [{', '.join(f'{dim} {n}' for dim, n in (('row', rows), *dims))}]"
 
 
 def require_result(source: Function, site: Site, dims: Dims) -> None:
@@ -144,60 +204,6 @@ def _reduced(reduce: Callable[..., Any], dims: Dims) -> tuple[str, ...]:
     return tuple(dim or f"reduced_{next(left)}" for dim in names)
 
 
-def require_fit(site: Site, source: Sum, length: int, shape: Callable[[Site], Dims | None]) -> None:
-    """Refuses values and tensors that do not fit a site in prompts of some length.
-
-    Raises:
-        RecipeError: With the dims of both.
-    """
-    target = shape(site)
-    if target is None:
-        return
-    for _, value in source.values:
-        _require_value(site, value, length, dict(target), shape(value.site))
-    if source.constant is None:
-        return
-    given = tuple(source.constant.tensor.shape)
-    if not fits(given, tuple(n for _, n in target)):
-        dims = ", ".join(f"{dim} {n}" for dim, n in target)
-        raise RecipeError(
-            f"A tensor of shape {list(given)} does not fit {site}, which is [{dims}] in prompts of {length} tokens."
-        )
-
-
-def _require_value(site: Site, value: Value, length: int, target: dict[str, int], given: Dims | None) -> None:
-    if given is None:
-        return
-    ends = [component(s.component).dims[-1] for s in (site, value.site)]
-    if "width" in ends and set(ends) <= {"width", "d_model"}:  # where the sizes agree
-        given = tuple((ends[0] if dim == ends[1] else dim, n) for dim, n in given)
-    elif ends[0] != ends[1]:
-        raise RecipeError(f"{value} is a vector over {ends[1]} and does not fit {site}, a vector over {ends[0]}.")
-    for dim, count in given:
-        if count not in (1, target.get(dim, 1)):
-            raise RecipeError(
-                f"{value} has {count} {dim} entries and does not fit {site}, which has {target.get(dim, 1)} "
-                f"(in prompts of {length} tokens)."
-            )
-
-
-def require_unmoved(site: Site, source: Sum, length: int, architecture: Architecture) -> None:
-    """Refuses rotated queries and keys at another position than their own.
-
-    Raises:
-        RecipeError: With what to move instead.
-    """
-    for _, value in source.values:
-        if not {site.component, value.site.component} <= {"q", "k"} or not architecture.rotated(value.site.layer):
-            continue
-        here, there = site.pos.resolve(length), value.site.pos.resolve(length)
-        if here and there and here != there:
-            raise RecipeError(
-                f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
-                f"something else elsewhere. Move what they are made of: {site.component}_in."
-            )
-
-
 def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
     """Refuses what single heads read in a world that edits it: it has no one value there, as it has elsewhere.
 
@@ -213,14 +219,6 @@ def require_plain(source: Sum, edited: Mapping[WorldName, EditedWorld]) -> None:
                     "source that it was edited with."
                 )
             world = edited.get(world.of)
-
-
-def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a shape broadcasts to another, as arrays do."""
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
 
 
 def _called(function: Callable[..., Any], values: Sequence[torch.Tensor], name: str, dims: Dims) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,3 +29,16 @@ def bringer_of(part: torch.nn.Module) -> Any:
     """What brings a module's own parameters whenever it is called, where ``device_map`` left them elsewhere."""
     hook = getattr(part, "_hf_hook", None)
     return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
+
+
+@contextmanager
+def frozen(module: torch.nn.Module) -> Iterator[None]:
+    """The module with parameters that are not differentiated by, so that nothing is kept for their sake."""
+    changed = [p for p in module.parameters() if p.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 from tracepatch.architecture import Architecture
 from tracepatch.errors import ComponentError, RecipeError, SiteError
+from tracepatch.metrics import Metric
+from tracepatch.references import ReferenceWorld
 from tracepatch.rows import EditedWorld, Row
+from tracepatch.shapes import units_of
 from tracepatch.sites import (
     ALL,
     COMPONENTS,
@@ -22,7 +25,6 @@ from tracepatch.sites import (
     layers_of,
     select,
     split_index,
-    units_of,
 )
 from tracepatch.sources import Value, WorldName
 from tracepatch.tokens import EncodedPairs
@@ -36,6 +38,7 @@ class Records(Protocol):
         encoded: The pairs, as tokens.
         edited: The edited worlds, by name.
         sites: Per component, the sites that were written down, by their index: the same for all worlds.
+        references: The reference worlds, by name.
         opened: The row that is being written down, if any.
     """
 
@@ -43,6 +46,7 @@ class Records(Protocol):
     encoded: EncodedPairs
     edited: dict[WorldName, EditedWorld]
     sites: dict[str, dict[Any, Site]]
+    references: dict[WorldName, ReferenceWorld]
     opened: Row | None
 
     def write(self, world: WorldName, site: Site, given: Any) -> None:
@@ -145,7 +149,8 @@ class Activations:
 
     def __init__(self, recorder: Records, world: WorldName, kind: Component) -> None:
         self.recorder, self.world, self.kind = recorder, world, kind
-        self.sites = recorder.sites.setdefault(kind.name, {})
+        # A reference has prompts of its own, and so positions.
+        self.sites = {} if world in recorder.references else recorder.sites.setdefault(kind.name, {})
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.world, self._site(index))
@@ -169,11 +174,24 @@ class Activations:
                 f"{self.kind.name}[{layers}, …]: one layer at a time; several layers are several edits in one row."
             )
         site = Site(self.kind.name, layers.items[0], *picked)
-        return located(site, self.recorder.architecture, self.recorder.encoded)
+        found = self.recorder.references.get(self.world)
+        if found is not None:
+            return located(site, self.recorder.architecture, found)
+        edited = self.recorder.edited.get(self.world)
+        root = self.world if edited is None else edited.root
+        return located(site, self.recorder.architecture, self.recorder.encoded, root)
 
 
-def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Site:
+def located(
+    site: Site, architecture: Architecture, prompts: EncodedPairs | ReferenceWorld, world: WorldName = "clean"
+) -> Site:
     """A site as it was written, in one model and for some prompts: with its layer counted from 0.
+
+    Args:
+        site: As written.
+        architecture: Of the model.
+        prompts: The pairs, or the prompts of a reference.
+        world: Whose prompts must have its positions, in some pair.
 
     Raises:
         SiteError: The model has no such layer or unit, or no prompt has such a position.
@@ -187,5 +205,11 @@ def located(site: Site, architecture: Architecture, encoded: EncodedPairs) -> Si
     if kind.unit:
         units_of(kind, layer, site.unit, architecture.units(kind.name, layer))
     site = replace(site, layer=layer)
-    encoded.require_positions(site)
+    prompts.require_positions(site, world)
     return site
+
+
+def fitted(metric: Metric, architecture: Architecture, encoded: EncodedPairs) -> Metric:
+    """A metric for one model and some pairs: of their ids, at the place of this model that it reads."""
+    metric = metric.fitted(encoded)
+    return metric if metric.site is None else replace(metric, site=located(metric.site, architecture, encoded))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tracepatch.norms import module_at, norm_parts, normed, post_weight, wide
+from tracepatch.replacing import replaced
 
 
 def perform(
@@ -252,9 +253,11 @@ def edited(x: torch.Tensor, writes: tuple[Any, ...], known: dict[Any, torch.Tens
     if not writes:
         return x
     x = x.clone()
-    for add, cells, terms, constant, function, _ in writes:
+    for add, cells, terms, constant, function, portion, _ in writes:
         at = on(x.device, cells)
         value = written(terms, constant, known, x) if function is None else made(function, x[at], terms, known)
+        if portion is not None:
+            value = replaced(portion, x[at], value)
         if add:
             x.index_put_(at, value.expand(x[at].shape), accumulate=True)
         else:
@@ -280,6 +283,10 @@ def written(
     total = None if constant is None else constant.to(like.device, like.dtype)
     for factor, name, cells, lift in terms:
         table = known[name]
+        if cells is None:  # one number, times fixed ones
+            value = factor.to(like.device) * table.to(like.device)
+            total = value.to(like.dtype) if total is None else total + value.to(like.dtype)
+            continue
         value = table[on(table.device, cells)].to(like.device)
         value = value.unsqueeze(1) if lift else value
         value = value if factor == 1 else value * factor
@@ -305,7 +312,7 @@ def head_out(
         return x
     after = x.clone()
     repeated, changed = rows_of_several(writes, x, heads)
-    for add, (rows, slots, units, _), terms, constant, function, _ in writes:
+    for add, (rows, slots, units, _), terms, constant, function, portion, _ in writes:
         rows, slots = rows.to(x.device), slots.to(x.device)
         whole = units is None  # every head of each cell
         if whole:
@@ -325,6 +332,8 @@ def head_out(
             value = made(function, live.reshape(-1, heads, live.shape[-1]) if whole else live, terms, known)
         value = value.expand(-1, heads, -1).flatten(0, 1) if whole and value.ndim == 3 else value
         value = value.expand(len(rows), x.shape[-1])
+        if portion is not None:
+            value = replaced(portion, live, value)
         if not add:
             value = value - live
         changed.index_put_(cells, value[again], accumulate=True)
