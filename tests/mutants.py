@@ -48,6 +48,7 @@ AUDIT = ("test_audit.py",)
 EDGES = ("test_edges.py",)
 ALIGNED = ("test_alignment.py",)
 TEMPLATES = ("test_templates.py",)
+UNEVEN = ("test_uneven_estimates.py",)
 REFERENCES = ("test_references.py",)
 PORTIONS = ("test_portions.py",)
 MEASURES = ("test_measures.py",)
@@ -172,6 +173,9 @@ MUTANTS = (
     Mutant("worlds of several lengths are cut to the shortest", "program", "found = values[0].new_zeros(sum(map(len, values)), *shape)", "return torch.cat([value[:, : min(len(v[0]) for v in values)] for value in values])", ALIGNED),
     Mutant("rotated queries are moved", "fitting", "if here and there and (here != there or moved):", "if False:", ALIGNED),
     Mutant("the loss after a position is on its own next token", "tokens", 'there = position if world == "clean" else', "there = position if True else", ALIGNED),
+    Mutant("estimates take the other prompt's value of the same number", "differences", "return found[rows, agreeing.clamp(min=0).to(found.device)]", "return found[:, : agreeing.shape[1]]", UNEVEN),
+    Mutant("what has no partner is estimated all the same", "profiles", "[-1 if other is None or position == other < same", "[0 if other is None or position == other < same", UNEVEN),
+    Mutant("values kept with longer ones keep their length", "sides", "length = group.of(self.tracer.roots.get(world, world)).length if apart else None", "length = None", UNEVEN),
     Mutant("a span takes the token behind it", "spans", "if a < end and b > start]", "if a <= end and b > start]", TEMPLATES),
     Mutant("a span begins with the blank in front of it", "spans", "            while len(at) > 1 and not", "            while False and not", TEMPLATES),
     Mutant("the tokens in front of a prompt do not count for its spans", "spans", "first = len(ids) - len(offsets)", "first = 0", TEMPLATES),
