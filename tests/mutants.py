@@ -274,6 +274,7 @@ MUTANTS = (
     Mutant("steps of an integral are summed", "backward", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1) * weight", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1)", EDGES),
     Mutant("heads move along the line of the embeddings", "edge_attribution", 'line = ("attn_out", key[1]) if key[0] == "head_out" else key', 'line = ("resid_pre", 0)', EDGES),
     Mutant("an exact edge replaces what is read", "edge_attribution", "[read] += others - mine", "[read] = others", EDGES),
+    Mutant("a model that guesses does the task", "checklist", "if right < chance + error:", "if right < chance:", ("test_recipes_run.py",)),
     Mutant("where there is no edge there is 0", "edge_attribution", "here = np.where(joined, here, np.nan)", "here = np.where(joined, here, 0.0)", EDGES),
     Mutant("a short prompt counts where it has no position", "tallies", "count.clamp(min=1).reshape", "count.max().expand_as(count).reshape", REFERENCES),
     Mutant("prompts line up at their end as at their start", "references", "(self.longest - length) * (along == \"end\") for p in range(length)", "0 for p in range(length)", REFERENCES),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ioi_pairs, toy
+from tracepatch.recipes import ioi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -41,38 +42,23 @@ def untrained(tmp_path: Path) -> str:
 
 
 def test_a_study_is_run_saved_drawn_and_reported() -> None:
-    said = call(
-        "run", "attention_attribution", "--model", "toy:gpt2", "--model", "toy:llama", "--count", "2", "--report"
-    )
+    said = call("run", "attention_attribution", "--model", "toy:gpt2", "--count", "2", "--report")
     folder = Path("out/attention_attribution")
-    assert {path.name for path in folder.iterdir()} == {
-        *("summary.txt", "report.html", "weights.toy-gpt2.png", "weights.toy-llama.png"),
-        *(f"toy-{name}.{end}" for name in ("gpt2", "llama") for end in ("weights.nc", "arcs.png")),
-    }, "a picture for each model, as one cannot show both"
+    files = ("summary.txt", "report.html", "weights.png", "toy-gpt2.weights.nc", "toy-gpt2.arcs.png")
+    assert {path.name for path in folder.iterdir()} == set(files)
     assert "0.1  13 (to) → 9 (" in said
     assert "checks" not in said, "estimates have no rows to check"
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('<img src="data:image/png;base64,') == 4
-    saved = tp.open_result(folder / "toy-llama.weights.nc")
-    np.testing.assert_array_equal(
-        saved["estimate"].values,
-        tp.attention_attribution(toy("llama"), ioi_of("llama"))["estimate"].values,
-    )
-    assert "weights: What each attention" in call("explain", "attention_attribution", "--model", "toy:gpt2")
-
-
-def ioi_of(name: str) -> tp.Pairs:
-    from tracepatch.recipes import ioi
-
-    return ioi.prompts(toy(name).tokenizer, 2)
+    assert page.count('<img src="data:image/png;base64,') == 2
+    saved = tp.open_result(folder / "toy-gpt2.weights.nc")
+    again = tp.attention_attribution(toy("gpt2"), ioi.prompts(toy("gpt2").tokenizer, 2))
+    np.testing.assert_array_equal(saved["estimate"].values, again["estimate"].values)
 
 
 def test_an_audit_is_drawn_over_its_estimates_for_each_model() -> None:
     said = call("run", "mlp_neurons", "--model", "toy:gpt2", "--model", "toy:llama", "--count", "2", "--report")
-    assert (
-        len(re.findall(r"^  \d+ of the 20 neurons with the largest estimates are confirmed by patching$", said, re.M))
-        == 2
-    )
+    told = r"^  \d+ of the 20 neurons with the largest estimates are confirmed by patching$"
+    assert len(re.findall(told, said, re.M)) == 2
     names = {path.name for path in Path("out/mlp_neurons").glob("*.png")}
     assert names == {"neurons.toy-gpt2.png", "neurons.toy-llama.png"}
     assert Path("out/mlp_neurons/report.html").read_text(encoding="utf-8").count("<img ") == 2
@@ -90,18 +76,20 @@ def test_all_models_are_concluded_upon_and_drawn_together() -> None:
 
 
 def test_a_model_without_the_behaviour_is_left_out_in_words(untrained: str) -> None:
-    said = call("run", "ioi", "--model", untrained, "--model", "toy:gpt2", "--count", "4", "--no-checks", "--report")
+    Path("mine.py").write_text('"""Mine."""\nfrom tracepatch.recipes.ioi import heads, prompts\n')
+    more = ("--count", "4", "--no-checks")
+    said = call("run", "mine.py", "--model", untrained, "--model", "toy:gpt2", *more, "--report")
     why = r"the model does not do the task: it prefers the answer on 2 of 4 clean prompts, and a coin would on 2 ± 1\.0"
     assert re.search(rf"^untrained: left out, because {why}$", said, re.M)
-    assert not list(Path("out/ioi").glob("untrained*"))
-    assert (Path("out/ioi") / "toy-gpt2.heads.nc").is_file()
-    assert re.search(f"untrained: left out, because {why}", (Path("out/ioi") / "summary.txt").read_text())
-    assert re.search(f"untrained: left out, because {why}", (Path("out/ioi") / "report.html").read_text())
-    with pytest.raises(RecipeError, match=rf"ioi can be run on none of these models\.\nuntrained: .*{why}$"):
-        CliRunner().invoke(app, ["run", "ioi", "--model", untrained, "--count", "4"], catch_exceptions=False)
-    said = call("run", "ioi", "--model", untrained, "--count", "4", "--no-checks", "--anyway")
+    assert not list(Path("out/mine").glob("untrained*"))
+    assert Path("out/mine/toy-gpt2.heads.nc").is_file()
+    for file in ("summary.txt", "report.html"):
+        assert re.search(f"untrained: left out, because {why}", Path("out/mine", file).read_text(encoding="utf-8"))
+    with pytest.raises(RecipeError, match=rf"mine can be run on none of these models\.\nuntrained: .*{why}$"):
+        CliRunner().invoke(app, ["run", "mine.py", "--model", untrained, *more], catch_exceptions=False)
+    said = call("run", "mine.py", "--model", untrained, *more, "--anyway")
     assert "  FAIL: the model does not do the task" in said
-    assert (Path("out/ioi") / "untrained.heads.nc").is_file()
+    assert Path("out/mine/untrained.heads.nc").is_file()
 
 
 @pytest.mark.parametrize(
