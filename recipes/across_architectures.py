@@ -28,8 +28,7 @@ prompts = ioi.prompts
 @tp.recipe
 def by_depth(p):
     """Denoise the stream leaving each layer at the changed and the last token, and what attention and the MLP add."""
-    changed = sorted({position for pair in range(len(p.encoded)) for position in p.encoded.differing(pair)})
-    for where, position in {"changed": changed, "last": -1}.items():
+    for where, position in {"changed": p.span("subject"), "last": -1}.items():
         for layer in p.grid("resid_post", by="layer"):
             with p.row(name=f"stream at the {where} token", layer=layer):
                 p.corrupted.resid_post[layer, position] = p.clean.resid_post[layer, position]

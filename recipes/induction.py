@@ -9,8 +9,8 @@ Heads are first known by what they do on random words that stand there twice: ``
 head's attention goes to what followed the same word before, ``previous_token`` how much to the token before, and
 ``copying`` how much its output alone raises the right next word above another one of the prompt. Then they are patched.
 In the corrupted prompt the two words A and B of "A x … B y … A" have changed places, so that y is right instead of x
-(corruption BA): keys and values change, while the last word, which asks, does not. Clean values are written into the
-corrupted run (denoising).
+(corruption BA): keys and values change, while the last word, which asks, does not. With ``prompts(…, corruption="AB")``
+only the last word changes, and with it the queries. Clean values are written into the corrupted run (denoising).
 
 What to expect. The head with the highest prefix-matching score is one of those whose patches matter, with its keys and
 pattern, and the previous-token head below it matters with its values and output: what changes in the prompt is which
@@ -28,30 +28,12 @@ from matplotlib.figure import Figure
 from tracepatch.recipes.ioi import heads, keys, patterns, queries, values  # noqa: F401  # the parts of the experiment
 
 import tracepatch as tp
-from tracepatch.toys.tasks import WORDS
+from tracepatch.words import NOUNS
 
 
-def prompts(tokenizer, count: int = 8, seed: int = 0, length: int = 12) -> tp.Pairs:
-    """Random words, "A x … B y … A" in either order; in the corrupted prompt A and B have changed places.
-
-    Args:
-        tokenizer: The model's.
-        count: How many pairs.
-        seed: The same seed gives the same pairs, as long as the same words are one token.
-        length: Words before the last one.
-    """
-    rng, known = random.Random(seed), words(tokenizer, length)
-    clean, corrupted, answer, wrong = [], [], [], []
-    for _ in range(count):
-        drawn = rng.sample(known, length)
-        one, two = sorted(rng.sample(range(length - 2), 2))
-        a, b = rng.choice([(one, two + 1), (two + 1, one)])  # each is followed by a word of its own
-        exchanged = [drawn[{a: b, b: a}.get(place, place)] for place in range(length)]
-        clean.append("".join([*drawn, drawn[a]]).strip())
-        corrupted.append("".join([*exchanged, drawn[a]]).strip())
-        answer.append(drawn[a + 1])
-        wrong.append(drawn[b + 1])
-    return tp.Pairs(clean, corrupted, answer, wrong, name="induction (BA)", seed=seed)
+def prompts(tokenizer, count: int = 8, seed: int = 0, corruption: str = "BA") -> tp.Pairs:
+    """Random words, "A x … B y … A" in either order; ``tp.tasks.induction`` says what the corruptions are."""
+    return tp.tasks.induction(tokenizer, count, seed, corruption)
 
 
 def repeated(tokenizer, count: int = 8, seed: int = 0, length: int = 10) -> tp.Pairs:
@@ -63,20 +45,14 @@ def repeated(tokenizer, count: int = 8, seed: int = 0, length: int = 10) -> tp.P
         seed: Of the choice of words.
         length: Different words in a prompt.
     """
-    rng, known = random.Random(seed), words(tokenizer, length)
+    rng, known = random.Random(seed), tp.one_token(tokenizer, [f" {word}" for word in NOUNS], after="the")
+    if len(known) < length:
+        raise tp.errors.PromptError(
+            f"This tokenizer has {len(known)} of {len(NOUNS)} words as one token; {length} are needed."
+        )
     drawn = [rng.sample(known, length) for _ in range(count)]
     clean = ["".join(some * 2).strip() for some in drawn]
     return tp.Pairs(clean, None, [w[0] for w in drawn], [w[length // 2] for w in drawn], name="repeated", seed=seed)
-
-
-def words(tokenizer, least: int) -> list[str]:
-    """The words that are one token of this tokenizer, with a space in front."""
-    known = tp.one_token(tokenizer, [f" {word}" for word in WORDS])
-    if len(known) < least:
-        raise tp.errors.PromptError(
-            f"This tokenizer has {len(known)} of our {len(WORDS)} words as one token; a prompt needs {least}."
-        )
-    return known
 
 
 def attention(model, pairs: tp.Pairs) -> xr.DataArray:

@@ -22,7 +22,7 @@ from tracepatch.recipes import (
 )
 
 import tracepatch as tp
-from tracepatch.errors import PromptError
+from tracepatch.errors import MeasurementWarning, PromptError
 from tracepatch.models import module_of
 from tracepatch.toys.wired import wired_pairs
 
@@ -54,7 +54,6 @@ def test_prompts_are_those_of_their_seed_and_the_toys_solve_them(file: ModuleTyp
         (ioi.keys, "k", "kv_head"),
         (ioi.values, "v", "kv_head"),
         (ioi.patterns, "pattern", "head"),
-        (necessity_sufficiency.denoising, "z", "head"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -123,6 +122,21 @@ def test_the_wired_circuit_is_found() -> None:
     assert abs(np.delete(copied.ravel(), 6)).max() < 1e-5
 
 
+def test_what_is_corrupted_decides_what_of_a_head_matters() -> None:
+    """Another question is in the query of the wired induction head, another answer in its key; and nowhere else."""
+    model = toy("wired")
+    for corruption, matters, does_not in (
+        ("AB", induction.queries, induction.keys),
+        ("BA", induction.keys, induction.queries),
+    ):
+        pairs = induction.prompts(model.tokenizer, 4, corruption=corruption)
+        found = share(matters(model, pairs)).values
+        assert found[1, 2] == pytest.approx(1, abs=1e-3)
+        assert abs(np.delete(found.ravel(), 6)).max() < 1e-3
+        with pytest.warns(MeasurementWarning, match="patches change nothing"):
+            does_not(model, pairs)
+
+
 @pytest.mark.parametrize("name", tp.toys.NAMES)
 def test_the_head_with_the_highest_score_is_one_that_matters(name: str) -> None:
     """Of those above the first layer, patching the head that matches prefixes restores the most, or as much."""
@@ -136,7 +150,7 @@ def test_the_head_with_the_highest_score_is_one_that_matters(name: str) -> None:
 
 
 def test_prompts_of_induction() -> None:
-    made = induction.prompts(toy("gpt2").tokenizer, 40, 1, 8)
+    made = induction.prompts(toy("gpt2").tokenizer, 40, 1)
     orders = set()
     for clean, corrupted, (answer,), (wrong,) in zip(
         made.clean, made.corrupted or (), made.answer, made.wrong, strict=True
@@ -148,8 +162,8 @@ def test_prompts_of_induction() -> None:
         assert (words[words.index(a) + 1], changed[changed.index(a) + 1]) == (answer.strip(), wrong.strip())
         orders.add(words.index(a) == one)
     assert orders == {True, False}
-    with pytest.raises(PromptError, match=r"20 of our 48 words as one token; a prompt needs 30"):
-        induction.prompts(toy("wired").tokenizer, length=30)
+    with pytest.raises(PromptError, match=r"20 of \d+ words as one token; 30 are needed"):
+        induction.repeated(toy("wired").tokenizer, length=30)
 
 
 # ------------------------------------------------------------------------------------------------ attention, neurons
@@ -240,30 +254,18 @@ def test_prompts_of_three_other_names() -> None:
         assert not {answer.strip(), wrong.strip()} & set(changed)
 
 
-def test_each_edge_of_the_wired_circuit_is_necessary_and_sufficient() -> None:
+def test_each_head_of_the_wired_circuit_is_necessary_and_sufficient() -> None:
     made = wired_pairs(4)
     pairs = tp.Pairs(made.clean, made.corrupted, made.answer, made.wrong)
-    both = necessity_sufficiency.denoising(toy("wired"), pairs), necessity_sufficiency.noising(toy("wired"), pairs)
-    found = necessity_sufficiency.verdicts(*both)
-    told = {(layer, head): str(found.sel(layer=layer, head=head).item()) for layer in range(2) for head in range(4)}
-    assert {site for site, verdict in told.items() if verdict == "necessary and sufficient"} == {(0, 1), (1, 2)}
-    assert set(told.values()) == {"necessary and sufficient", "neither"}
-
-
-def test_verdicts_are_those_of_the_thresholds() -> None:
-    """One input of an AND is necessary only, one of an OR redundant; either direction can show what works against."""
-    model, pairs = toy("llama"), necessity_sufficiency.prompts(toy("llama").tokenizer, 2)
-    back, lost = necessity_sufficiency.denoising(model, pairs), necessity_sufficiency.noising(model, pairs)
-    gap = back["clean"] - back["corrupted"]
-
-    def made(result: xr.Dataset, shares: list[float]) -> xr.Dataset:
-        values = xr.DataArray(np.reshape(shares, (2, 4)), dims=("layer", "head"))
-        return result.assign(effect=(gap * values).transpose(*result["effect"].dims))
-
-    enough = [0.0, 1.0, 0.9, 0.1, 0.19, 0.21, -0.5, 0.5]
-    needed = [1.0, 0.0, 0.8, 0.1, 0.21, 0.19, 0.0, -0.4]
-    found = necessity_sufficiency.verdicts(made(back, enough), made(lost, [-value for value in needed]))
-    assert found.values.ravel().tolist() == [
-        *("necessary only", "redundant", "necessary and sufficient", "neither"),
-        *("necessary only", "redundant", "works against", "works against"),
+    both = necessity_sufficiency.heads(toy("wired"), pairs)
+    assert isinstance(both, xr.Dataset)
+    expected = np.full((2, 4), "irrelevant", dtype=object)
+    expected[0, 1] = expected[1, 2] = "necessary and sufficient"
+    np.testing.assert_array_equal(necessity_sufficiency.verdicts(both).transpose("layer", "head"), expected)
+    swept = tp.patch(toy("wired"), pairs, "z", direction="noising")
+    np.testing.assert_allclose(both["effect"].sel(direction="noising"), swept["effect"], atol=1e-6)
+    told = necessity_sufficiency.conclude(None, pairs, None, {"heads": both}, "")
+    assert [line.split() for line in told[1:]] == [
+        ["0.1", "necessary", "and", "sufficient", "+1.00", "+1.00"],
+        ["1.2", "necessary", "and", "sufficient", "+1.00", "+1.00"],
     ]

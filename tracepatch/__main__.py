@@ -36,8 +36,9 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="A Hugging Face repo id, a folder, or a bundled toy (toy:gpt2, toy:llama, toy:gpt_neox, toy:gemma2); "
-        "may be repeated, and named as in NAME=PATH. [default: the bundled toys that have the behaviour]",
+        help="A Hugging Face repo id, a folder, or a bundled toy "
+        f"({', '.join(f'toy:{name}' for name in tp.toys.TRAINED + tp.toys.WIRED)}); may be repeated, and named as in "
+        "NAME=PATH. [default: toys that have the behaviour]",
     ),
 ]
 Metrics = Annotated[

@@ -254,7 +254,10 @@ def asked_again(recorder: Recorder, request: str, source: Any = None) -> tuple[C
             "Estimate with value_bias=True."
         )
     if asked["source"] == "a tensor" and source is None:
-        raise RecipeError("The estimate is of writing a tensor, which it does not hold: pass the same source= again.")
+        raise RecipeError(
+            "The estimate is of writing a tensor, a mean or the like, which it does not hold: pass the same source= "
+            "again."
+        )
     only = {dim: _from_json(index) for dim, index in asked["only"].items()}
     written = source if asked["source"] == "a tensor" else asked["source"]
     return Cells.of(recorder, asked["components"], asked["by"], asked["direction"], written, only), asked["renormalize"]

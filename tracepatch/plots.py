@@ -36,15 +36,17 @@ __all__ = [
 def picture(effects: xr.Dataset, variable: str | None = None, **options: Any) -> Figure:
     """The picture that fits a result, with its own arguments.
 
-    ``audit`` of an audited estimate, ``attention`` over dest and src of every head, ``windows`` over layer and width,
-    ``depth`` over the layers of several models, ``bars`` over one dim, else ``heatmap``; of three dims that with the
-    fewest entries beside layer and pos has the panels.
+    ``audit`` of an audited estimate, ``quadrants`` of both directions with verdicts, ``attention`` over dest and src of
+    every head, ``windows`` over layer and width, ``depth`` over the layers of several models, ``bars`` over one dim,
+    else ``heatmap``; of three dims that with the fewest entries beside layer and pos has the panels.
     """
     if "audited" in effects:
         if "model" in effects.dims:
             raise ResultError("A picture of an audit shows one model: select one, as in effects.sel(model=…).")
         return audit(effects, **options)
     sizes = effects[main_variable(effects)].sizes
+    if "verdict" in effects:
+        return quadrants(effects, **options)
     inner = [str(dim) for dim in sizes if dim not in ("pair", *PANELS)]
     if {"layer", "head", "dest", "src"} <= set(inner):
         return attention(effects, variable, **options)

@@ -204,10 +204,10 @@ def audit(audited: xr.Dataset, **options: Any) -> Figure:
 
 def quadrants(
     denoising: xr.Dataset,
-    noising: xr.Dataset,
+    noising: xr.Dataset | None = None,
     *,
-    sufficient: float = 0.2,
-    necessary: float = 0.2,
+    sufficient: float | None = None,
+    necessary: float | None = None,
     label: int = 12,
     title: str | None = None,
     figure: Figure | SubFigure | None = None,
@@ -220,10 +220,11 @@ def quadrants(
     the other way by as much as a threshold works against the clean answer.
 
     Args:
-        denoising: The result of writing clean values into the corrupted run.
+        denoising: The result of writing clean values into the corrupted run; or that of ``tp.sweeps.both_directions``,
+            alone.
         noising: The result of writing corrupted values into the clean run, at the same sites.
-        sufficient: The least share brought back that counts as sufficient.
-        necessary: The least share lost that counts as necessary.
+        sufficient: The least share brought back that counts as sufficient; that of the result, or 0.2.
+        necessary: The least share lost that counts as necessary; that of the result, or 0.2.
         label: How many sites are named, the largest first; those that are neither are not.
         title: As for ``scatter``.
         figure: As for ``scatter``.
@@ -234,6 +235,11 @@ def quadrants(
     Raises:
         ResultError: The results are not of these two directions or share no site, or a threshold is not positive.
     """
+    if noising is None:
+        denoising, noising, shares = _two_ways(denoising)
+        sufficient = shares["sufficient"] if sufficient is None else sufficient
+        necessary = shares["necessary"] if necessary is None else necessary
+    sufficient, necessary = (0.2 if share is None else share for share in (sufficient, necessary))
     _require_directions(denoising, noising)
     if not (sufficient > 0 and necessary > 0):
         raise ResultError(f"Thresholds are positive shares, not {sufficient!r} and {necessary!r}.")
@@ -377,6 +383,22 @@ def _distinct(x: Any, y: Any, axes: tuple[_Axis, _Axis]) -> list[list[str]]:
             if ours[0] != ours[1]:
                 return [[f"{own}: {line[0]}", *line[1:]] for own, line in zip(ours, lines, strict=True)]
     return lines
+
+
+def _two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
+    """A result of both directions as one of each, and its thresholds."""
+    main_variable(both)
+    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
+        raise ResultError(
+            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
+            "quadrants(denoising, noising)."
+        )
+    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
+    parts = [
+        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
+        for way, (base, written) in ways.items()
+    ]
+    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
 
 
 def _require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
-from tracepatch.errors import MeasurementError, listing, plural
+from tracepatch.errors import MeasurementError, MetricError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
 from tracepatch.layout import Key, Seats, heads_of
@@ -78,6 +78,12 @@ class Sides:
         surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
+        jumping = [metric.name for metric in metrics if not metric.differentiable]
+        if jumping:
+            raise MetricError(
+                f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate a metric that changes "
+                "smoothly, such as tp.logit_diff, or measure this one with tp.patch."
+            )
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]

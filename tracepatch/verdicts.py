@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tracepatch.cells import BASES
+from tracepatch.cells import BASES, Cells
 from tracepatch.combining import over_pairs
 from tracepatch.errors import RecipeError
 from tracepatch.joint import run
@@ -17,6 +17,7 @@ from tracepatch.models import Model
 from tracepatch.places import along, at, write
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching
+from tracepatch.sites import component
 
 VERDICTS = ("irrelevant", "necessary only", "redundant", "necessary and sufficient", "opposing")
 """What both directions together say of a site, see ``both_directions``; their places are the numbers in ``verdict``."""
@@ -69,13 +70,15 @@ def both_directions(
         raise RecipeError(f"A share of the difference is a number above 0, up to 1: {', '.join(wrong)}.")
     if not isinstance(pairs, Pairs) or pairs.corrupted is None:
         raise RecipeError("Both directions take pairs with corrupted prompts: tp.Pairs(clean=…, corrupted=…, …).")
-    dims, chosen = along(name, by), only or {}
     with Patching(model, pairs, metric, **options) as p:
+        if component(name).place in along(name, by):
+            p.encoded.require_alike("A verdict by position", "Run over heads, or over by=('layer', 'span').")
         for direction in BASES:
-            for index in p.grid(name, dims, **chosen):
-                labels: dict[str, Any] = dict(zip(dims, index, strict=True))
+            cells = Cells.of(p, name, by, direction, None, only)
+            kept = cells.partnered(p)
+            for _, labels in cells.labels(p):
                 with p.row(direction=direction, **labels):
-                    write(p, direction, None, at(name, {**chosen, **labels}))
+                    write(p, direction, None, at(name, {**kept, **labels}))
     found = run(p, progress)
     share = over_pairs(found)["normalized"]
     back, lost = share.sel(direction="denoising", drop=True), -share.sel(direction="noising", drop=True)

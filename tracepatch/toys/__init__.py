@@ -1,7 +1,8 @@
-"""Tiny models with their tokenizers, offline and in milliseconds: four trained ones, and three wired by hand.
+"""Tiny models with their tokenizers, offline and in milliseconds: five trained ones, and three wired by hand.
 
 `gpt2`, `llama`, `gpt_neox` and `gemma2` are stock Hugging Face models of two or three layers that solve the two tasks
-in `tasks`; `train` is the script that trained them.
+in `tasks`; `train` is the script that trained them. `many_tasks` is a GPT-2 that knows facts, compares years, has
+stereotypes, tells praise from blame and completes docstrings, trained by `many_tasks`.
 
 The circuits of the others are known exactly, as they were put there: `wired` does induction, `gates` has inputs that
 are necessary only and inputs that are sufficient only, and `backup_heads` has a head that takes over from another.
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 NAMES: tuple[str, ...] = ("gpt2", "llama", "gpt_neox", "gemma2")
 """The trained toys that solve the tasks of `tasks`, one of each architecture."""
-TRAINED: tuple[str, ...] = NAMES
+TRAINED: tuple[str, ...] = (*NAMES, "many_tasks")
 """All trained toys."""
 WIRED: tuple[str, ...] = ("wired", "gates", "backup_heads")
 """The toys wired by hand."""
 TASKS: tuple[str, ...] = ("ioi", "induction", "and_gate", "or_gate", "one_input", "wired", "backup_heads")
-"""What `pairs` makes."""
+"""What `pairs` makes; the prompts of `many_tasks` are made by `tracepatch.tasks`."""
 
 
 def folder(name: str) -> Path:
