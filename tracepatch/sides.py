@@ -133,8 +133,6 @@ class Sides:
             counts.append(plural(round(number), word) if whole else f"{number:.1f} {word}s")
         return f"{' and '.join(counts)} a pair"
 
-    # ------------------------------------------------------------------------------------------------ groups of pairs
-
     def groups(self, keys: Iterable[Key], rows: int = 1) -> Iterator[Group]:
         """Pairs of the same lengths, as many as the memory allows with these components kept, and so many rows each."""
         keys = list(keys)
@@ -314,8 +312,6 @@ class Sides:
         branches = [s for layer in self.architecture.layers for s in layer.sublayers]
         paths = {path for s in branches for path in (s.pre_norm, s.post_norm, s.projection)}
         return frozenset({*paths, self.architecture.final_norm})
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def take(
         self,
