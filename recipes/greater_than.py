@@ -94,7 +94,10 @@ def conclude(model, pairs, metrics, results: dict[str, xr.Dataset], path) -> lis
     found = found[["clean", "value"]].isel(pair=np.argsort(first_right.values))
     first_right = first_right.sortby(first_right)
     later = found["year"].astype(int) >= first_right
-    lines, shown = [f"  {'':<22}later years  other years"], {"clean": "clean", "value": f"{name} of layer {layer} noised"}
+    lines, shown = (
+        [f"  {'':<22}later years  other years"],
+        {"clean": "clean", "value": f"{name} of layer {layer} noised"},
+    )
     figure, darkest = Figure(figsize=(9.6, 4.2), layout="constrained"), float(found["clean"].quantile(0.97))
     for axes, (name, words) in zip(figure.subplots(1, 2, sharey=True), shown.items(), strict=True):
         right, wrong = (float(found[name].where(where, 0).sum("year").mean()) for where in (later, ~later))

@@ -133,8 +133,6 @@ class Sides:
             counts.append(plural(round(number), word) if whole else f"{number:.1f} {word}s")
         return f"{' and '.join(counts)} a pair"
 
-    # ------------------------------------------------------------------------------------------------ groups of pairs
-
     def groups(self, keys: Iterable[Key], rows: int = 1) -> Iterator[Group]:
         """Pairs of the same lengths, as many as the memory allows with these components kept, and so many rows each."""
         keys = list(keys)
@@ -175,10 +173,8 @@ class Sides:
             heads = architecture.units("z", layer.index)
             layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
         kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
-        logits = (
-            3 * max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted")) * architecture.vocab * 4
-        )
-        return int(rows * (layer_bytes + logits + kept) + 3 * kept)
+        reads = max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted"))
+        return int(rows * (layer_bytes + 3 * reads * architecture.vocab * 4 + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
 
@@ -320,8 +316,6 @@ class Sides:
         branches = [s for layer in self.architecture.layers for s in layer.sublayers]
         paths = {path for s in branches for path in (s.pre_norm, s.post_norm, s.projection)}
         return frozenset({*paths, self.architecture.final_norm})
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def take(
         self,
