@@ -77,25 +77,27 @@ def direct_heads(p):
             p.clean.logits_in[-1] += p.corrupted.head_out[layer, -1, head] - p.clean.head_out[layer, -1, head]
 
 
-def probabilities(model, pairs, layer: int, head: int) -> xr.Dataset:
-    """The probability of every year, ``clean`` and, as ``value``, with a head noised at the last token."""
+def probabilities(model, pairs, name: str, layer: int) -> xr.Dataset:
+    """The probability of every year, ``clean`` and, as ``value``, with a layer's attention or MLP noised at the end."""
     years = sorted({year for answers in (*pairs.answer, *pairs.wrong) for year in answers})
     with tp.patching(model, pairs, {year: tp.basket([year], of="prob", name=year) for year in years}) as p, p.row():
-        p.clean.z[layer, -1, head] = p.corrupted.z[layer, -1, head]
+        getattr(p.clean, name)[layer, -1] = getattr(p.corrupted, name)[layer, -1]
     return p.run().squeeze("row").rename(metric="year")
 
 
 def conclude(model, pairs, metrics, results: dict[str, xr.Dataset], path) -> list[str]:
-    """What the strongest head, noised, does to the probability of each year; drawn over the year of the beginning."""
-    effects = tp.over_pairs(results["heads"])
-    layer, head = effects["effect"].to_series().idxmin()
+    """What the part that matters most does to the probability of each year when it is noised."""
+    name, layer = tp.over_pairs(results["layers"])["effect"].to_series().idxmin()
     more = prompts(model.tokenizer, 32, (pairs.seed or 0) + 1)
-    found = probabilities(model, more, layer, head)
+    found = probabilities(model, more, name, layer)
     first_right = xr.DataArray([min(map(int, answers)) for answers in more.answer], dims="pair")
     found = found[["clean", "value"]].isel(pair=np.argsort(first_right.values))
     first_right = first_right.sortby(first_right)
     later = found["year"].astype(int) >= first_right
-    lines, shown = [f"  {'':<22}later years  other years"], {"clean": "clean", "value": f"head {layer}.{head} noised"}
+    lines, shown = (
+        [f"  {'':<22}later years  other years"],
+        {"clean": "clean", "value": f"{name} of layer {layer} noised"},
+    )
     figure, darkest = Figure(figsize=(9.6, 4.2), layout="constrained"), float(found["clean"].quantile(0.97))
     for axes, (name, words) in zip(figure.subplots(1, 2, sharey=True), shown.items(), strict=True):
         right, wrong = (float(found[name].where(where, 0).sum("year").mean()) for where in (later, ~later))

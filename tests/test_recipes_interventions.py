@@ -172,7 +172,7 @@ def test_in_the_last_layer_all_of_an_mlp_is_direct(many: Any) -> None:
 
 def test_the_difference_of_probabilities_is_what_the_years_say(many: Any) -> None:
     pairs = greater_than.prompts(many.tokenizer, 3, 0)
-    found = greater_than.probabilities(many, pairs, 1, 2)["clean"]
+    found = greater_than.probabilities(many, pairs, "attn_out", 1)["clean"]
     assert found.sizes["year"] == 100
     with tp.patching(many, pairs, tp.prob_diff) as p, p.row():
         p.clean.z[1, -1, 2] = p.corrupted.z[1, -1, 2]
