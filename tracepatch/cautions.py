@@ -44,5 +44,5 @@ def _takes_away(row: Row, references: frozenset[WorldName]) -> bool:
 
 def _replaces(edit: Edit, references: frozenset[WorldName]) -> bool:
     """Whether what was there is replaced by something that is neither run's."""
-    total = summed(edit.source)
-    return total is not None and not edit.add and all(value.world in references for _, value in total.values)
+    total = None if edit.add else summed(edit.source)
+    return total is not None and all(value.world in references for _, value in total.values)

@@ -98,9 +98,9 @@ class Write:
         yield from (tally for tally, _ in self.spread)
 
     @property
-    def needed(self) -> Iterator[tuple[str, int]]:
+    def needed(self) -> list[tuple[str, int]]:
         """The (component, layer) of worlds' values that it takes."""
-        return ((term.component, term.layer) for term in self.terms if term.tally is None)
+        return [(term.component, term.layer) for term in self.terms if term.tally is None]
 
     @property
     def same_for_units(self) -> bool:

@@ -58,6 +58,9 @@ class Lowering:
         self._targeted = {(read.component, read.layer) for found in self.targets.values() for read in found}
         # What many rows share is found once.
         self._sites: dict[tuple[Site, WorldName, bool], Cells] = {}
+        self._known: dict[
+            tuple[int, WorldName, bool], tuple[Site, Cells]
+        ] = {}  # by identity: to hash a site takes longer
         self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
         self._reach: dict[Any, frozenset[int]] = {}
         self._agreement: dict[Any, frozenset[int]] = {}
@@ -105,8 +108,8 @@ class Lowering:
             return tuple(writes), Proof.NONE
         root = self.root(row.base)
         kept, live, equal, unreachable = [], self._length(root), False, False
-        mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
-        mixed = any(w.function is not None or w.portion is not None for w in writes)
+        acting = [w for w in writes if w.function is not None or w.portion is not None]
+        mixing = [n for n, w in enumerate(writes) if acting and w.function is not None and len(w.positions) > 1]
         for number, write in enumerate(writes):
             positions = write.positions
             if write.standing:
@@ -116,7 +119,7 @@ class Lowering:
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
-            inside = self._reached(write, root, carried, mixed)
+            inside = self._reached(write, root, carried, bool(acting))
             reach: Sequence[int] = range(len(positions))
             if not inside.issuperset(positions):
                 reach = [i for i in reach if positions[i] in inside]
@@ -161,28 +164,29 @@ class Lowering:
         site, source, root = edit.site, edit.source, self.root(base)
         constant: Constant | None = None
         spread: tuple[tuple[Tally, Constant], ...] = ()
+        total: Sum | None = None
+        values: Sequence[tuple[float, Value]] = ((1.0, source),) if isinstance(source, Value) else ()
         if isinstance(source, Function):
             values = [(1.0, Value(world, site)) for world in self.worlds[: source.arguments - 1]]
-        elif isinstance(source, Value):
-            values = [(1.0, source)]
-        else:
-            total = summed(source)
-            assert total is not None
-            values = list(total.values)
-        crossing = any(self.root(value.world) != root for _, value in values if value.world not in self.references)
+        elif not values and (total := summed(source)) is not None:
+            values = total.values
+        crossing = False
+        for _, value in values:
+            crossing |= value.world not in self.references and self.root(value.world) != root
         here = self._cells(site, root, crossing)
-        if not isinstance(source, (Function, Value)):
-            assert total is not None
+        if total is not None:
             constant, spread = self._fixed(site, total, root, crossing)
         places = [self._placed(value, root, crossing) for _, value in values]
         units, srcs = here.units, here.srcs
-        by_unit = here.attends or site.component in SPLIT_READERS
-        if units is None and (by_unit or any(there.units and len(there.units) > 1 for there, _ in places)):
+        if units is None and (here.attends or site.component in SPLIT_READERS):
             units = self._every(site)
-        # What is kept of prompts of unequal length has one size.
-        apart = here.attends and not self.profile.alignment.even
-        if srcs is None and (apart or any(there.srcs for there, _ in places)):
-            srcs = tuple(range(self._length(root)))
+        if srcs is None and here.attends and not self.profile.alignment.even:
+            srcs = tuple(range(self._length(root)))  # what is kept of prompts of unequal length has one size
+        for there, _ in places:
+            if units is None and there.units and len(there.units) > 1:
+                units = self._every(site)
+            if srcs is None and there.srcs:
+                srcs = tuple(range(self._length(root)))
         terms = []
         for (factor, value), (there, tally) in zip(values, places, strict=True):
             heads, attended = there.units, there.srcs
@@ -196,20 +200,22 @@ class Lowering:
             if tally is not None:
                 tally = replace(tally, component=name, layer=layer)
             terms.append(Term(factor, value.world, name, layer, there.positions, heads, attended, tally))
+        component, layer = ("logits", self.depth) if site.component == "logits" else here.place
         return Write(
-            *(("logits", self.depth) if site.component == "logits" else here.place),
-            positions=here.positions,
-            offsets=here.offsets,
-            units=units,
-            add=edit.add,
-            terms=tuple(terms),
-            constant=constant,
-            recorded=len(here.positions),
-            scalar=here.scalar,
-            function=source if isinstance(source, Function) else None,
-            srcs=srcs,
-            renormalize=edit.renormalize,
-            standing=standing,
+            component,
+            layer,
+            here.positions,
+            here.offsets,
+            units,
+            edit.add,
+            tuple(terms),
+            constant,
+            len(here.positions),
+            here.scalar,
+            source if isinstance(source, Function) else None,
+            srcs,
+            edit.renormalize,
+            standing,
             spread=spread,
             portion=source.portion if isinstance(source, Part) else None,
         )
@@ -257,11 +263,15 @@ class Lowering:
 
     def _cells(self, site: Site, root: WorldName, crossing: bool) -> Cells:
         """What a site is in a world's prompt; found once, as many edits write and take the same."""
+        known = self._known.get((id(site), root, crossing))
+        if known is not None:
+            return known[1]
         key = site, root, crossing
         found = self._sites.get(key)
         if found is None:
             positions, units, srcs = indices(site, self.architecture, self.profile.alignment.side(root), crossing)
             found = self._sites[key] = cells(site, self.depth, positions, units, srcs)
+        self._known[id(site), root, crossing] = site, found
         return found
 
     def _every(self, site: Site) -> tuple[int, ...]:

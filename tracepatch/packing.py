@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -101,7 +101,7 @@ class Packer:
     def _worlds_at_once(self, profile: Profile, pairs: Sequence[int], jobs: dict[int, list[Job]]) -> int:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
         length = max(profile.alignment.clean.length, profile.alignment.corrupted.length)
-        needed = {key for job in every for w in job.writes for key in w.needed}
+        needed = _taken(every)
         if self.form != "flat":
             needed |= {("resid_pre", layer) for layer in range(self.depth + 1)}
             needed |= {(name, layer) for layer in range(self.depth) for name in ("keys", "values")}
@@ -123,15 +123,16 @@ class Packer:
 
     def _group(self, profile: Profile, pairs: list[int], jobs: dict[int, list[Job]]) -> Group:
         every = [job for pair in pairs for job in self._everything(pair, jobs)]
-        ready = sorted((job for pair in pairs for job in jobs[pair]), key=lambda j: (j.birth, j.row, j.pair))
+        taken = _taken(every)
+        ready = sorted((job for pair in pairs for job in jobs[pair]), key=attrgetter("birth", "row", "pair"))
         sample = [job for job in self.sample if job.pair in pairs]
         shared = profile.shared
         found: dict[WorldName, Reading] = {}
         batches: list[Batch] = []
         for root in ("clean",) if shared else ("clean", "corrupted"):
-            found[root] = self._read(profile, root, every)
+            found[root] = self._read(profile, root, every, any(name == "logits" for name, _ in taken))
             own, sampled = ([j for j in some if shared or self.root(j) == root] for some in (ready, sample))
-            batches += self._batches(found[root], pairs, own, sampled, every, shared)
+            batches += self._batches(found[root], pairs, own, sampled, taken, shared)
         batches += [Batch((job,)) for job in ready if job.raw]
         clean, corrupted = found["clean"], found.get("corrupted")
         first_read = min((p for prompts in found.values() for p in prompts.reads), default=clean.length)
@@ -140,7 +141,7 @@ class Packer:
             length=clean.length,
             pairs=tuple(pairs),
             reads=clean.reads,
-            needed=frozenset(self._needed(every, batches, first_read)),
+            needed=frozenset(taken.union(self._needed(batches, first_read))),
             batches=tuple(batches),
             edited=tuple(tuple(world[pair] for pair in pairs) for world in self.standing),
             captures=max(1, len(lengths), len(found)),
@@ -148,13 +149,13 @@ class Packer:
             corrupted=corrupted,
         )
 
-    def _read(self, profile: Profile, root: WorldName, every: Sequence[Job]) -> Reading:
+    def _read(self, profile: Profile, root: WorldName, every: Sequence[Job], elsewhere: bool) -> Reading:
         """What is read of a world's prompts, or of both where they are read alike; also to be written elsewhere."""
         reads, both = set(profile.reads_of(root)), profile.shared
         for job in every:
             own = both or self.root(job) == root
             for write in job.writes:
-                for t in write.terms:
+                for t in write.terms if elsewhere else ():
                     if t.component == "logits" and (both or self.roots.get(t.world, t.world) == root):
                         reads |= set(t.positions)
                 if own and write.component == "logits" and write.function is not None:
@@ -168,7 +169,7 @@ class Packer:
         pairs: list[int],
         ready: Sequence[Job],
         sample: Sequence[Job],
-        every: Sequence[Job],
+        taken: set[tuple[str, int]],
         shared: bool,
     ) -> list[Batch]:
         """The runs of rows of prompts of one length, but for raw traces."""
@@ -189,7 +190,7 @@ class Packer:
         sampled = any(isinstance(self._entered(job, prompts, end, shared), str) for job in sample)
         whole_prompts = flat or self.standing or sampled or any(job.raw for job in ready)
         # What a table does not have: it grows after the embedding, and what is read of it leaves before the logits.
-        beyond = any(outside(name) for job in every for w in job.writes for name, _ in w.needed)
+        beyond = any(outside(name) for name, _ in taken)
         beyond |= any(outside(read.component) for read in self.seen)
         rides = self.rides and shared and not (self.standing or beyond) and (end == length or not whole_prompts)
         if self.form == "packed" and tabled and rides:
@@ -209,13 +210,11 @@ class Packer:
         # A run that computes the worlds too has them only as far as they are read.
         return entered(job, length, end, first, end if shared else 1 << 30)
 
-    def _needed(self, every: list[Job], batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
-        """What of the worlds is written somewhere, or where rows are born on top of them in a run of its own."""
-        for write in (w for job in every for w in job.writes):
-            yield from write.needed
+    def _needed(self, batches: list[Batch], first_read: int) -> Iterator[tuple[str, int]]:
+        """What of the worlds is written in tables, or where rows are born on top of them in a run of its own."""
         tables = [b.table for b in batches if b.table]
-        for write in (w for table in tables for job in table.jobs for w in job.writes):
-            yield from write.needed
+        for table in tables:
+            yield from _taken(table.jobs)
         for table in (table for table in tables if not table.worlds):
             yield from {("resid_pre", job.birth) for job in table.jobs}
             yield from ((read.component, read.layer) for read in self.seen)
@@ -351,3 +350,8 @@ def _rides(job: Job) -> bool:
     return all(
         (name, layer) == (w.component, w.layer) or layer < w.layer for w in job.writes for name, layer in w.needed
     )
+
+
+def _taken(jobs: Iterable[Job]) -> set[tuple[str, int]]:
+    """The (component, layer) of worlds' values that rows take."""
+    return {key for job in jobs for write in job.writes for key in write.needed}

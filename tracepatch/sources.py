@@ -270,7 +270,7 @@ def summed(source: Source) -> Sum | None:
 
 def noises(source: Source) -> bool:
     """Whether a source is drawn anew for each pair."""
-    total = summed(source)
+    total = None if isinstance(source, Value) else summed(source)
     return total is not None and bool(total.noise)
 
 
