@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from tracepatch.agreement import SAMPLED, TOP, View, rounded
 from tracepatch.canvas import MEDIUM, SMALL, fitted, legend, root
 from tracepatch.combining import MAIN, by_site, labels_at, main_variable, over_pairs
-from tracepatch.errors import ResultError, listing, plural
+from tracepatch.errors import ResultError, plural
 from tracepatch.findings import Audit
 from tracepatch.marks import FAINT, PALETTE, Look, corner_text, key, looks, name_points, sequence, site_words, tokens_of
 from tracepatch.panels import named, title_of, told
 from tracepatch.plan import Status
+from tracepatch.verdicts import directions_of, require_directions
 
 COLOURED = ("component", "model", "layer")  # what points are coloured by if nothing else is said
 NOTABLE = 0.02  # of the axis: smaller disagreements are not named
@@ -202,10 +203,10 @@ def audit(audited: xr.Dataset, **options: Any) -> Figure:
 
 def quadrants(
     denoising: xr.Dataset,
-    noising: xr.Dataset,
+    noising: xr.Dataset | None = None,
     *,
-    sufficient: float = 0.2,
-    necessary: float = 0.2,
+    sufficient: float | None = None,
+    necessary: float | None = None,
     label: int = 12,
     title: str | None = None,
     figure: Figure | SubFigure | None = None,
@@ -218,10 +219,11 @@ def quadrants(
     the other way by as much as a threshold works against the clean answer.
 
     Args:
-        denoising: The result of writing clean values into the corrupted run.
+        denoising: The result of writing clean values into the corrupted run; or that of
+            ``tp.sweeps.both_directions``, which holds both and the thresholds of its verdicts.
         noising: The result of writing corrupted values into the clean run, at the same sites.
-        sufficient: The least share brought back that counts as sufficient.
-        necessary: The least share lost that counts as necessary.
+        sufficient: The least share brought back that counts as sufficient; 0.2 unless said otherwise.
+        necessary: The least share lost that counts as necessary; 0.2 unless said otherwise.
         label: How many sites are named, the largest first; those that are neither are not.
         title: As for ``scatter``.
         figure: As for ``scatter``.
@@ -232,7 +234,14 @@ def quadrants(
     Raises:
         ResultError: The results are not of these two directions or share no site, or a threshold is not positive.
     """
-    _require_directions(denoising, noising)
+    shares = denoising["verdict"].attrs if "verdict" in denoising else {}
+    sufficient, necessary = (
+        float(shares.get(name, 0.2)) if given is None else given
+        for name, given in (("sufficient", sufficient), ("necessary", necessary))
+    )
+    if noising is None:
+        denoising, noising = directions_of(denoising)
+    require_directions(denoising, noising)
     if not (sufficient > 0 and necessary > 0):
         raise ResultError(f"Thresholds are positive shares, not {sufficient!r} and {necessary!r}.")
     restored, lost = over_pairs(denoising), over_pairs(noising)
@@ -375,19 +384,3 @@ def _distinct(x: Any, y: Any, axes: tuple[_Axis, _Axis]) -> list[list[str]]:
             if ours[0] != ours[1]:
                 return [[f"{own}: {line[0]}", *line[1:]] for own, line in zip(ours, lines, strict=True)]
     return lines
-
-
-def _require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:
-    """Refuses results of other directions."""
-    wrong = []
-    for name, given, base in (("denoising", denoising, "corrupted"), ("noising", noising, "clean")):
-        main_variable(given)
-        if given.attrs.get("base") != base:
-            wrong.append(f"{name} edits the {base} run; this result edits the {given.attrs.get('base', 'unknown')} run")
-        if "normalized" not in given:
-            wrong.append(f"{name} has no `normalized`: the pairs need corrupted prompts")
-    if wrong:
-        raise ResultError(
-            f"quadrants(denoising, noising) takes tp.patch(…, direction='denoising') and then direction='noising'.\n"
-            f"{listing(wrong)}"
-        )

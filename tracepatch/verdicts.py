@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from tracepatch.cells import BASES, Cells
-from tracepatch.combining import over_pairs
-from tracepatch.errors import RecipeError
+from tracepatch.combining import main_variable, over_pairs
+from tracepatch.errors import RecipeError, ResultError, listing
 from tracepatch.joint import run
 from tracepatch.metrics import Metrics, logit_diff
 from tracepatch.models import Model
@@ -89,3 +89,41 @@ def both_directions(
     return found.assign(
         verdict=verdict.assign_attrs(flag_values=list(range(len(VERDICTS))), flag_meanings=meanings, **shares)
     )
+
+
+def directions_of(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
+    """The two results that both directions in one are.
+
+    Raises:
+        ResultError: They are not.
+    """
+    main_variable(both)
+    if "direction" not in both.dims:
+        raise ResultError(
+            "quadrants takes what tp.sweeps.both_directions returns, or two results: of denoising, and of noising."
+        )
+    one, other = (
+        both.sel(direction=name, drop=True).assign_attrs(base=base)
+        for name, base in (("denoising", "corrupted"), ("noising", "clean"))
+    )
+    return one, other
+
+
+def require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:
+    """Refuses results of other directions.
+
+    Raises:
+        ResultError: They are.
+    """
+    wrong = []
+    for name, given, base in (("denoising", denoising, "corrupted"), ("noising", noising, "clean")):
+        main_variable(given)
+        if given.attrs.get("base") != base:
+            wrong.append(f"{name} edits the {base} run; this result edits the {given.attrs.get('base', 'unknown')} run")
+        if "normalized" not in given:
+            wrong.append(f"{name} has no `normalized`: the pairs need corrupted prompts")
+    if wrong:
+        raise ResultError(
+            f"quadrants(denoising, noising) takes tp.patch(…, direction='denoising') and then direction='noising'.\n"
+            f"{listing(wrong)}"
+        )
