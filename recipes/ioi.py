@@ -10,9 +10,10 @@ activation suffices to bring the clean answer back. Every pair is used in both r
 
 What to expect. The residual stream carries the information at the changed token in early layers and at the last token
 in late ones; where it moves from one to the other, attention outputs and single heads light up. In GPT-2 small these
-are the S-inhibition heads (layers 7 and 8) and the name movers (layers 9 and 10); MLPs matter little beyond the first.
-Negative name movers show up as effects below 0. A denoising sweep misses parts that only work together; a noising sweep
-misses parts whose work others take over.
+are the S-inhibition heads (7.3, 7.9, 8.6, 8.10) and the name movers (9.6, 9.9, 10.0); MLPs matter little beyond the
+first. Queries, keys, values and patterns say what of a head it is: S-inhibition heads carry other values, and change
+the queries, and so the patterns, of the name movers. Negative name movers (10.7, 11.10) show up as effects below 0. A
+denoising sweep misses parts that only work together; a noising sweep misses parts whose work others take over.
 """
 
 from __future__ import annotations
@@ -61,3 +62,35 @@ def heads(p):
     for layer, head in p.grid("z", by=("layer", "head")):
         with p.row(layer=layer, head=head):
             p.corrupted.z[layer, :, head] = p.clean.z[layer, :, head]
+
+
+@tp.recipe
+def queries(p):
+    """Denoise the queries of each head: what it looks for."""
+    for layer, head in p.grid("q", by=("layer", "head")):
+        with p.row(layer=layer, head=head):
+            p.corrupted.q[layer, :, head] = p.clean.q[layer, :, head]
+
+
+@tp.recipe
+def keys(p):
+    """Denoise the keys of each head, or of each group of heads that share them: what it is found by."""
+    for layer, head in p.grid("k", by=("layer", "kv_head")):
+        with p.row(layer=layer, kv_head=head):
+            p.corrupted.k[layer, :, head] = p.clean.k[layer, :, head]
+
+
+@tp.recipe
+def values(p):
+    """Denoise the values of each head, or of each group of heads that share them: what it carries."""
+    for layer, head in p.grid("v", by=("layer", "kv_head")):
+        with p.row(layer=layer, kv_head=head):
+            p.corrupted.v[layer, :, head] = p.clean.v[layer, :, head]
+
+
+@tp.recipe
+def patterns(p):
+    """Denoise the attention pattern of each head: where it looks."""
+    for layer, head in p.grid("pattern", by=("layer", "head")):
+        with p.row(layer=layer, head=head):
+            p.corrupted.pattern[layer, head] = p.clean.pattern[layer, head]

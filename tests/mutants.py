@@ -48,9 +48,12 @@ AUDIT = ("test_audit.py",)
 EDGES = ("test_edges.py",)
 ALIGNED = ("test_alignment.py",)
 TEMPLATES = ("test_templates.py",)
+UNEVEN = ("test_uneven_estimates.py",)
 REFERENCES = ("test_references.py",)
 PORTIONS = ("test_portions.py",)
 MEASURES = ("test_measures.py",)
+SWEEPS = ("test_sweeps.py",)
+ESTIMATED = ("test_estimated_sources.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -172,6 +175,9 @@ MUTANTS = (
     Mutant("worlds of several lengths are cut to the shortest", "program", "found = values[0].new_zeros(sum(map(len, values)), *shape)", "return torch.cat([value[:, : min(len(v[0]) for v in values)] for value in values])", ALIGNED),
     Mutant("rotated queries are moved", "fitting", "if here and there and (here != there or moved):", "if False:", ALIGNED),
     Mutant("the loss after a position is on its own next token", "tokens", 'there = position if world == "clean" else', "there = position if True else", ALIGNED),
+    Mutant("estimates take the other prompt's value of the same number", "differences", "return found[rows, agreeing.clamp(min=0).to(found.device)]", "return found[:, : agreeing.shape[1]]", UNEVEN),
+    Mutant("what has no partner is estimated all the same", "profiles", "[-1 if other is None or position == other < same", "[0 if other is None or position == other < same", UNEVEN),
+    Mutant("values kept with longer ones keep their length", "sides", "length = group.of(self.tracer.roots.get(world, world)).length if apart else None", "length = None", UNEVEN),
     Mutant("a span takes the token behind it", "spans", "if a < end and b > start]", "if a <= end and b > start]", TEMPLATES),
     Mutant("a span begins with the blank in front of it", "spans", "            while len(at) > 1 and not", "            while False and not", TEMPLATES),
     Mutant("the tokens in front of a prompt do not count for its spans", "spans", "first = len(ids) - len(offsets)", "first = 0", TEMPLATES),
@@ -236,7 +242,7 @@ MUTANTS = (
     Mutant("pictures: what is lost counts as gained", "scatters", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
     Mutant("pictures: arcs from the attending token", "attention_pictures", "ends, share = np.stack([srcs[src], dests[dest]], 1)", "ends, share = np.stack([srcs[dest], dests[src]], 1)", PICTURES),
     Mutant("pictures: heads have the matrices of others", "attention_pictures", 'for i, dim in enumerate(("layer", "head"))}', 'for i, dim in enumerate(("head", "layer"))}', PICTURES),
-    Mutant("pictures: windows stand at their end", "curves", "middle, colour = start + (size - 1) / 2", "middle, colour = start + size - 1", PICTURES),
+    Mutant("pictures: windows stand at their end", "curves", "middle, colour = (start + stop) / 2", "middle, colour = stop", PICTURES),
     Mutant("pictures: all models are as deep as the deepest", "curves", 'part["depth"].isel(model=number, missing_dims="ignore").values', 'part["layer"].values / part["layer"].values.max()', PICTURES),
     Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
     Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
@@ -270,6 +276,7 @@ MUTANTS = (
     Mutant("steps of an integral are summed", "backward", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1) * weight", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1)", EDGES),
     Mutant("heads move along the line of the embeddings", "edge_attribution", 'line = ("attn_out", key[1]) if key[0] == "head_out" else key', 'line = ("resid_pre", 0)', EDGES),
     Mutant("an exact edge replaces what is read", "edge_attribution", "[read] += others - mine", "[read] = others", EDGES),
+    Mutant("a model that guesses does the task", "checklist", "if right < chance + error:", "if right < chance:", ("test_recipes_run.py",)),
     Mutant("where there is no edge there is 0", "edge_attribution", "here = np.where(joined, here, np.nan)", "here = np.where(joined, here, 0.0)", EDGES),
     Mutant("a short prompt counts where it has no position", "tallies", "count.clamp(min=1).reshape", "count.max().expand_as(count).reshape", REFERENCES),
     Mutant("prompts line up at their end as at their start", "references", "(self.longest - length) * (along == \"end\") for p in range(length)", "0 for p in range(length)", REFERENCES),
@@ -300,6 +307,14 @@ MUTANTS = (
     Mutant("rows with other portions are one write", "layout", "                write.portion,\n", "", PORTIONS),
     Mutant("a plan sends dictionaries unseen", "shipping", "yield from ((name, code) for code in", "yield from ((name, code) for code in () and", PORTIONS),
     Mutant("a reference ends a layer too low", "surveys", "until = max(1, *(layers_of(architecture, t.component, t.layer) for t in tallies))", "until = max(1, *(layers_of(architecture, t.component, t.layer) - 1 for t in tallies))", REFERENCES),
+    Mutant("sweeps: windows begin at their layer", "joint", "range(middle - width // 2, middle - width // 2 + width)", "range(middle, middle + width)", SWEEPS),
+    Mutant("sweeps: an interaction is the joint effect", "joint", 'interaction = (found["effect"] - singles)', 'interaction = (found["effect"] - 0 * singles)', SWEEPS),
+    Mutant("sweeps: what is kept goes", "joint", "for key, place in every.items() if key not in left", "for key, place in every.items() if key in left or not left", SWEEPS),
+    Mutant("sweeps: verdicts take one direction for the other", "verdicts", "(needed * 1 + enough * 2)", "(needed * 2 + enough * 1)", SWEEPS),
+    Mutant("sweeps: knock-outs do not stay out", "knocking", 'write(p, "noising", source, *gone, *own)', 'write(p, "noising", source, *own)', SWEEPS),
+    Mutant("sweeps: compensation is all that is lost", "knocking", '"compensation": total - own', '"compensation": total - 0 * own', SWEEPS),
+    Mutant("distances are of the identity", "distances", "(1 - shrunk) * variances)", "0 * variances)", ("test_distances.py",)),
+    Mutant("lines begin at nothing", "rowwise", "for key in _partly(w, 0.0, job.base).needed}", "for key in w.needed}", ESTIMATED),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     said, complained = call("run", "ioi", "--count", "4", "--report", cwd=tmp_path)
     assert complained == "", "a run that went well says nothing on stderr when it is not a terminal"
     folder = tmp_path / "out" / "ioi"
-    names = ("residual_stream", "attention_out", "mlp_out", "heads")
+    names = ("residual_stream", "attention_out", "mlp_out", "heads", "queries", "keys", "values", "patterns")
     assert {f.name for f in folder.iterdir()} == {
         "summary.txt",
         "report.html",
@@ -43,8 +43,8 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     summary = (folder / "summary.txt").read_text()
     assert "57 of 57 names are one token here" in summary
     assert "opposite outputs" in summary
-    assert summary.count("    checks: eager attention differs by ") == 4 * len(tp.toys.NAMES)
-    lines = re.findall(r"^  checks {11}passed in 4 parts; noise up to (\S+) logits$", said, re.M)
+    assert summary.count("    checks: eager attention differs by ") == 8 * len(tp.toys.NAMES)
+    lines = re.findall(r"^  checks {11}passed in 8 parts; noise up to (\S+) logits$", said, re.M)
     assert len(lines) == len(tp.toys.NAMES), "one line for all parts"
     assert all(0 <= float(number) < 1e-4 for number in lines)
     top = re.search(
@@ -56,7 +56,7 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     assert "toy-gemma2.heads.nc" in said
     assert said.endswith("report out/ioi/report.html\n")
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('<img src="data:image/png;base64,') == 4
+    assert page.count('<img src="data:image/png;base64,') == 8
     assert "<h1>Indirect object identification: which activations tell who is given the bag?</h1>" in page
     assert "tracepatch run ioi --count 4 --report</pre>" in page
     assert "Denoise the output of each head at all positions." in page
@@ -96,7 +96,9 @@ def test_explain_and_recipes(tmp_path: Path) -> None:
     )
     assert list(tmp_path.iterdir()) == []
     said, _ = call("recipes", cwd=tmp_path)
-    assert said.startswith("attribution_vs_patching  Attribution against patching: which components")
+    assert said.startswith("across_architectures  Across architectures: at which depth is the same task done")
+    assert said.count("\nioi  ") == said.count("\nmlp_neurons  ") == 1
+    assert "    weights            What each attention weight of the clean run brings to the metric" in said, "a study"
     assert (
         "\nioi  Indirect object identification: which activations tell who is given the bag?\n    "
         "residual_stream    Denoise" in said
@@ -120,7 +122,8 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
     [
         (
             ["run", "ioo"],
-            "RecipeError: There is no recipe 'ioo'. Recipes: attribution_vs_patching, ioi; or pass a Python file.\n",
+            "RecipeError: There is no recipe 'ioo'. Recipes: across_architectures, attention_attribution, "
+            "attribution_vs_patching, induction, ioi, mlp_neurons, necessity_sufficiency; or pass a Python file.\n",
         ),
         (["run", "none.py"], "RecipeError: There is no file none.py.\n"),
         (

@@ -306,3 +306,24 @@ def test_interactions_have_a_picture() -> None:
     figure = tp.plots.interactions(found, "effect")
     shown = np.ma.filled(figure.axes[1].collections[0].get_array(), np.nan).reshape(3, 3)
     np.testing.assert_allclose(shown, found["interaction"].squeeze("pair"), atol=1e-6)
+
+
+def test_sweeps_of_prompts_of_unequal_length_go_by_partners() -> None:
+    """As ``tp.patch`` does; a verdict by position has no positions in common."""
+    model = toy("gpt2")
+    made = tp.toys.pairs("ioi", 2)
+    longer = [text.replace("When ", "Then When ", 1) for text in made.corrupted or ()]
+    pairs = tp.Pairs(made.clean, longer, made.answer, made.wrong, align="suffix")
+    for direction in ("denoising", "noising"):
+        way: Any = direction
+        single = tp.patch(model, pairs, "mlp_out", direction=way, only={"pos": [12, 13]})
+        window = tp.sweeps.windows(model, pairs, "mlp_out", 1, direction=way, only={"pos": [12, 13]})
+        np.testing.assert_array_equal(single["effect"], window["effect"])
+        assert single["pos"].values.tolist() == window["pos"].values.tolist()
+    both = tp.sweeps.both_directions(model, pairs, "z")
+    for direction in ("denoising", "noising"):
+        way = direction
+        single = tp.patch(model, pairs, "z", direction=way)
+        np.testing.assert_allclose(both["effect"].sel(direction=direction), single["effect"], atol=1e-5)
+    with pytest.raises(errors.RecipeError, match="A verdict by position compares the two prompts"):
+        tp.sweeps.both_directions(model, pairs, "mlp_out")

@@ -26,10 +26,11 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
 ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
 ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``, ``recipe``,
-``distances``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``, ``agreement``,
-``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``,
-``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``,
-``marks``, ``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``, ``toys``, ``__main__``.
+``studies``, ``distances``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``,
+``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
+``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``,
+``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``,
+``catalogue``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -74,6 +75,7 @@ from tracepatch.resampling import intervals
 from tracepatch.saved_gradients import Gradients
 from tracepatch.sites import COMPONENTS
 from tracepatch.sources import vector
+from tracepatch.studies import Study, study
 from tracepatch.templates import Template
 from tracepatch.tokens import one_token
 from tracepatch.verifying import verified_top
@@ -94,6 +96,7 @@ __all__ = [
     "Recipe",
     "RelP",
     "Status",
+    "Study",
     "Template",
     "accuracy",
     "adopt",
@@ -145,6 +148,7 @@ __all__ = [
     "recipe",
     "resample",
     "save_result",
+    "study",
     "sweeps",
     "tasks",
     "toys",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import pkgutil
 import shlex
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -20,10 +18,13 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
+from tracepatch.catalogue import bundled, first_line, headline, opened, parts_of, prompts_of
 from tracepatch.caveats import checks_of
 from tracepatch.checklist import Checklist
-from tracepatch.errors import MetricError, ModelError, RecipeError, ResultError, TracepatchError
+from tracepatch.combining import by_metric
+from tracepatch.errors import MetricError, ModelError, PromptError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
+from tracepatch.studies import Study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 TOYS = tuple(f"toy:{name}" for name in tp.toys.NAMES)
@@ -36,8 +37,9 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="A Hugging Face repo id, a folder, or a bundled toy (toy:gpt2, toy:llama, toy:gpt_neox, toy:gemma2); "
-        "may be repeated, and named as in NAME=PATH. [default: the bundled toys]",
+        help="A Hugging Face repo id, a folder, or a bundled toy "
+        f"({', '.join(f'toy:{name}' for name in tp.toys.TRAINED + tp.toys.WIRED)}); may be repeated, and named as in "
+        "NAME=PATH. [default: the first four toys]",
     ),
 ]
 Metrics = Annotated[
@@ -81,69 +83,103 @@ def run(
     report: Annotated[
         bool, typer.Option("--report", help="Also write a report: one HTML page with all of it, and its caveats.")
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Run also where a check fails, such as on a model without the behaviour.")
+    ] = False,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
-    module, folder, metrics = _module(recipe), out / Path(recipe).stem, _metrics(metric)
+    module, stem, metrics = opened(recipe), Path(recipe).stem, _metrics(metric)
+    folder = out / stem
     found: dict[str, list[xr.Dataset | xr.DataTree]] = {}
+    refused: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
     checklists: dict[str, Checklist] = {}
     conclusions: dict[str, tuple[str, list[Path]]] = {}
-    lines = [_headline(module), ""]
-    for label, source in _labelled(model or TOYS):
+    lines = [headline(module), ""]
+    labelled = _labelled(model or TOYS)
+    for label, source in labelled:
         loaded = _load(source, dtype, device_map, remote, label)
-        pairs = _prompts(module, loaded, count, seed)
+        try:
+            pairs = prompts_of(module, loaded, count, seed)
+        except PromptError as error:
+            if len(labelled) == 1:
+                raise  # with the line of the file
+            refused[label] = _told(f"{label}: left out. {error}", lines)
+            continue
         say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
         checklist = checklists[label] = pairs.check(loaded)
         for check in checklist.checks:
-            if check.verdict != "ok":
+            if check.verdict == "note" or (check.verdict == "FAIL" and anyway):
                 say(f"  {check.verdict}: {check.sentence}", markup=False)
         lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
+        if not (checklist.passed or anyway):
+            refused[label] = _told(f"{label}: left out, because {checklist.failure}", lines)
+            continue
         own: dict[str, xr.Dataset | xr.DataTree] = {}
-        for name, chosen in _recipes(module).items():
+        for name, part in parts_of(module).items():
+            options: dict[str, Any] = {"checks": checks, "directory": directory}
+            if isinstance(part, Study):
+                options = part.taken(**options)
             try:
-                result = chosen(loaded, pairs, metrics, checks=checks, directory=directory)
+                result = part(loaded, pairs, metrics, **options)
             except KeyboardInterrupt as error:
-                kept = "To keep what is finished, pass --directory." if directory is None else error.__notes__[0]
+                notes = getattr(error, "__notes__", [])
+                kept = notes[0] if notes and directory else "To keep what is finished, pass --directory."
                 Console(stderr=True, highlight=False, soft_wrap=True).print(f"Interrupted. {kept}", markup=False)
                 raise typer.Exit(130) from error
             except tp.errors.ComponentError as error:
-                say(f"  {name}: left out. {error}", markup=False)
-                lines.append(f"  {name}: left out. {error}")
                 left_out.setdefault(name, []).append(f"Left out on {label}. {error}")
+                _told(f"  {name}: left out. {error}", lines)
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
             found.setdefault(name, []).append(result)
             own[name] = result
             top = _top(result) if isinstance(result, xr.Dataset) else []
-            lines += [f"  {name}", *top, f"    checks: {result.attrs['checks']}"]
+            lines += [f"  {name}", *top]
+            lines += [f"    checks: {result.attrs['checks']}"] if "checks" in result.attrs else []
             best = top[1].strip() if len(top) > 1 else ""
             say(f"  {name:<16} {best:<28} {result.attrs['seconds']:6.2f} s  {path}", markup=False)
-        if own:
-            say(f"  {'checks':<16} {checks_of(list(own.values()))}", markup=False)
-        if hasattr(module, "conclude"):
-            datasets = {name: result for name, result in own.items() if isinstance(result, xr.Dataset)}
-            told = module.conclude(loaded, pairs, metrics, datasets, folder / _safe(label))
-            lines += told
-            say("\n".join(told), markup=False)
-            conclusions[label] = "\n".join(told), sorted(folder.glob(f"{_safe(label)}.*.png"))
-        lines.append("")
-    for name, results in found.items():
-        flat = [result for result in results if isinstance(result, xr.Dataset)]
-        for part, one in _by_metric(flat[0] if len(flat) == 1 else tp.concat(flat)) if flat else ():
-            path = folder / f"{name}{part}.png"
-            title = f"{Path(recipe).stem}: {name.replace('_', ' ')}"
+        if checked := [result for result in own.values() if "checks" in result.attrs]:
+            say(f"  {'checks':<16} {checks_of(checked)}", markup=False)
+        if hasattr(module, "conclude") and own:
+            given = {name: _first(result) for name, result in own.items() if isinstance(result, xr.Dataset)}
+            began = time.time()
             try:
-                plots.picture(one, title=title).savefig(path, dpi=150)
+                text = "\n".join(module.conclude(loaded, pairs, metrics, given, folder / _safe(label)))
+            except (tp.errors.ComponentError, KeyError) as error:
+                if isinstance(error, KeyError) and error.args[0] not in left_out:
+                    raise
+                text = f"  no conclusion: it needs what is left out ({error})"
+            conclusions[label] = _told(text, lines), _drawn(folder, _safe(label), began)
+        lines.append("")
+    if len(refused) == len(labelled):
+        raise RecipeError("\n".join([f"{stem} can be run on none of these models.", *refused.values()]))
+    flat = {name: datasets for name, results in found.items() if (datasets := _datasets(results))}
+    if hasattr(module, "conclude_all") and flat:
+        began, joined = time.time(), {name: _first(tp.concat(results)) for name, results in flat.items()}
+        text = "\n".join(module.conclude_all(joined, folder))
+        conclusions["all models"] = _told(text, lines), _drawn(folder, "all", began)
+    for name, results in flat.items():
+        for several in zip(*map(by_metric, results), strict=True):
+            read, title = several[0][0], f"{stem}: {name.replace('_', ' ')}"
+            try:
+                figures = plots.pictures([one for _, one in several], title=title)
             except ResultError as error:  # the results are saved, and others may have pictures
                 say(f"no picture of {name}. {error}", markup=False)
                 continue
-            say(f"picture {path}", markup=False)
+            for label, figure in figures.items():
+                path = folder / f"{'.'.join(filter(None, (name, _safe(label), read)))}.png"
+                figure.savefig(path, dpi=150)
+                say(f"picture {path}", markup=False)
     summary = folder / "summary.txt"
     summary.write_text("\n".join(lines), encoding="utf-8")
     say(f"summary {summary}", markup=False)
     if report:
+        for why in refused.values():
+            for name in parts_of(module):
+                left_out.setdefault(name, []).append(why)
         told_too = {"checklists": checklists, "left_out": left_out, "conclusions": conclusions}
-        _report(folder / "report.html", module, Path(recipe).stem, found, told_too)
+        _report(folder / "report.html", module, stem, found, told_too)
 
 
 @app.command()
@@ -157,15 +193,18 @@ def explain(
     remote: Remote = None,
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
-    module = _module(recipe)
+    module = opened(recipe)
     for label, source in _labelled(model or TOYS[:1]):
         loaded = _load(source, dtype, device_map, remote, label)
         say(str(tp.Architecture(loaded)), markup=False)
-        pairs = _prompts(module, loaded, count, seed)
-        for name, chosen in _recipes(module).items():
-            say(f"\n{name}: {_first_line(chosen)}", markup=False)
+        pairs = prompts_of(module, loaded, count, seed)
+        for name, part in parts_of(module).items():
+            say(f"\n{name}: {first_line(part)}", markup=False)
+            if isinstance(part, Study):
+                say("  no plan: what it runs depends on what it finds", markup=False)
+                continue
             try:
-                say(chosen.plan(loaded, pairs).explain(), markup=False)
+                say(part.plan(loaded, pairs).explain(), markup=False)
             except tp.errors.ComponentError as error:
                 say(f"  left out. {error}", markup=False)
 
@@ -173,12 +212,11 @@ def explain(
 @app.command()
 def recipes() -> None:
     """List the recipes that come with tracepatch."""
-    package = importlib.import_module("tracepatch.recipes")
-    for entry in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"tracepatch.recipes.{entry.name}")
-        say(f"[bold]{entry.name}[/bold]  {_headline(module)}")
-        for name, chosen in _recipes(module).items():
-            say(f"    {name:<18} {_first_line(chosen)}", markup=False)
+    for name in bundled():
+        module = opened(name)
+        say(f"[bold]{name}[/bold]  {headline(module)}")
+        for label, part in parts_of(module).items():
+            say(f"    {label:<18} {first_line(part)}", markup=False)
 
 
 @app.command()
@@ -204,7 +242,7 @@ def check(
         elif suffix in (".jsonl", ".json"):
             pairs = tp.Pairs.from_jsonl(recipe)
         else:
-            pairs = _prompts(_module(recipe), loaded, count, seed)
+            pairs = prompts_of(opened(recipe), loaded, count, seed)
         checklist = pairs.check(loaded)
         passed &= checklist.passed
         say(f"[bold]{name_of(loaded)}[/bold]")
@@ -254,43 +292,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _module(recipe: str) -> ModuleType:
-    path = Path(recipe)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise RecipeError(f"There is no file {recipe}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-            raise RecipeError(f"{recipe} cannot be imported: line {line}: {type(error).__name__}: {error}") from error
-    else:
-        package = importlib.import_module("tracepatch.recipes")
-        names = [entry.name for entry in pkgutil.iter_modules(package.__path__)]
-        if recipe not in names:
-            raise RecipeError(f"There is no recipe {recipe!r}. Recipes: {', '.join(names)}; or pass a Python file.")
-        module = importlib.import_module(f"tracepatch.recipes.{recipe}")
-    missing = [] if _recipes(module) else ["a function with @tp.recipe"]
-    missing += [] if hasattr(module, "prompts") else ["a function prompts(tokenizer, count, seed) -> tp.Pairs"]
-    if missing:
-        raise RecipeError(f"{recipe} cannot be run: it lacks {' and '.join(missing)}.")
-    return module
-
-
-def _recipes(module: ModuleType) -> dict[str, tp.Recipe]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, tp.Recipe)}
-
-
-def _prompts(module: ModuleType, model: Any, count: int, seed: int) -> tp.Pairs:
-    pairs = module.prompts(model.tokenizer, count, seed)
-    assert isinstance(pairs, tp.Pairs)
-    return pairs
-
-
 def _labelled(models: Sequence[str]) -> list[tuple[str, str]]:
     """(label, source) of each model; labels are made different by the folders above."""
     given = [m.partition("=")[::2] if "=" in m and not Path(m).exists() else ("", m) for m in models]
@@ -332,32 +333,37 @@ def _metrics(names: Sequence[str] | None) -> list[tp.Metric]:
     return [known[name] for name in names or ("logit_diff",)]
 
 
-def _by_metric(result: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    if "metric" not in result.dims:
-        yield "", result
-        return
-    for name in result["metric"].values.tolist():
-        yield f".{name}", result.sel(metric=name)
+def _told(text: str, lines: list[str]) -> str:
+    """Says something, and adds it to the summary."""
+    lines.append(text)
+    say(text, markup=False)
+    return text
 
 
-def _headline(module: ModuleType) -> str:
-    return (inspect.getdoc(module) or module.__name__).split("\n")[0]
+def _drawn(folder: Path, name: str, began: float) -> list[Path]:
+    """The pictures of a conclusion, not those that an earlier run has left there."""
+    return sorted(path for path in folder.glob(f"{name}.*.png") if path.stat().st_mtime >= began - 1)
 
 
-def _first_line(recipe: tp.Recipe) -> str:
-    return (inspect.getdoc(recipe.function) or "").split("\n")[0]
+def _datasets(results: Sequence[xr.Dataset | xr.DataTree]) -> list[xr.Dataset]:
+    return [result for result in results if isinstance(result, xr.Dataset)]
+
+
+def _first(result: xr.Dataset) -> xr.Dataset:
+    """Of the first metric."""
+    return next(by_metric(result))[1]
 
 
 def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
     """The largest effects of the first metric, averaged over pairs, in words; those near zero are left out."""
-    mean = tp.over_pairs(next(iter(_by_metric(result)))[1])
+    mean = tp.over_pairs(next(iter(by_metric(result)))[1])
     name = "normalized" if "normalized" in mean else "effect"
-    flat = mean[name].stack(site=[str(d) for d in mean[name].dims])
+    flat = mean[name].stack(_cell=[str(d) for d in mean[name].dims])
     order = abs(flat).fillna(-1).argsort().values[::-1][:count]
     lines = []
     for i in order:
         cell = flat[int(i)]
-        labels = dict(zip(map(str, mean[name].dims), cell["site"].item(), strict=True))
+        labels = dict(zip(map(str, mean[name].dims), cell["_cell"].item(), strict=True))
         if "pos" in labels and "token" in mean.coords and mean["token"].dims == ("pos",):
             labels["pos"] = f"{labels['pos']} ({str(mean['token'].sel(pos=labels['pos']).item()).strip()})"
         if abs(float(cell)) >= least:
@@ -377,7 +383,7 @@ def _report(
         say("no report: no part of the recipe could be run", markup=False)
         return
     headline, _, text = (inspect.getdoc(module) or name).partition("\n")
-    texts = {part: inspect.getdoc(recipe.function) or "" for part, recipe in _recipes(module).items()}
+    texts = {name: inspect.getdoc(part.function) or "" for name, part in parts_of(module).items()}
     command = shlex.join(["tracepatch", *sys.argv[1:]])
     tp.write_report(path, results, title=headline, about=text, texts=texts, command=command, **options)
     say(f"report {path}", markup=False)

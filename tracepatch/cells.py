@@ -129,6 +129,17 @@ class Cells:
             found[dim] = recorder.aligned(items[0] if counted[dim].scalar else items, of=world)
         return found
 
+    def partnered_positions(self, recorder: Recorder) -> bool:
+        """Whether the cells are positions of the base that mean their partners in the other prompt, and no spans."""
+        kept = [given for dim, given in self.only.items() if dim in PLACES]
+        counted = [
+            select(given, dim) for dim, given in self.only.items() if dim in PLACES and not isinstance(given, str)
+        ]
+        whole = len(kept) == len(counted) and all(
+            s.items is not None and min(s.items) >= 0 and not s.of for s in counted
+        )
+        return recorder.encoded.mapped and whole and SPAN not in (*self.by, *self.only)
+
     def require_plain(self, recorder: Recorder, what: str, instead: str) -> None:
         """Refuses cells that are no numbered positions, the same in both prompts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -41,6 +42,11 @@ class Checklist:
     def passed(self) -> bool:
         """Whether nothing failed; notes do not count."""
         return all(c.verdict != "FAIL" for c in self.checks)
+
+    @property
+    def failure(self) -> str:
+        """What failed, in words: a sentence for each check, with its offenders."""
+        return "\n".join(str(c).removeprefix("FAIL  ") for c in self.checks if c.verdict == "FAIL")
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.checks))
@@ -273,6 +279,7 @@ def _behaviour(model: Model, encoded: EncodedPairs) -> list[Check]:
             gaps[side][i] = gap
         surprise[side] += logs
     checks = [_task(side, gaps[side], tops[side], encoded) for side in sides if gaps[side]]
+    checks += _lacking(*(list(gaps[side].values()) for side in sides)) if gaps["clean"] else []
     if gaps["clean"] and len(sides) == 2:
         checks += _contrast(gaps["clean"], gaps["corrupted"])
     if surprise["clean"] and surprise.get("corrupted"):
@@ -302,6 +309,24 @@ def _task(side: str, gaps: dict[int, float], tops: list[str], encoded: EncodedPa
         f"its first choice in {first}"
     )
     return Check("note" if failing else "ok", sentence, tuple(failing))
+
+
+def _lacking(clean: list[float], corrupted: list[float] | None = None) -> list[Check]:
+    """Whether the behaviour is not there at all, so that there is nothing to locate."""
+    right, chance, error = sum(gap > 0 for gap in clean), len(clean) / 2, math.sqrt(len(clean)) / 2
+    if right < chance + error:
+        sentence = (
+            "the model does not do the task: it prefers the answer on "
+            f"{right} of {plural(len(clean), 'clean prompt')}, and a coin would on {chance:g} ± {error:.1f}"
+        )
+        return [Check("FAIL", sentence)]
+    if corrupted and sum(clean) <= sum(corrupted):
+        sentence = (
+            "the corrupted prompts do not take the behaviour away: the mean logit difference is "
+            f"{sum(corrupted) / len(corrupted):+.2f} on them and {sum(clean) / len(clean):+.2f} on the clean ones"
+        )
+        return [Check("FAIL", sentence)]
+    return []
 
 
 def _contrast(clean: dict[int, float], corrupted: dict[int, float]) -> list[Check]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,6 +190,15 @@ def _same_dims(results: list[xr.Dataset]) -> list[xr.Dataset]:
                 result = result.assign({name: result[name].expand_dims(missing).transpose(*wanted)})
         out.append(result)
     return out
+
+
+def by_metric(result: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    """A result for each of its metrics, with the metric's name; ``""`` where it has one."""
+    if "metric" not in result.dims:
+        yield "", result
+        return
+    for name in result["metric"].values.tolist():
+        yield str(name), result.sel(metric=name)
 
 
 def datasets_of(result: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

@@ -211,7 +211,7 @@ def _line(part: xr.Dataset, name: str, dim: str) -> tuple[NDArray[np.float64], N
 def _axes(
     count: int, figure: Figure | SubFigure | None, mean: xr.Dataset, title: str | None, columns: str | None
 ) -> tuple[Figure | SubFigure, list[Axes]]:
-    across = min(count, 3)
+    across = 2 if count == 4 else min(count, 3)
     down = -(-count // across)
     canvas = fitted(figure, 0.9 + PANEL[0] * across if across == 1 else 0.9 + 2.7 * across, 1.1 + PANEL[1] * down)
     axes: list[Axes] = []

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tracepatch import plots
 from tracepatch.caveats import SOURCES, SURE, caveats_of
 from tracepatch.checklist import Checklist
-from tracepatch.combining import concat, datasets_of, labels_at, main_variable, over_pairs
+from tracepatch.combining import by_metric, datasets_of, labels_at, main_variable, over_pairs
 from tracepatch.errors import ResultError, plural
 from tracepatch.marks import site_words, tokens_of
 from tracepatch.resampling import cluster_count, intervals
@@ -143,7 +143,7 @@ def _part(name: str, results: list[xr.Dataset], text: str, left_out: Sequence[st
     tables, best = [], dict[str, str]()
     for result in results:
         model = str(result.attrs["model"])
-        for metric, one in _by_metric(result):
+        for metric, one in by_metric(result):
             heads, rows = _largest(_sure(one))
             where = f"{model}, {metric}" if metric else model
             tables.append(
@@ -168,14 +168,6 @@ def _part(name: str, results: list[xr.Dataset], text: str, left_out: Sequence[st
     }
 
 
-def _by_metric(result: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    if "metric" not in result.dims:
-        yield "", result
-        return
-    for name in result["metric"].values.tolist():
-        yield str(name), result.sel(metric=name)
-
-
 def _sure(result: xr.Dataset) -> xr.Dataset:
     """Averaged over pairs, with intervals where pairs give any."""
     alone = [result.sel(model=name) for name in result["model"].values] if "model" in result.dims else [result]
@@ -185,25 +177,26 @@ def _sure(result: xr.Dataset) -> xr.Dataset:
 
 
 def _pictures(name: str, results: list[xr.Dataset]) -> Iterator[dict[str, Any]]:
-    """A picture of a part for each metric, of all models where they fit into one."""
-    try:
-        joined = [concat(results)] if len(results) > 1 else results
-    except ResultError:
-        joined = results
-    for result in joined:
-        for metric, one in _by_metric(result):
-            told = f"{_spaced(name)}, {metric}" if metric else _spaced(name)
-            try:
-                figure = plots.picture(_sure(one))
-            except ResultError as error:
-                yield {"uri": "", "caption": f"No picture of {told}: {error}"}
-                continue
-            alt = f"{told}: {result.attrs['model']}. The largest numbers are in the tables below."
+    """The pictures of a part for each metric, one of all models where they fit into one."""
+    parted: dict[str, list[xr.Dataset]] = {}
+    for result in results:
+        for metric, one in by_metric(result):
+            parted.setdefault(metric, []).append(one)
+    for metric, several in parted.items():
+        told = f"{_spaced(name)}, {metric}" if metric else _spaced(name)
+        models = ", ".join(str(one.attrs["model"]) for one in several)
+        try:
+            figures = plots.pictures(several, lambda one: one if "audited" in one else _sure(one))
+        except ResultError as error:
+            yield {"uri": "", "caption": f"No picture of {told}: {error}"}
+            continue
+        for model, figure in figures.items():
+            alt = f"{told}: {model or models}. The largest numbers are in the tables below."
             yield {
                 "uri": _embedded(figure),
                 "width": round(figure.get_size_inches()[0] * 96),
                 "alt": alt,
-                "caption": metric,
+                "caption": ", ".join(filter(None, (model, metric))),
             }
 
 
@@ -338,7 +331,7 @@ def _baselines(results: list[xr.Dataset], worlds: list[str]) -> Iterator[dict[st
     """The metric of each model's unpatched runs."""
     seen = set()
     for result in results:
-        for metric, one in _by_metric(result):
+        for metric, one in by_metric(result):
             model, name = (
                 str(result.attrs["model"]),
                 metric or str(one.coords["metric"].item() if "metric" in one.coords else ""),

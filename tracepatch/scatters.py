@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,10 @@ from tracepatch.findings import Audit
 from tracepatch.marks import FAINT, PALETTE, Look, corner_text, key, looks, name_points, sequence, site_words, tokens_of
 from tracepatch.panels import named, title_of, told
 from tracepatch.plan import Status
-from tracepatch.verdicts import directions_of, require_directions
+from tracepatch.verdicts import require_directions, two_ways
 
 COLOURED = ("component", "model", "layer")  # what points are coloured by if nothing else is said
+WIDE = 60  # characters of a title
 NOTABLE = 0.02  # of the axis: smaller disagreements are not named
 DASHES: dict[str, Any] = {"color": "#707070", "linewidth": 0.8, "linestyle": (0, (4, 3))}
 VERDICTS = {
@@ -159,7 +161,7 @@ def scatter(
     canvas = fitted(figure, 4.6, 4.7)
     ax = canvas.add_subplot()
     default = title_of(x) if isinstance(x, xr.Dataset) else ""
-    ax.set_title(default if title is None else title, fontsize=MEDIUM, parse_math=False)
+    ax.set_title(textwrap.fill(default, WIDE) if title is None else title, fontsize=MEDIUM, parse_math=False)
     handles = _coloured(ax, points, color)
     _limits(ax, points.both, points.same)
     if points.same:
@@ -197,7 +199,7 @@ def audit(audited: xr.Dataset, **options: Any) -> Figure:
         axes.append(data.where(patched).assign_attrs(units=view.unit, long_name=words))
     lines = [f"Pearson r = {rounded(found.pearson)}", f"Spearman ρ = {rounded(found.spearman)}"]
     corner = "\n".join([*lines, f"{int(patched.sum()):,} of {plural(found.cells, 'site')}"])
-    options = {"title": title_of(over_pairs(audited)), "corner": corner, **options}
+    options = {"title": textwrap.fill(title_of(over_pairs(audited)), WIDE), "corner": corner, **options}
     return scatter(axes[0], axes[1], **options)
 
 
@@ -219,11 +221,11 @@ def quadrants(
     the other way by as much as a threshold works against the clean answer.
 
     Args:
-        denoising: The result of writing clean values into the corrupted run; or that of
-            ``tp.sweeps.both_directions``, which holds both and the thresholds of its verdicts.
+        denoising: The result of writing clean values into the corrupted run; or that of ``tp.sweeps.both_directions``,
+            alone.
         noising: The result of writing corrupted values into the clean run, at the same sites.
-        sufficient: The least share brought back that counts as sufficient; 0.2 unless said otherwise.
-        necessary: The least share lost that counts as necessary; 0.2 unless said otherwise.
+        sufficient: The least share brought back that counts as sufficient; that of the result, or 0.2.
+        necessary: The least share lost that counts as necessary; that of the result, or 0.2.
         label: How many sites are named, the largest first; those that are neither are not.
         title: As for ``scatter``.
         figure: As for ``scatter``.
@@ -234,13 +236,11 @@ def quadrants(
     Raises:
         ResultError: The results are not of these two directions or share no site, or a threshold is not positive.
     """
-    shares = denoising["verdict"].attrs if "verdict" in denoising else {}
-    sufficient, necessary = (
-        float(shares.get(name, 0.2)) if given is None else given
-        for name, given in (("sufficient", sufficient), ("necessary", necessary))
-    )
     if noising is None:
-        denoising, noising = directions_of(denoising)
+        denoising, noising, shares = two_ways(denoising)
+        sufficient = shares["sufficient"] if sufficient is None else sufficient
+        necessary = shares["necessary"] if necessary is None else necessary
+    sufficient, necessary = (0.2 if share is None else share for share in (sufficient, necessary))
     require_directions(denoising, noising)
     if not (sufficient > 0 and necessary > 0):
         raise ResultError(f"Thresholds are positive shares, not {sufficient!r} and {necessary!r}.")

@@ -6,6 +6,7 @@ are of whole prompts.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
-from tracepatch.errors import MeasurementError, MetricError, listing, plural
+from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
 from tracepatch.layout import Key, Seats, heads_of
 from tracepatch.lowering import Lowering
-from tracepatch.metrics import Metric
+from tracepatch.metrics import Metric, require_smooth
 from tracepatch.models import Model, module_of, name_of, remote_of, room_of
 from tracepatch.plan import Group, Plan, Reading
 from tracepatch.planner import MEMORY, world_job
@@ -45,8 +46,6 @@ from tracepatch.weights import frozen
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
 
 _MUTATING: set[type] = set()  # classes of models that change tensors in place after they have passed by
-
-
 INPLACE = ("modified by an inplace operation", "used in an in-place operation")  # as autograd says it
 
 
@@ -80,12 +79,7 @@ class Sides:
         surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
-        jumping = [metric.name for metric in metrics if not metric.differentiable]
-        if jumping:
-            raise MetricError(
-                f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate a metric that changes "
-                "smoothly, such as tp.logit_diff, or measure this one with tp.patch."
-            )
+        require_smooth(metrics)
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
@@ -98,9 +92,8 @@ class Sides:
         self.columns = tuple(int(n) for n in widths[:-1])
         reads_logits = any(m.site is None for m in metrics)
         reached = {layers_of(architecture, name, layer) for name, layer in wanted}
-        reached |= {
-            layers_of(architecture, r.component, r.layer) for p in self._profiles for seen in p.seen for r in seen
-        }
+        reads = (read for profile in self._profiles for seen in profile.seen for read in seen)
+        reached |= {layers_of(architecture, read.component, read.layer) for read in reads}
         whole = reads_logits or not reached or bool(unending(model, architecture))
         until = 1 << 30 if whole else max(1, *reached)
         self.plan = Plan(
@@ -186,9 +179,9 @@ class Sides:
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
         """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
-        keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
-        late = [m for m in self.metrics if self._compares(m)]
-        direct = [m for m in self.metrics if not self._compares(m)]
+        keep = sorted({*keep, *(key for job in itertools.chain(*group.edited) for w in job.writes for key in w.needed)})
+        late = [m for m in self.metrics if m.compares]
+        direct = [m for m in self.metrics if not m.compares]
         ops: list[Op] = [(op, None) for op in surveyed(self.tracer)]
         pristine = [Job(-1, pair, world, (), 0, 0) for pair in group.pairs for world in self.worlds]
         for jobs in (pristine, *group.edited):
@@ -253,7 +246,7 @@ class Sides:
 
     def values(self, ops: Sequence[Op], found: Sequence[Any]) -> Iterator[tuple[Job, NDArray[np.float64]]]:
         """Of each run of a world, the metrics' own values ``[metric]``; steps of integrals are none."""
-        late = [self._compares(m) for m in self.metrics]
+        late = [m.compares for m in self.metrics]
         pieces: list[torch.Tensor] = []
         jobs: list[Job] = []
         for (op, call), given in zip(ops, found, strict=True):
@@ -296,18 +289,23 @@ class Sides:
         length = group.of(self.tracer.roots.get(world, world)).length if apart else None
         return "settle", world, self.where(group, world), tuple(keys), length
 
-    def agreeing(self, group: Group) -> torch.Tensor | None:
-        """Before which position the two worlds of each pair are the same; ``None`` where that is not proved."""
-        if not self.architecture.causal or self.encoded.encoder:
-            return None
-        return torch.tensor([self._profiles[pair].first for pair in group.pairs])
+    def agreeing(self, group: Group, base: WorldName) -> torch.Tensor | None:
+        """Before which position the two worlds of each pair are the same ``[row]``; ``None`` where that is not proved.
 
-    def _writes(self, group: Group) -> Iterator[Any]:
-        return (write for world in group.edited for job in world for write in job.writes)
+        Where other positions correspond, of each position of the base its partner in the other prompt ``[row, pos]``,
+        and -1 where it has none, or both are the same.
+        """
+        proved = self.architecture.causal and not self.encoded.encoder
+        profiles = [self._profiles[pair] for pair in group.pairs]
+        if any(profile.alignment.mapped for profile in profiles):
+            return torch.tensor([profile.changing(base, proved, self.architecture.extends) for profile in profiles])
+        return torch.tensor([profile.first for profile in profiles]) if proved else None
 
-    @staticmethod
-    def _compares(metric: Metric) -> bool:
-        return any(need in ("clean", "corrupted") for need in metric.needs)
+    def alone(self, group: Group, base: WorldName) -> NDArray[np.bool_] | None:
+        """Which positions of the base have no partner ``[row, pos]``; ``None`` where all positions correspond."""
+        sides = [self._profiles[pair].alignment.side(base) for pair in group.pairs]
+        mapped = any(side.aligned is not None for side in sides)
+        return np.array([[q is None for q in side.met] for side in sides]) if mapped else None
 
     def _called(self) -> frozenset[str]:
         """The modules that a backward may call itself."""

@@ -91,22 +91,24 @@ def both_directions(
     )
 
 
-def directions_of(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
-    """The two results that both directions in one are.
+def two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
+    """A result of both directions as one of each, and its thresholds.
 
     Raises:
-        ResultError: They are not.
+        ResultError: It is something else.
     """
     main_variable(both)
-    if "direction" not in both.dims:
+    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
         raise ResultError(
-            "quadrants takes what tp.sweeps.both_directions returns, or two results: of denoising, and of noising."
+            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
+            "quadrants(denoising, noising)."
         )
-    one, other = (
-        both.sel(direction=name, drop=True).assign_attrs(base=base)
-        for name, base in (("denoising", "corrupted"), ("noising", "clean"))
-    )
-    return one, other
+    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
+    parts = [
+        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
+        for way, (base, written) in ways.items()
+    ]
+    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
 
 
 def require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:

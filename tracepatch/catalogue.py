@@ -1,0 +1,81 @@
+"""Recipe files: which there are, what is in them, and whether the command line can run them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from tracepatch.errors import RecipeError
+from tracepatch.prompts import Pairs
+from tracepatch.recipe import Recipe
+from tracepatch.studies import Study
+
+Part: TypeAlias = Recipe | Study
+
+
+def bundled() -> list[str]:
+    """The names of the recipe files that come with tracepatch."""
+    package = importlib.import_module("tracepatch.recipes")
+    return [entry.name for entry in pkgutil.iter_modules(package.__path__)]
+
+
+def opened(recipe: str) -> ModuleType:
+    """A recipe file as a module.
+
+    Args:
+        recipe: The name of a bundled one, or the path of a Python file.
+
+    Raises:
+        RecipeError: There is none, it cannot be imported, or it lacks what the command line needs.
+    """
+    path = Path(recipe)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise RecipeError(f"There is no file {recipe}.")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+            raise RecipeError(f"{recipe} cannot be imported: line {line}: {type(error).__name__}: {error}") from error
+    else:
+        names = bundled()
+        if recipe not in names:
+            raise RecipeError(f"There is no recipe {recipe!r}. Recipes: {', '.join(names)}; or pass a Python file.")
+        module = importlib.import_module(f"tracepatch.recipes.{recipe}")
+    missing = [] if parts_of(module) else ["a function with @tp.recipe"]
+    missing += [] if hasattr(module, "prompts") else ["a function prompts(tokenizer, count, seed) -> tp.Pairs"]
+    if missing:
+        raise RecipeError(f"{recipe} cannot be run: it lacks {' and '.join(missing)}.")
+    return module
+
+
+def parts_of(module: ModuleType) -> dict[str, Part]:
+    """The parts of an experiment by name, in the order of the file."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (Recipe, Study))}
+
+
+def prompts_of(module: ModuleType, model: Any, count: int, seed: int) -> Pairs:
+    """The prompts of an experiment for a model."""
+    pairs = module.prompts(model.tokenizer, count, seed)
+    assert isinstance(pairs, Pairs)
+    return pairs
+
+
+def headline(module: ModuleType) -> str:
+    """The first line of a recipe file."""
+    return (inspect.getdoc(module) or module.__name__).split("\n")[0]
+
+
+def first_line(part: Part) -> str:
+    """What a part does, in a line."""
+    return (inspect.getdoc(part.function) or "").split("\n")[0]
