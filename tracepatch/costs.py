@@ -46,11 +46,11 @@ class Costs:
     tokens: int = TOKENS
     flat_tokens: int = FLAT_TOKENS
 
-    def seconds(self, table: Table) -> float:
-        """Of one run."""
-        total = self.run + self.row * len(table.jobs)
-        for lanes, slots in table.shape[table.first : -1]:
-            keys = table.prefix + slots
+    def seconds(self, shape: Sequence[tuple[int, int]], prefix: int, rows: int) -> float:
+        """Of one run of a table: lanes and slots of the layers that are computed, cached positions, rows."""
+        total = self.run + self.row * rows
+        for lanes, slots in shape:
+            keys = prefix + slots
             total += self.layer + lanes * (self.token * slots + (self.attend * slots + self.copy) * keys)
         return total
 
@@ -169,6 +169,15 @@ def _widest(architecture: Architecture) -> tuple[int, int]:
     width = max(layer.width for layer in architecture.layers)
     heads = max((architecture.units("z", i) for i in range(len(architecture))), default=0)
     return 6 * architecture.d_model + 3 * width, heads
+
+
+def backward_bytes(architecture: Architecture, length: int) -> int:
+    """What a backward keeps of all layers of one prompt of so many tokens."""
+    found = 0
+    for layer in architecture.layers:
+        heads = architecture.units("z", layer.index)
+        found += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length)
+    return found * architecture.dtype.itemsize
 
 
 def kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
-from tracepatch.costs import kept_bytes
+from tracepatch.costs import backward_bytes, kept_bytes
 from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
@@ -128,8 +128,6 @@ class Sides:
             counts.append(plural(round(number), word) if whole else f"{number:.1f} {word}s")
         return f"{' and '.join(counts)} a pair"
 
-    # ------------------------------------------------------------------------------------------------ groups of pairs
-
     def groups(self, keys: Iterable[Key], rows: int = 1) -> Iterator[Group]:
         """Pairs of the same lengths, as many as the memory allows with these components kept, and so many rows each."""
         keys = list(keys)
@@ -164,15 +162,9 @@ class Sides:
 
     def pair_bytes(self, keys: Iterable[Key], length: int, rows: int = 1) -> int:
         """Memory of one pair: what a backward keeps of each layer, and values and gradients of components."""
-        architecture, size = self.architecture, self.architecture.dtype.itemsize
-        layer_bytes = 0
-        for layer in architecture.layers:
-            heads = architecture.units("z", layer.index)
-            layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
-        kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
-        logits = (
-            3 * max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted")) * architecture.vocab * 4
-        )
+        kept = sum(kept_bytes(self.architecture, name, layer, length) for name, layer in keys)
+        reads = max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted"))
+        layer_bytes, logits = backward_bytes(self.architecture, length), 3 * reads * self.architecture.vocab * 4
         return int(rows * (layer_bytes + logits + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
@@ -312,8 +304,6 @@ class Sides:
         branches = [s for layer in self.architecture.layers for s in layer.sublayers]
         paths = {path for s in branches for path in (s.pre_norm, s.post_norm, s.projection)}
         return frozenset({*paths, self.architecture.final_norm})
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def take(
         self,

@@ -10,7 +10,7 @@ import xarray as xr
 
 from tracepatch.cells import BASES, Cells
 from tracepatch.combining import main_variable, over_pairs
-from tracepatch.errors import RecipeError, ResultError, listing
+from tracepatch.errors import RecipeError, ResultError
 from tracepatch.joint import run
 from tracepatch.metrics import Metrics, logit_diff
 from tracepatch.models import Model
@@ -88,14 +88,14 @@ def both_directions(
     meanings = " ".join(word.replace(" ", "_") for word in VERDICTS)
     return found.assign(
         verdict=verdict.assign_attrs(flag_values=list(range(len(VERDICTS))), flag_meanings=meanings, **shares)
-    )
+    ).assign_attrs(written="corrupted and clean")  # into the clean and the corrupted run
 
 
-def two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
-    """A result of both directions as one of each, and its thresholds.
+def directions_of(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
+    """A result of ``both_directions`` as one of denoising and one of noising, and its thresholds.
 
     Raises:
-        ResultError: It is something else.
+        ResultError: It is something else, or of several models.
     """
     main_variable(both)
     if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
@@ -109,23 +109,3 @@ def two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]
         for way, (base, written) in ways.items()
     ]
     return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
-
-
-def require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:
-    """Refuses results of other directions.
-
-    Raises:
-        ResultError: They are.
-    """
-    wrong = []
-    for name, given, base in (("denoising", denoising, "corrupted"), ("noising", noising, "clean")):
-        main_variable(given)
-        if given.attrs.get("base") != base:
-            wrong.append(f"{name} edits the {base} run; this result edits the {given.attrs.get('base', 'unknown')} run")
-        if "normalized" not in given:
-            wrong.append(f"{name} has no `normalized`: the pairs need corrupted prompts")
-    if wrong:
-        raise ResultError(
-            f"quadrants(denoising, noising) takes tp.patch(…, direction='denoising') and then direction='noising'.\n"
-            f"{listing(wrong)}"
-        )
