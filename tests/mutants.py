@@ -52,6 +52,8 @@ UNEVEN = ("test_uneven_estimates.py",)
 REFERENCES = ("test_references.py",)
 PORTIONS = ("test_portions.py",)
 MEASURES = ("test_measures.py",)
+SWEEPS = ("test_sweeps.py",)
+ESTIMATED = ("test_estimated_sources.py",)
 MUTANTS = (
     Mutant("rows are shifted by one", "layout", "            return number, position\n", "            return max(number - 1, 0), position\n"),
     Mutant("values belong to the row before", "executors", "zip(jobs, values, strict=True):\n            self.values", "zip(jobs, np.roll(values, 1, 0), strict=True):\n            self.values"),
@@ -240,7 +242,7 @@ MUTANTS = (
     Mutant("pictures: what is lost counts as gained", "verdict_pictures", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
     Mutant("pictures: arcs from the attending token", "attention_pictures", "ends, share = np.stack([srcs[src], dests[dest]], 1)", "ends, share = np.stack([srcs[dest], dests[src]], 1)", PICTURES),
     Mutant("pictures: heads have the matrices of others", "attention_pictures", 'for i, dim in enumerate(("layer", "head"))}', 'for i, dim in enumerate(("head", "layer"))}', PICTURES),
-    Mutant("pictures: windows stand at their end", "curves", "middle, colour = start + (size - 1) / 2", "middle, colour = start + size - 1", PICTURES),
+    Mutant("pictures: windows stand at their end", "curves", "middle, colour = (start + stop) / 2", "middle, colour = stop", PICTURES),
     Mutant("pictures: all models are as deep as the deepest", "curves", 'part["depth"].isel(model=number, missing_dims="ignore").values', 'part["layer"].values / part["layer"].values.max()', PICTURES),
     Mutant("pictures: the largest number loses its sign", "curves", "found = stacked.isel(_all=strongest)", "found = abs(stacked).isel(_all=strongest)", PICTURES),
     Mutant("pictures: an interaction leaves one site out", "heatmaps", "apart = (joint - alone - alone.rename({down: across}))", "apart = joint - alone", PICTURES),
@@ -305,6 +307,14 @@ MUTANTS = (
     Mutant("rows with other portions are one write", "layout", "                write.portion,\n", "", PORTIONS),
     Mutant("a plan sends dictionaries unseen", "shipping", "yield from ((name, code) for code in", "yield from ((name, code) for code in () and", PORTIONS),
     Mutant("a reference ends a layer too low", "surveys", "until = max(1, *(layers_of(architecture, t.component, t.layer) for t in tallies))", "until = max(1, *(layers_of(architecture, t.component, t.layer) - 1 for t in tallies))", REFERENCES),
+    Mutant("sweeps: windows begin at their layer", "joint", "range(middle - width // 2, middle - width // 2 + width)", "range(middle, middle + width)", SWEEPS),
+    Mutant("sweeps: an interaction is the joint effect", "joint", 'interaction = (found["effect"] - singles)', 'interaction = (found["effect"] - 0 * singles)', SWEEPS),
+    Mutant("sweeps: what is kept goes", "joint", "for key, place in every.items() if key not in left", "for key, place in every.items() if key in left or not left", SWEEPS),
+    Mutant("sweeps: verdicts take one direction for the other", "verdicts", "(needed * 1 + enough * 2)", "(needed * 2 + enough * 1)", SWEEPS),
+    Mutant("sweeps: knock-outs do not stay out", "knocking", 'write(p, "noising", source, *gone, *own)', 'write(p, "noising", source, *own)', SWEEPS),
+    Mutant("sweeps: compensation is all that is lost", "knocking", '"compensation": total - own', '"compensation": total - 0 * own', SWEEPS),
+    Mutant("distances are of the identity", "distances", "(1 - shrunk) * variances)", "0 * variances)", ("test_distances.py",)),
+    Mutant("lines begin at nothing", "rowwise", "for key in _partly(w, 0.0, job.base).needed}", "for key in w.needed}", ESTIMATED),
 )  # fmt: skip
 
 

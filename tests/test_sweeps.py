@@ -260,3 +260,65 @@ REFUSED: dict[str, Any] = {
 def test_what_is_no_sweep_is_refused(pairs: tp.Pairs, message: str) -> None:
     with pytest.raises(errors.RecipeError, match=message):
         REFUSED[message](toy("gpt2"), pairs)
+
+
+def test_windows_have_a_picture(pairs: tp.Pairs) -> None:
+    """Of one width and of several, each point over the middle of the layers that its window has."""
+    several = tp.sweeps.windows(toy("gpt2"), pairs, "mlp_out", [1, 3], by="layer")
+    lines = {line.get_gid(): line for line in tp.plots.windows(several).axes[0].lines if line.get_gid() in ("1", "3")}
+    np.testing.assert_allclose(lines["1"].get_xdata(), [0, 1, 2])
+    np.testing.assert_allclose(lines["3"].get_xdata(), [0.5, 1, 1.5])
+    mean = tp.over_pairs(several)["normalized"]
+    for width, line in lines.items():
+        np.testing.assert_allclose(line.get_ydata(), mean.sel(width=int(width)), rtol=1e-6)
+    one = tp.plots.windows(tp.sweeps.windows(toy("gpt2"), pairs, "mlp_out", 3, by="layer"))
+    (line,) = (line for line in one.axes[0].lines if line.get_gid() == "3")
+    np.testing.assert_allclose(line.get_ydata(), lines["3"].get_ydata(), rtol=1e-6)
+
+
+def test_both_directions_have_a_picture(pairs: tp.Pairs) -> None:
+    """One argument is both; its thresholds are those of the verdicts, and so are the groups of points."""
+    both = tp.sweeps.both_directions(toy("gpt2"), pairs, "z", sufficient=0.001, necessary=0.002)
+    figure = tp.plots.quadrants(both)
+    two = [tp.patch(toy("gpt2"), pairs, "z", direction=d) for d in ("denoising", "noising")]
+    other = tp.plots.quadrants(*two, sufficient=0.001, necessary=0.002)
+    counts = []
+    for shown in (figure, other):
+        points = {c.get_gid(): np.asarray(c.get_offsets()) for c in shown.axes[0].collections if c.get_gid()}
+        counts.append({name: len(at) for name, at in points.items()})
+    assert counts[0] == counts[1]
+    found = {word: int((both["verdict"] == number).sum()) for number, word in enumerate(tp.sweeps.VERDICTS)}
+    assert {word: counts[0].get(word, 0) for word in found} == found
+    assert sum(found.values()) == 12
+    with pytest.raises(errors.ResultError, match="both_directions"):
+        tp.plots.quadrants(two[0])
+
+
+def test_interactions_have_a_picture() -> None:
+    """Its second matrix is the interaction of the result."""
+    pairs, metrics = gates()
+    found = tp.sweeps.interactions(toy("gpt2"), pairs, HEADS, metrics["and"])
+    figure = tp.plots.interactions(found, "effect")
+    shown = np.ma.filled(figure.axes[1].collections[0].get_array(), np.nan).reshape(3, 3)
+    np.testing.assert_allclose(shown, found["interaction"].squeeze("pair"), atol=1e-6)
+
+
+def test_sweeps_of_prompts_of_unequal_length_go_by_partners() -> None:
+    """As ``tp.patch`` does; a verdict by position has no positions in common."""
+    model = toy("gpt2")
+    made = tp.toys.pairs("ioi", 2)
+    longer = [text.replace("When ", "Then When ", 1) for text in made.corrupted or ()]
+    pairs = tp.Pairs(made.clean, longer, made.answer, made.wrong, align="suffix")
+    for direction in ("denoising", "noising"):
+        way: Any = direction
+        single = tp.patch(model, pairs, "mlp_out", direction=way, only={"pos": [12, 13]})
+        window = tp.sweeps.windows(model, pairs, "mlp_out", 1, direction=way, only={"pos": [12, 13]})
+        np.testing.assert_array_equal(single["effect"], window["effect"])
+        assert single["pos"].values.tolist() == window["pos"].values.tolist()
+    both = tp.sweeps.both_directions(model, pairs, "z")
+    for direction in ("denoising", "noising"):
+        way = direction
+        single = tp.patch(model, pairs, "z", direction=way)
+        np.testing.assert_allclose(both["effect"].sel(direction=direction), single["effect"], atol=1e-5)
+    with pytest.raises(errors.RecipeError, match="A verdict by position compares the two prompts"):
+        tp.sweeps.both_directions(model, pairs, "mlp_out")

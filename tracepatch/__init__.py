@@ -26,11 +26,11 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
 ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
 ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``, ``recipe``,
-``studies``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``, ``agreement``,
-``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``,
-``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``,
-``marks``, ``points``, ``scatters``, ``verdict_pictures``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``,
-``report``, ``toys``, ``catalogue``, ``__main__``.
+``studies``, ``distances``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``,
+``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
+``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``,
+``heatmaps``, ``marks``, ``points``, ``scatters``, ``verdict_pictures``, ``attention_pictures``, ``curves``, ``plots``,
+``caveats``, ``report``, ``toys``, ``catalogue``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it
@@ -45,6 +45,7 @@ from tracepatch.capture import gradients, open_gradients
 from tracepatch.combining import agreement_over, by_corruption, concat, over_draws, over_pairs
 from tracepatch.continuations import continued
 from tracepatch.direct import direct_attribution
+from tracepatch.distances import off_distribution
 from tracepatch.drilling import drill
 from tracepatch.edge_attribution import edge_rows, edges
 from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP
@@ -130,6 +131,7 @@ __all__ = [
     "metric",
     "models",
     "neuron",
+    "off_distribution",
     "one_token",
     "open_gradients",
     "open_result",

@@ -39,6 +39,11 @@ METRICS = {
     ),
     "log_prob": "A log-probability falls where any other token gains, whether or not that has to do with the task.",
     "rank": "A rank jumps, depends on all other tokens, and is 0 where the answer wins by a little or by far.",
+    "prob_diff": (
+        "A difference of probabilities saturates as they do: what works against an answer that is certain, or has no "
+        "chance, stays invisible."
+    ),
+    "accuracy": "Accuracy jumps, and does not see what changes a prompt without changing its first choice.",
     "kl": "KL has no sign, and sees every change of the distribution, whether or not it has to do with the task.",
     "cross_entropy": "The loss is a mean over all positions, most of which are not about the answer.",
 }

@@ -28,7 +28,7 @@ def windows(
     variable: str | None = None,
     *,
     width: str = "width",
-    layer: Literal["first", "middle"] = "first",
+    layer: Literal["first", "middle"] | None = None,
     columns: str | None = None,
     title: str | None = None,
     figure: Figure | SubFigure | None = None,
@@ -45,7 +45,8 @@ def windows(
         variable: What to show; ``normalized`` where there is one, else ``effect`` or ``estimate``.
         width: The label of the width.
         layer: Which layer of a window its label names: the first, or the middle one (of an even width the upper of
-            both, as in Meng et al. 2022).
+            both, as in Meng et al. 2022). What ``tp.sweeps.windows`` returns says itself which layers a window has;
+            of anything else it is the first unless said otherwise.
         columns: The dim of the panels; by default component, model or metric, whichever has several entries.
         title: Replaces the default, which names the model and the pairs; ``""`` leaves it out.
         figure: A figure or subfigure to draw into; by default a new one.
@@ -56,9 +57,11 @@ def windows(
     Raises:
         ResultError: The result has other dims, widths that are no numbers of layers, or no such variable.
     """
-    if layer not in ("first", "middle"):
+    if layer not in (None, "first", "middle"):
         raise ResultError(f"layer is 'first' or 'middle': which layer of a window its label names; not {layer!r}.")
     mean = over_pairs(effects)
+    if width in mean.coords and not mean[width].dims:
+        mean = mean.expand_dims(width)
     name = named(mean, variable)
     parts, dims = _panels(mean, name, (width, "layer"), columns, "windows of layers")
     sizes = mean[width].values.tolist()
@@ -69,12 +72,14 @@ def windows(
     for (text, part), ax in zip(parts, axes, strict=True):
         for number, size in enumerate(sizes):
             values, ends = _line(part.isel({width: number}), name, "layer")
-            before = 0 if layer == "first" else int(size) // 2
-            start = part["layer"].values - before
-            middle, colour = start + (size - 1) / 2, colours(scale(size))
+            start = part["layer"].values - (int(size) // 2 if layer == "middle" else 0)
+            stop = start + size - 1
+            if layer is None and {"first", "last"} <= set(part.coords):
+                start, stop = (_edge(part[edge], width, number) for edge in ("first", "last"))
+            middle, colour = (start + stop) / 2, colours(scale(size))
             there = np.isfinite(values)
             if there.sum() <= FEW:
-                ends_of_it = start[there] - 0.4, (start + size - 0.6)[there]
+                ends_of_it = (start - 0.4)[there], (stop + 0.4)[there]
                 ax.hlines(values[there], *ends_of_it, colour, linewidth=0.7, alpha=0.35, gid="span")
             marker = {"marker": "o", "markersize": 3, "linewidth": 1.2, "color": colour, "gid": f"{size}"}
             ax.plot(middle[there], values[there], zorder=3, **marker)
@@ -89,6 +94,13 @@ def windows(
     ]
     legend(canvas, keys + _band(mean, name))
     return root(canvas)
+
+
+def _edge(layers: xr.DataArray, width: str, number: int) -> NDArray[np.float64]:
+    """The first, or the last layer of each window of a width."""
+    found = layers.isel({width: number}) if width in layers.dims else layers
+    edges: NDArray[np.float64] = found.values.astype(float)
+    return edges
 
 
 def depth(

@@ -290,6 +290,20 @@ def columns_read(
     return tuple(sorted(ids)) if ids and len(ids) * FEW <= vocab else None
 
 
+def require_smooth(metrics: Iterable[Metric]) -> None:
+    """Refuses metrics that no gradient leads through.
+
+    Raises:
+        MetricError: There are some.
+    """
+    jumping = [one.name for one in metrics if not one.differentiable]
+    if jumping:
+        raise MetricError(
+            f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate tp.logit_diff, or another "
+            "metric that changes smoothly, or measure this one with tp.patch."
+        )
+
+
 def _one(given: Any) -> Metric:
     return given if isinstance(given, Metric) else metric(given)
 

@@ -6,6 +6,7 @@ are of whole prompts.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import backward_bytes, kept_bytes
-from tracepatch.errors import MeasurementError, MetricError, listing, plural
+from tracepatch.errors import MeasurementError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
 from tracepatch.layout import Key, Seats, heads_of
 from tracepatch.lowering import Lowering
-from tracepatch.metrics import Metric
+from tracepatch.metrics import Metric, require_smooth
 from tracepatch.models import Model, module_of, name_of, remote_of, room_of
 from tracepatch.plan import Group, Plan, Reading
 from tracepatch.planner import MEMORY, world_job
@@ -78,12 +79,7 @@ class Sides:
         surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
-        jumping = [metric.name for metric in metrics if not metric.differentiable]
-        if jumping:
-            raise MetricError(
-                f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate a metric that changes "
-                "smoothly, such as tp.logit_diff, or measure this one with tp.patch."
-            )
+        require_smooth(metrics)
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
@@ -96,9 +92,8 @@ class Sides:
         self.columns = tuple(int(n) for n in widths[:-1])
         reads_logits = any(m.site is None for m in metrics)
         reached = {layers_of(architecture, name, layer) for name, layer in wanted}
-        reached |= {
-            layers_of(architecture, r.component, r.layer) for p in self._profiles for seen in p.seen for r in seen
-        }
+        reads = (read for profile in self._profiles for seen in profile.seen for read in seen)
+        reached |= {layers_of(architecture, read.component, read.layer) for read in reads}
         whole = reads_logits or not reached or bool(unending(model, architecture))
         until = 1 << 30 if whole else max(1, *reached)
         self.plan = Plan(
@@ -176,7 +171,7 @@ class Sides:
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
         """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
-        keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
+        keep = sorted({*keep, *(key for job in itertools.chain(*group.edited) for w in job.writes for key in w.needed)})
         late = [m for m in self.metrics if m.compares]
         direct = [m for m in self.metrics if not m.compares]
         ops: list[Op] = [(op, None) for op in surveyed(self.tracer)]
@@ -303,9 +298,6 @@ class Sides:
         sides = [self._profiles[pair].alignment.side(base) for pair in group.pairs]
         mapped = any(side.aligned is not None for side in sides)
         return np.array([[q is None for q in side.met] for side in sides]) if mapped else None
-
-    def _writes(self, group: Group) -> Iterator[Any]:
-        return (write for world in group.edited for job in world for write in job.writes)
 
     def _called(self) -> frozenset[str]:
         """The modules that a backward may call itself."""
