@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import tracepatch as tp
 from tracepatch.__main__ import app
-from tracepatch.catalogue import parts_of
+from tracepatch.catalogue import metrics_of, opened, parts_of
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +69,16 @@ def test_two_inputs_interact_as_their_gate_says(gates: Any) -> None:
         np.testing.assert_allclose(found.values, [1, -1, 0], atol=1e-4)
 
 
-def test_gates_become_truth_tables_for_other_tokenizers(many: Any) -> None:
-    pairs = and_or_gates.prompts(many.tokenizer, 2, 0)
-    chosen = and_or_gates.by_gate(pairs)
-    assert {gate: len(some) for gate, some in chosen.items()} == {"AND": 2, "OR": 2, "one input": 2}
-    for gate, yes in (("AND", 1), ("OR", 3), ("one input", 2)):
-        for clean, corrupted in zip(chosen[gate].clean, chosen[gate].corrupted, strict=True):
-            *rows, asked = clean.split(". ")
-            assert sum(row.endswith(" yes") for row in rows) == yes
-            assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" yes")
-            asked = corrupted.split(". ")[-1]
-            assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" no")
+@pytest.mark.parametrize(("gate", "yes"), [("AND", 1), ("OR", 3), ("one input", 2)])
+def test_truth_tables_state_the_row_that_they_ask_for(gate: str, yes: int) -> None:
+    pairs = and_or_gates.truth_table(gate, 5, 0)
+    for clean, corrupted in zip(pairs.clean, pairs.corrupted, strict=True):
+        *rows, asked = clean.split(". ")
+        assert sum(row.endswith(" yes") for row in rows) == yes
+        assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" yes")
+        *same, asked = corrupted.split(". ")
+        assert same == rows
+        assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" no")
 
 
 # ----------------------------------------------------------------------------------------------------------- backups
@@ -282,7 +281,40 @@ def test_run_says_what_it_found(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_without_the_words_is_refused_in_words(tmp_path: Path) -> None:
-    for name in ("greater_than", "gender_bias", "factual_recall", "steering_and_features"):
+    for name in ("and_or_gates", "greater_than", "gender_bias", "factual_recall", "steering_and_features"):
         call = ["run", name, "--model", "toy:llama", "--out", str(tmp_path)]
         with pytest.raises(tp.errors.PromptError, match="tokenizer"):
             CliRunner().invoke(app, call, catch_exceptions=False)
+
+
+def test_a_file_names_its_toys_and_what_it_reads(tmp_path: Path) -> None:
+    file = tmp_path / "wet.py"
+    file.write_text(
+        "import tracepatch as tp\n"
+        "TOYS = ('gates', 'wired')\n"
+        "METRIC = tp.prob_diff\n"
+        "def prompts(tokenizer, count, seed):\n"
+        "    return tp.toys.pairs('and_gate', count, seed=seed)\n"
+        "@tp.recipe\n"
+        "def heads(p):\n"
+        "    with p.row(name='both'):\n"
+        "        p.clean.z[0] = p.corrupted.z[0]\n"
+    )
+    said = CliRunner().invoke(app, ["explain", str(file)], catch_exceptions=False).output
+    assert "1 row × 8 pairs on toy-gates" in said
+    assert "metric       prob_diff [probability]" in said
+    said = CliRunner().invoke(app, ["check", str(file), "--model", "toy:gates"], catch_exceptions=False).output
+    assert "and_gate: 8 pairs" in said
+    for named, metrics in ((None, ["prob_diff"]), (["kl", "logit_diff"], ["kl", "logit_diff"])):
+        assert [one.name for one in metrics_of(opened(str(file)), named)] == metrics
+    with pytest.raises(tp.errors.MetricError, match="no metric kll"):
+        metrics_of(opened(str(file)), ["kll"])
+
+
+def test_pairs_without_corrupted_prompts_keep_their_spans_and_answers(many: Any) -> None:
+    whole = tp.tasks.facts(many.tokenizer, 4, 0)
+    alone = whole.without_corrupted()
+    assert (alone.clean, alone.answer, alone.corrupted) == (whole.clean, whole.answer, None)
+    assert alone.encode(many.tokenizer).clean == whole.encode(many.tokenizer).clean
+    effects = tp.patch(many, alone, "resid_pre", source=0, direction="noising", by=("layer", "span"))
+    assert effects["span"].values.tolist() == ["subject", "end"]
