@@ -7,11 +7,12 @@ say how many of the top are confirmed, and how many large ones may have been mis
 those of ``ioi``; clean values are written into the corrupted run (denoising) at all positions.
 
 What to expect. Single neurons are small beside the stream, which is where a first-order estimate is good: most of the
-top is confirmed, with the right sign and about the right size, even where the estimate of a whole MLP is poor (in GPT-2
-small estimates of MLP outputs correlate with effects at .2 to .4 on IOI). The exceptions sit in early layers, whose
-neurons go through all that is above them. Effects of single neurons need not add up to that of all of them together:
-``together`` says what the confirmed ones do as one patch. On IOI, attention does most of the work in GPT-2 small, and
-no neuron below the first layers brings back much alone; facts and greater-than are the tasks to try for neurons.
+top is confirmed, with the right sign and about the right size, even where the estimate of a whole MLP is poor (in
+GPT-2 small estimates of MLP outputs correlate with effects at .2 to .4 on IOI). Exceptions are to be expected in early
+layers, whose neurons go through all that is above them. Effects of single neurons need not add up to that of all
+together: ``together`` says what the confirmed ones do as one patch. On IOI attention does most of the work in GPT-2
+small (Wang et al. 2022), and each neuron brings back little; ``tp.tasks.facts`` and ``tp.tasks.greater_than`` are
+tasks to try.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from conftest import ioi_pairs, toy
 from tracepatch.recipes import ioi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -191,3 +192,33 @@ def test_pictures_of_several_models() -> None:
         plots.pictures([results[0].expand_dims(a=2, b=2)])
     curves = plots.picture(tp.concat([tp.patch(toy(name), ioi_pairs(2), "attn_out", by="layer", checks=False) for name in ("gpt2", "llama")]))  # fmt: skip
     assert curves.axes[0].get_xlabel().startswith("relative depth")
+
+
+def test_both_directions_are_told_and_drawn() -> None:
+    said = call(
+        "run", "necessity_sufficiency", "--model", "toy:llama", "--model", "toy:gpt2", "--report", "--no-checks"
+    )
+    assert re.search(r"^  1\.0 +necessary and sufficient +\+0\.\d\d  \+0\.\d\d$", said, re.M)
+    page = Path("out/necessity_sufficiency/report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 2
+    for words in (
+        "both: denoising, clean into the corrupted run, and noising",
+        "Sufficient, not necessary",
+        "Necessary, not sufficient",
+    ):
+        assert words in page
+    assert "One direction" not in page
+    both = tp.open_result("out/necessity_sufficiency/toy-llama.heads.nc")
+    alone = [
+        tp.patch(toy("llama"), pairs_of(both), "z", direction=way, checks=False) for way in ("denoising", "noising")
+    ]
+    drawn, again = plots.quadrants(both), plots.quadrants(*alone)
+    for one, other in zip(drawn.axes[0].collections, again.axes[0].collections, strict=True):
+        np.testing.assert_allclose(one.get_offsets(), other.get_offsets(), atol=1e-5)
+    with pytest.raises(ResultError, match=r"quadrants\(result\) takes what tp.sweeps.both_directions gives"):
+        plots.quadrants(alone[0])
+
+
+def pairs_of(result: xr.Dataset | xr.DataTree) -> tp.Pairs:
+    columns = (result[name].values.tolist() for name in ("clean_prompt", "corrupted_prompt", "answer", "wrong"))
+    return tp.Pairs(*columns)

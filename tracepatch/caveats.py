@@ -218,21 +218,22 @@ def _pairs(result: xr.Dataset) -> Iterator[Caveat]:
 
 def _direction(result: xr.Dataset) -> Iterator[Caveat]:
     base, written = str(result.attrs.get("base", "")), str(result.attrs.get("written", ""))
-    if (base, written) == ("corrupted", "clean"):
+    both = "verdict" in result
+    if both or (base, written) == ("corrupted", "clean"):
         text = (
             "Denoising: clean values are written into the corrupted run. An effect says that a site carries enough "
             "to bring the answer back, given everything else in that run; not that nothing else does. Of two parts "
             "that are both needed, neither shows alone."
         )
         yield Caveat("Sufficient, not necessary", text, ("Heimersheim & Nanda 2024",))
-    elif (base, written) == ("clean", "corrupted"):
+    if both or (base, written) == ("clean", "corrupted"):
         text = (
             "Noising: corrupted values are written into the clean run. A loss says that a site is needed. A small "
             "one is weak evidence that it is not: other parts may step in, and of two that are each enough neither "
             "shows alone."
         )
         yield Caveat("Necessary, not sufficient", text, ("McGrath et al. 2023", "Rushing & Nanda 2024"))
-    elif written.lstrip("-").replace(".", "").strip("0") == "" and "0" in written:
+    if written.lstrip("-").replace(".", "").strip("0") == "" and "0" in written:
         text = (
             "Zero is written. A component's usual output may be far from zero, so that zeroing breaks what has "
             "nothing to do with the task. On IOI, zeroing ranked components as counterfactual values did with a "

@@ -30,6 +30,7 @@ from tracepatch.marks import site_words, tokens_of
 from tracepatch.resampling import cluster_count, intervals
 from tracepatch.results import Result
 
+BOTH = "clean and corrupted", "corrupted and clean"  # what is edited, and what is written, in both directions
 FIRST, LARGEST = 8, 8  # prompts that are shown at once; sites in a table
 PNG = "data:image/png;base64,"
 NOTE = 0.02  # normalized effects below it are not worth a line
@@ -250,6 +251,7 @@ def _facts(results: list[xr.Dataset], models: list[str]) -> list[tuple[str, str]
     ways = {
         ("corrupted", "clean"): "denoising: clean into the corrupted run",
         ("clean", "corrupted"): "noising: corrupted into the clean run",
+        BOTH: "both: denoising, clean into the corrupted run, and noising, corrupted into the clean run",
     }
     directions = []
     for result in results:
