@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,17 @@ from typer.testing import CliRunner
 
 import tracepatch as tp
 from tracepatch.__main__ import app
-from tracepatch.catalogue import metrics_of, opened, parts_of
+from tracepatch.catalogue import metrics_of, opened, parts_of, toys_of
+
+FILES = (
+    and_or_gates,
+    backup_heads,
+    factual_recall,
+    gender_bias,
+    greater_than,
+    prompt_corruptions,
+    steering_and_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +211,16 @@ def test_odds_are_those_of_the_pronouns(many: Any) -> None:
     np.testing.assert_allclose(found["total"], np.mean(totals), rtol=1e-3)
     assert set(found) == {"total", "indirect", "direct"}
 
+    def ratio(logits: torch.Tensor, given: Any) -> torch.Tensor:
+        chances = logits.softmax(-1)
+        wrong, right = (chances.gather(1, given[side][:, :1])[:, 0] for side in ("wrong", "answer"))
+        return wrong / right
+
+    y = gender_bias.heads(many, pairs, tp.metric(ratio, unit="odds", needs=("answer", "wrong")))
+    for side in ("indirect", "direct"):
+        changes = (y["value"].sel(side=side) / y["clean"] - 1).mean("pair")
+        np.testing.assert_allclose(found[side], changes, rtol=1e-3, atol=1e-4)
+
 
 def test_all_heads_together_mediate_all_and_the_first_is_the_strongest(many: Any) -> None:
     pairs = gender_bias.prompts(many.tokenizer, 6, 0)
@@ -250,30 +271,27 @@ def test_as_given_is_what_the_plain_recipe_gives() -> None:
     assert (verdict == 2).any() or (verdict == 3).any()
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.split(".")[-1])
+def test_prompts_are_those_of_their_seed_and_the_toy_solves_them(file: ModuleType) -> None:
+    model = tp.toys.load(toys_of(file)[0].removeprefix("toy:"))
+    made = file.prompts(model.tokenizer, 4, 3)
+    assert made == file.prompts(model.tokenizer, 4, 3)
+    assert made != file.prompts(model.tokenizer, 4, 4)
+    assert made.check(model).passed
+
+
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "and_or_gates",
-        "backup_heads",
-        "factual_recall",
-        "gender_bias",
-        "greater_than",
-        "prompt_corruptions",
-        "steering_and_features",
-    ],
-)
-def test_run_says_what_it_found(name: str, tmp_path: Path) -> None:
-    module = __import__(f"tracepatch.recipes.{name}", fromlist=["prompts"])
-    [toy, *_] = getattr(module, "TOYS", ("gpt2",))
-    call = ["run", name, "--model", f"toy:{toy}", "--count", "4", "--out", str(tmp_path)]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.split(".")[-1])
+def test_run_says_what_it_found(file: ModuleType, tmp_path: Path) -> None:
+    name, toy = file.__name__.split(".")[-1], toys_of(file)[0]
+    call = ["run", name, "--model", toy, "--count", "4", "--out", str(tmp_path)]
     found = CliRunner().invoke(app, call, catch_exceptions=False)
     assert found.exit_code == 0, found.output
     assert "no picture" not in found.output
-    for part in parts_of(module):
-        assert (tmp_path / name / f"toy-{toy}.{part}.nc").is_file()
+    for part in parts_of(file):
+        assert (tmp_path / name / f"{toy.replace(':', '-')}.{part}.nc").is_file()
     summary = (tmp_path / name / "summary.txt").read_text(encoding="utf-8")
     assert "nan" not in summary
     pictures = [line.split()[1].rstrip(":") for line in summary.splitlines() if line.startswith("  picture ")]
