@@ -50,6 +50,8 @@ def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
     """As many pairs for each gate, one gate after the other: both inputs are on in the clean prompt, off corrupted."""
     if len(tp.one_token(tokenizer, ["both", "either", "first", "wet", "dry"])) == 5:
         return reduce(add, (tp.toys.pairs(name, count, seed=seed) for name in GATES.values()))
+    if len(tp.one_token(tokenizer, [" yes", " no"])) < 2:
+        raise tp.errors.PromptError("Truth tables ask for ' yes' or ' no', and this tokenizer lacks one as one token.")
     return reduce(add, (truth_table(gate, count, seed) for gate in GATES))
 
 

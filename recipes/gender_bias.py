@@ -15,9 +15,9 @@ log y is minus the logit difference, so that patching in both directions gives a
 
 What to expect. Effects are sparse: in GPT-2 small a handful of the 144 heads, most of them in the middle layers, have
 indirect effects that are worth mentioning, and few neurons do most of what all neurons do. Direct effects of single
-heads are close to the total, because all the rest still changes. The occupation words of a stereotype differ in
-strength: look at single pairs before trusting the mean, which the strongest odds dominate. Both pronouns must be
-something the model says: probabilities of 0.01 have ratios too.
+heads are close to the total, because all the rest still changes; where one head carries most, they fall far below it.
+The occupation words of a stereotype differ in strength: look at single pairs before trusting the mean, which the
+strongest odds dominate. Both pronouns must be something the model says: probabilities of 0.01 have ratios too.
 """
 
 from __future__ import annotations

@@ -40,12 +40,14 @@ def prompts(tokenizer, count: int = 8, seed: int = 0) -> tp.Pairs:
 def streams(model, pairs: tp.Pairs) -> xr.DataArray:
     """What leaves each layer at the last token of the prompts, ``[layer, side, pair, d_model]``."""
     with tp.patching(model, pairs, checks=False) as p:
-        for layer in p.grid("resid_post", by="layer"):
-            for side in ("clean", "corrupted"):
-                with p.row(layer=layer, side=side):
-                    p.save(getattr(p, side).resid_post[layer, -1])
+        layers = p.grid("resid_post", by="layer")
+        for side in ("clean", "corrupted"):
+            with p.row(side=side):
+                for layer in layers:
+                    p.save(getattr(p, side).resid_post[layer, -1], name=f"stream_{layer}")
     p.run(progress=False)
-    return p.saved["resid_post"].transpose("layer", "side", "pair", "d_model")
+    found = xr.concat([p.saved[f"stream_{layer}"] for layer in layers], "layer")
+    return found.transpose("layer", "side", "pair", "d_model")
 
 
 def fitted(model, pairs, count: int = 48) -> tuple[torch.Tensor, torch.Tensor]:

@@ -276,6 +276,8 @@ MUTANTS = (
     Mutant("steps of an integral are summed", "backward", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1) * weight", "slope = slope.reshape(-1, count_of, *slope.shape[1:]).sum(1)", EDGES),
     Mutant("heads move along the line of the embeddings", "edge_attribution", 'line = ("attn_out", key[1]) if key[0] == "head_out" else key', 'line = ("resid_pre", 0)', EDGES),
     Mutant("an exact edge replaces what is read", "edge_attribution", "[read] += others - mine", "[read] = others", EDGES),
+    Mutant("a file's own metric is not read", "catalogue", 'getattr(module, "METRIC", logit_diff)', "logit_diff", ("test_recipes_interventions.py",)),
+    Mutant("pairs lose their spans with their corrupted prompts", "prompts", "corrupted=None, align=None, spans=self.spans[:1]", "corrupted=None, align=None, spans=()", ("test_recipes_interventions.py",)),
     Mutant("a model that guesses does the task", "checklist", "if right < chance + error:", "if right < chance:", ("test_recipes_run.py",)),
     Mutant("where there is no edge there is 0", "edge_attribution", "here = np.where(joined, here, np.nan)", "here = np.where(joined, here, 0.0)", EDGES),
     Mutant("a short prompt counts where it has no position", "tallies", "count.clamp(min=1).reshape", "count.max().expand_as(count).reshape", REFERENCES),

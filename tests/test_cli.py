@@ -13,6 +13,7 @@ import pytest
 from conftest import ioi_pairs
 
 import tracepatch as tp
+from tracepatch.catalogue import bundled
 
 
 def call(*arguments: str, cwd: Path, status: int = 0) -> tuple[str, str]:
@@ -122,8 +123,7 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
     [
         (
             ["run", "ioo"],
-            "RecipeError: There is no recipe 'ioo'. Recipes: across_architectures, attention_attribution, "
-            "attribution_vs_patching, induction, ioi, mlp_neurons, necessity_sufficiency; or pass a Python file.\n",
+            f"RecipeError: There is no recipe 'ioo'. Recipes: {', '.join(bundled())}; or pass a Python file.\n",
         ),
         (["run", "none.py"], "RecipeError: There is no file none.py.\n"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,17 @@ from typer.testing import CliRunner
 
 import tracepatch as tp
 from tracepatch.__main__ import app
-from tracepatch.catalogue import parts_of
+from tracepatch.catalogue import metrics_of, opened, parts_of, toys_of
+
+FILES = (
+    and_or_gates,
+    backup_heads,
+    factual_recall,
+    gender_bias,
+    greater_than,
+    prompt_corruptions,
+    steering_and_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +80,16 @@ def test_two_inputs_interact_as_their_gate_says(gates: Any) -> None:
         np.testing.assert_allclose(found.values, [1, -1, 0], atol=1e-4)
 
 
-def test_gates_become_truth_tables_for_other_tokenizers(many: Any) -> None:
-    pairs = and_or_gates.prompts(many.tokenizer, 2, 0)
-    chosen = and_or_gates.by_gate(pairs)
-    assert {gate: len(some) for gate, some in chosen.items()} == {"AND": 2, "OR": 2, "one input": 2}
-    for gate, yes in (("AND", 1), ("OR", 3), ("one input", 2)):
-        for clean, corrupted in zip(chosen[gate].clean, chosen[gate].corrupted, strict=True):
-            *rows, asked = clean.split(". ")
-            assert sum(row.endswith(" yes") for row in rows) == yes
-            assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" yes")
-            asked = corrupted.split(". ")[-1]
-            assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" no")
+@pytest.mark.parametrize(("gate", "yes"), [("AND", 1), ("OR", 3), ("one input", 2)])
+def test_truth_tables_state_the_row_that_they_ask_for(gate: str, yes: int) -> None:
+    pairs = and_or_gates.truth_table(gate, 5, 0)
+    for clean, corrupted in zip(pairs.clean, pairs.corrupted, strict=True):
+        *rows, asked = clean.split(". ")
+        assert sum(row.endswith(" yes") for row in rows) == yes
+        assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" yes")
+        *same, asked = corrupted.split(". ")
+        assert same == rows
+        assert next(row for row in rows if row.startswith(f"{asked} ")).endswith(" no")
 
 
 # ----------------------------------------------------------------------------------------------------------- backups
@@ -201,6 +211,16 @@ def test_odds_are_those_of_the_pronouns(many: Any) -> None:
     np.testing.assert_allclose(found["total"], np.mean(totals), rtol=1e-3)
     assert set(found) == {"total", "indirect", "direct"}
 
+    def ratio(logits: torch.Tensor, given: Any) -> torch.Tensor:
+        chances = logits.softmax(-1)
+        wrong, right = (chances.gather(1, given[side][:, :1])[:, 0] for side in ("wrong", "answer"))
+        return wrong / right
+
+    y = gender_bias.heads(many, pairs, tp.metric(ratio, unit="odds", needs=("answer", "wrong")))
+    for side in ("indirect", "direct"):
+        changes = (y["value"].sel(side=side) / y["clean"] - 1).mean("pair")
+        np.testing.assert_allclose(found[side], changes, rtol=1e-3, atol=1e-4)
+
 
 def test_all_heads_together_mediate_all_and_the_first_is_the_strongest(many: Any) -> None:
     pairs = gender_bias.prompts(many.tokenizer, 6, 0)
@@ -251,30 +271,27 @@ def test_as_given_is_what_the_plain_recipe_gives() -> None:
     assert (verdict == 2).any() or (verdict == 3).any()
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.split(".")[-1])
+def test_prompts_are_those_of_their_seed_and_the_toy_solves_them(file: ModuleType) -> None:
+    model = tp.toys.load(toys_of(file)[0].removeprefix("toy:"))
+    made = file.prompts(model.tokenizer, 4, 3)
+    assert made == file.prompts(model.tokenizer, 4, 3)
+    assert made != file.prompts(model.tokenizer, 4, 4)
+    assert made.check(model).passed
+
+
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "and_or_gates",
-        "backup_heads",
-        "factual_recall",
-        "gender_bias",
-        "greater_than",
-        "prompt_corruptions",
-        "steering_and_features",
-    ],
-)
-def test_run_says_what_it_found(name: str, tmp_path: Path) -> None:
-    module = __import__(f"tracepatch.recipes.{name}", fromlist=["prompts"])
-    [toy, *_] = getattr(module, "TOYS", ("gpt2",))
-    call = ["run", name, "--model", f"toy:{toy}", "--count", "4", "--out", str(tmp_path)]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__.split(".")[-1])
+def test_run_says_what_it_found(file: ModuleType, tmp_path: Path) -> None:
+    name, toy = file.__name__.split(".")[-1], toys_of(file)[0]
+    call = ["run", name, "--model", toy, "--count", "4", "--out", str(tmp_path)]
     found = CliRunner().invoke(app, call, catch_exceptions=False)
     assert found.exit_code == 0, found.output
     assert "no picture" not in found.output
-    for part in parts_of(module):
-        assert (tmp_path / name / f"toy-{toy}.{part}.nc").is_file()
+    for part in parts_of(file):
+        assert (tmp_path / name / f"{toy.replace(':', '-')}.{part}.nc").is_file()
     summary = (tmp_path / name / "summary.txt").read_text(encoding="utf-8")
     assert "nan" not in summary
     pictures = [line.split()[1].rstrip(":") for line in summary.splitlines() if line.startswith("  picture ")]
@@ -282,7 +299,40 @@ def test_run_says_what_it_found(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_without_the_words_is_refused_in_words(tmp_path: Path) -> None:
-    for name in ("greater_than", "gender_bias", "factual_recall", "steering_and_features"):
+    for name in ("and_or_gates", "greater_than", "gender_bias", "factual_recall", "steering_and_features"):
         call = ["run", name, "--model", "toy:llama", "--out", str(tmp_path)]
         with pytest.raises(tp.errors.PromptError, match="tokenizer"):
             CliRunner().invoke(app, call, catch_exceptions=False)
+
+
+def test_a_file_names_its_toys_and_what_it_reads(tmp_path: Path) -> None:
+    file = tmp_path / "wet.py"
+    file.write_text(
+        "import tracepatch as tp\n"
+        "TOYS = ('gates', 'wired')\n"
+        "METRIC = tp.prob_diff\n"
+        "def prompts(tokenizer, count, seed):\n"
+        "    return tp.toys.pairs('and_gate', count, seed=seed)\n"
+        "@tp.recipe\n"
+        "def heads(p):\n"
+        "    with p.row(name='both'):\n"
+        "        p.clean.z[0] = p.corrupted.z[0]\n"
+    )
+    said = CliRunner().invoke(app, ["explain", str(file)], catch_exceptions=False).output
+    assert "1 row × 8 pairs on toy-gates" in said
+    assert "metric       prob_diff [probability]" in said
+    said = CliRunner().invoke(app, ["check", str(file), "--model", "toy:gates"], catch_exceptions=False).output
+    assert "and_gate: 8 pairs" in said
+    for named, metrics in ((None, ["prob_diff"]), (["kl", "logit_diff"], ["kl", "logit_diff"])):
+        assert [one.name for one in metrics_of(opened(str(file)), named)] == metrics
+    with pytest.raises(tp.errors.MetricError, match="no metric kll"):
+        metrics_of(opened(str(file)), ["kll"])
+
+
+def test_pairs_without_corrupted_prompts_keep_their_spans_and_answers(many: Any) -> None:
+    whole = tp.tasks.facts(many.tokenizer, 4, 0)
+    alone = whole.without_corrupted()
+    assert (alone.clean, alone.answer, alone.corrupted) == (whole.clean, whole.answer, None)
+    assert alone.encode(many.tokenizer).clean == whole.encode(many.tokenizer).clean
+    effects = tp.patch(many, alone, "resid_pre", source=0, direction="noising", by=("layer", "span"))
+    assert effects["span"].values.tolist() == ["subject", "end"]
