@@ -48,6 +48,7 @@ AUDIT = ("test_audit.py",)
 EDGES = ("test_edges.py",)
 ALIGNED = ("test_alignment.py",)
 TEMPLATES = ("test_templates.py",)
+UNEVEN = ("test_uneven_estimates.py",)
 REFERENCES = ("test_references.py",)
 PORTIONS = ("test_portions.py",)
 MEASURES = ("test_measures.py",)
@@ -62,7 +63,7 @@ MUTANTS = (
     Mutant("a tensor is lost beside a value that has none", "layout", "                write.constant is None,\n", "", ("test_hunted.py",)),
     Mutant("later edits of single heads do not override", "writing", "            live[again] = live[again] + changed[cells]", "            pass", ("test_hunted.py",)),
     Mutant("what is read is pruned too", "reach", "return range(max(read.positions) + 1) if", "return range(max(read.positions)) if"),
-    Mutant("an edit that an earlier one has reached counts as inert", "lowering", "write.positions[i] >= live or write", "write"),
+    Mutant("an edit that an earlier one has reached counts as inert", "lowering", " if positions[i] >= live or positions", " if positions"),
     Mutant("rows with equal edits on other pairs are one row", "planner", "        seen: dict[Any, int] = {}\n        jobs[pair] = []", "        jobs[pair] = []\n        seen = locals().get('seen') or {}"),
     Mutant("a patch does nothing", "writing", "            x[at] = value", "            x[at] = x[at]"),
     Mutant("adding sets", "writing", "            x.index_put_(at, value.expand(x[at].shape), accumulate=True)", "            x[at] = value"),
@@ -111,7 +112,7 @@ MUTANTS = (
     Mutant("a zero ablation is a patch", "cells", "    if source is None:\n        return getattr(recorder, OTHER[base])\n    return recorder", "    return getattr(recorder, OTHER[base])\n    return recorder", ("test_faults.py",)),
     Mutant("a head is a slice after the output projection", "architecture", 'branch.out if name.endswith("_out") else branch.inner', 'branch.out if name.endswith("_out") or name == "z" else branch.inner', ("test_faults.py",)),
     Mutant("layers are read by one digit", "norms", "model = model[int(part)] if part.isdigit()", "model = model[int(part[0])] if part.isdigit()", ("test_faults.py",)),
-    Mutant("what is held is left out", "lowering", "if write.positions[i] >= live or write.positions[i] not in inert]", "if write.positions[i] not in inert]", ("test_faults.py",)),
+    Mutant("what is held is left out", "lowering", "if positions[i] >= live or positions[i] not in inert]", "if positions[i] not in inert]", ("test_faults.py",)),
     Mutant("a mean over answers is divided by the padded number", "metrics", "/ (ids >= 0).sum(-1)[:, None]).mean(1)", "/ ids.shape[-1]).mean(1)", ("test_faults.py",)),
     Mutant("only the first row of a batch is written", "writing", "        at = on(x.device, cells)\n        value", "        at = on(x.device, (cells[0] * 0, *cells[1:]))\n        value", ("test_faults.py",)),
     Mutant("attention's module counts, with the residual that it adds", "probe", 'out = replace(self.chosen.place("output", rows), scale=self.scale)', 'out = replace(self.module.place("output", rows), scale=self.scale)', ("test_faults.py",)),
@@ -127,7 +128,7 @@ MUTANTS = (
     Mutant("a reader's edit is not normed", "writing", "normed(model, norm, after[rows, slots][None])[0]", "after[rows, slots]", READERS),
     Mutant("a head's query is taken from the row itself", "writing", "x[rows, units, slots] = x[sources, units, slots]", "x[rows, units, slots] = x[rows, units, slots]", READERS),
     Mutant("destinations and heads are exchanged", "layout", "return ((i, j, k) for j, i, k in order)", "return ((i, j, k) for j, i, k in sorted(order, key=lambda c: c[1]))", ("test_readers.py", "test_oracle.py")),
-    Mutant("standing edits are forgotten in rows", "lowering", "edits = [(edit, True) for edit in self.standing.get(row.base, ())] + ", "edits = ", WORLDS),
+    Mutant("standing edits are forgotten in rows", "lowering", "edits = [(edit, True) for edit in self.standing[row.base]] + edits", "pass", WORLDS),
     Mutant("an edited world agrees with its root", "lowering", "if position >= min(ends):", "if False:", WORLDS),
     Mutant("a row's pruned edit takes the standing one with it", "jobs", "if before.standing is not write.standing:", "if False:", WORLDS),
     Mutant("every pair has the same noise", "lowering", 'f"pair {self.profile.pair}, {site}"', 'f"{site}"', WORLDS),
@@ -145,7 +146,7 @@ MUTANTS = (
     Mutant("rows are born as the other world", "climb", "        return world_of[job.pair, job.base], position", "        return world_of[job.pair, job.base] ^ 1, position", FORMS),
     Mutant("positions before a row's start are read from it", "climb", "            if position >= job.start:\n                at.append", "            if position >= 0:\n                at.append", FORMS),
     Mutant("functions above the last MLP see tokens without it", "climb", "inside = inside or any(w[4] is not None", "inside = inside or any(False and w[4] is not None", FORMS),
-    Mutant("a row takes a lane of the other world", "table", "lane = min(lanes_of[job.pair, job.base], key=fill.__getitem__)", "lane = min(lanes_of[job.pair, 'clean'] or lanes_of[job.pair, job.base], key=fill.__getitem__)", FORMS),
+    Mutant("a row takes a lane of the other world", "table", "number[job.pair, job.base])", "number.get((job.pair, 'clean'), number[job.pair, job.base]))", FORMS),
     Mutant("the second world of a pair starts late", "packing", "start = min((*self.encoded.differing(pair), end))", "start = max((*self.encoded.differing(pair), 0))", FORMS),
     Mutant("a source that has not passed by is written in the run that computes it", "packing", "or layer < w.layer for w in", "or True for w in", FORMS),
     Mutant("cached keys are those before an edit of them", "entrance", "    return write.component in CACHED or (", "    return (", FORMS),
@@ -172,6 +173,9 @@ MUTANTS = (
     Mutant("worlds of several lengths are cut to the shortest", "program", "found = values[0].new_zeros(sum(map(len, values)), *shape)", "return torch.cat([value[:, : min(len(v[0]) for v in values)] for value in values])", ALIGNED),
     Mutant("rotated queries are moved", "fitting", "if here and there and (here != there or moved):", "if False:", ALIGNED),
     Mutant("the loss after a position is on its own next token", "tokens", 'there = position if world == "clean" else', "there = position if True else", ALIGNED),
+    Mutant("estimates take the other prompt's value of the same number", "differences", "return found[rows, agreeing.clamp(min=0).to(found.device)]", "return found[:, : agreeing.shape[1]]", UNEVEN),
+    Mutant("what has no partner is estimated all the same", "profiles", "[-1 if other is None or position == other < same", "[0 if other is None or position == other < same", UNEVEN),
+    Mutant("values kept with longer ones keep their length", "sides", "length = group.of(self.tracer.roots.get(world, world)).length if apart else None", "length = None", UNEVEN),
     Mutant("a span takes the token behind it", "spans", "if a < end and b > start]", "if a <= end and b > start]", TEMPLATES),
     Mutant("a span begins with the blank in front of it", "spans", "            while len(at) > 1 and not", "            while False and not", TEMPLATES),
     Mutant("the tokens in front of a prompt do not count for its spans", "spans", "first = len(ids) - len(offsets)", "first = 0", TEMPLATES),
@@ -230,10 +234,10 @@ MUTANTS = (
     Mutant("intervals: proved zeros are tests", "resampling", 'mean["status"].isin([Status.MEASURED, Status.ESTIMATED]) if "status" in mean else mean[main].notnull()', "mean[main].notnull()", INTERVALS),
     Mutant("intervals: pairs without a number count", "resampling", "there = _there(effects)\n", "there = _there(effects) | True\n", INTERVALS),
     Mutant("intervals: all draws at once", "resampling", "BLOCK = 1 << 21", "BLOCK = 1 << 40", INTERVALS),
-    Mutant("pictures: sites are matched by their place", "scatters", 'xr.align(*matched, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
+    Mutant("pictures: sites are matched by their place", "points", 'xr.align(*matched, join="inner")', 'x.data, y.data.assign_coords(x.data.coords), x.measured, y.measured.assign_coords(x.data.coords)', PICTURES),
     Mutant("pictures: proved zeros make a correlation", "scatters", "frame = pd.DataFrame(points.both[points.measured])", "frame = pd.DataFrame(points.both)", PICTURES),
-    Mutant("pictures: points have the names of others", "scatters", "np.unravel_index(self.kept[i], shape)", "np.unravel_index(self.kept[i - 1], shape)", PICTURES),
-    Mutant("pictures: what is lost counts as gained", "scatters", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
+    Mutant("pictures: points have the names of others", "points", "np.unravel_index(self.kept[i], shape)", "np.unravel_index(self.kept[i - 1], shape)", PICTURES),
+    Mutant("pictures: what is lost counts as gained", "verdict_pictures", '(-lost["normalized"])', '(lost["normalized"] * 1)', PICTURES),
     Mutant("pictures: arcs from the attending token", "attention_pictures", "ends, share = np.stack([srcs[src], dests[dest]], 1)", "ends, share = np.stack([srcs[dest], dests[src]], 1)", PICTURES),
     Mutant("pictures: heads have the matrices of others", "attention_pictures", 'for i, dim in enumerate(("layer", "head"))}', 'for i, dim in enumerate(("head", "layer"))}', PICTURES),
     Mutant("pictures: windows stand at their end", "curves", "middle, colour = start + (size - 1) / 2", "middle, colour = start + size - 1", PICTURES),

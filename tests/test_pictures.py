@@ -250,10 +250,10 @@ def test_verdicts_are_those_of_the_thresholds() -> None:
     ax = panels(figure)[0]
     wanted = {
         "necessary and sufficient": "both",
-        "sufficient, not necessary: redundant": "OR",
-        "necessary, not sufficient": "AND",
-        "works against": "against",
-        "neither": "none",
+        "redundant": "OR",
+        "necessary only": "AND",
+        "opposing": "against",
+        "irrelevant": "none",
     }
     for verdict, name in wanted.items():
         assert np.allclose(points(ax, verdict), [expected[name]])

@@ -195,7 +195,9 @@ def test_load_module_gives_models_ready_to_use(trained):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ModelError, match="No toy is called 'gpt3'; there are gpt2, llama, gpt_neox, gemma2 and wired"):
+    with pytest.raises(
+        ModelError, match="No toy is called 'gpt3'; there are gpt2, llama, gpt_neox, gemma2, many_tasks, wired"
+    ):
         toys.load_module("gpt3")
     for unknown in (toys.folder, train.recipe):
         with pytest.raises(ModelError, match="No toy is called 'wired'; the trained ones are gpt2, llama, gpt_neox"):

@@ -19,18 +19,18 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``backward``, ``program``, ``weights``, ``models``, ``requests``, ``alignment``, ``sites``, ``shapes``, ``tokens``,
 ``spans``, ``checklist``, ``given``, ``prompts``, ``templates``, ``words``, ``tasks``, ``corruptions``,
 ``continuations``, ``constants``, ``portions``, ``sources``, ``references``, ``metrics``, ``measures``, ``calls``,
-``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``,
-``rows``, ``fitting``, ``trials``, ``worlds``, ``draws``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``,
-``plan``, ``reach``, ``profiles``, ``lowering``, ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``,
-``climb``, ``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``surveying``, ``steps``, ``remote``,
-``identity``, ``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``,
-``spelling``, ``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``,
-``archive``, ``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``,
-``recipe``, ``studies``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``,
-``agreement``, ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``,
-``direct``, ``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``,
-``heatmaps``, ``marks``, ``scatters``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``, ``report``,
-``catalogue``, ``toys``, ``__main__``.
+``modules``, ``probe``, ``experiments``, ``experts``, ``factors``, ``attention``, ``twins``, ``architecture``, ``rows``,
+``fitting``, ``trials``, ``worlds``, ``draws``, ``grids``, ``recording``, ``jobs``, ``table``, ``costs``, ``plan``,
+``reach``, ``profiles``, ``lowering``, ``entrance``, ``cautions``, ``packing``, ``surveys``, ``planner``, ``climb``,
+``layout``, ``shadows``, ``firing``, ``meter``, ``traced``, ``surveying``, ``steps``, ``remote``, ``identity``,
+``shipping``, ``entries``, ``journal``, ``executors``, ``forms``, ``checks``, ``literals``, ``readings``, ``spelling``,
+``forwards``, ``averages``, ``scripts``, ``results``, ``combining``, ``resampling``, ``saves``, ``archive``,
+``progress``, ``slopes``, ``estimators``, ``sides``, ``rowwise``, ``cells``, ``places``, ``estimates``, ``recipe``,
+``studies``, ``joint``, ``verdicts``, ``knocking``, ``sweeps``, ``attribution``, ``sampling``, ``agreement``,
+``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``,
+``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``,
+``marks``, ``points``, ``scatters``, ``verdict_pictures``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``,
+``report``, ``catalogue``, ``toys``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -37,8 +37,9 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="A Hugging Face repo id, a folder, or a bundled toy (toy:gpt2, toy:llama, toy:gpt_neox, toy:gemma2); "
-        "may be repeated, and named as in NAME=PATH. [default: the bundled toys]",
+        help="A Hugging Face repo id, a folder, or a bundled toy "
+        f"({', '.join(f'toy:{name}' for name in tp.toys.TRAINED + tp.toys.WIRED)}); may be repeated, and named as in "
+        "NAME=PATH. [default: the first four toys]",
     ),
 ]
 Metrics = Annotated[

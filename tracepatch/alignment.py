@@ -65,6 +65,14 @@ class Side:
         counted = self.aligned if of == self.world else self.partners
         return self.aligned[counted.index(position)] if position in counted else None
 
+    @property
+    def met(self) -> tuple[int | None, ...]:
+        """The partner of each position in the other prompt, ``None`` where it has none."""
+        if self.aligned is None or self.partners is None:
+            return tuple(range(self.length))
+        known = dict(zip(self.aligned, self.partners, strict=True))
+        return tuple(known.get(position) for position in range(self.length))
+
     def span(self, name: str, crossing: bool = False) -> Positions | None:
         """The positions of a span; for values that cross to the other prompt, those with partners in its span."""
         return next((both if crossing else own for known, own, both in self.spans if known == name), None)

@@ -125,10 +125,11 @@ class _Weights:
         # Weights set to zero are what is estimated, with the sign turned; what values do needs the other run.
         self.cells = Cells.of(p, "pattern", by, direction, None if values else 0, only)
         self.base, self.direction, self.values = world, direction, values
-        if values:
-            self.cells.require_plain(p, "tp.value_flow", "Estimate the values themselves: tp.attribute(…, 'v').")
-        elif not self.cells.plain and not p.encoded.mapped:
-            raise RecipeError("tp.attention_attribution takes positions, not spans.")
+        if not (self.cells.plain or self.cells.partnered_positions(p)):
+            raise RecipeError(
+                "Attention's weights take positions, counted from 0 where prompts are aligned, not spans or slices. "
+                "Estimate the weights themselves: tp.attribute(…, 'pattern')."
+            )
         self.other: WorldName | None = OTHER[world] if p.encoded.corrupted is not None else None
         self.slopes = Slopes(p.architecture, *held_of(AtP(), p.architecture))
         worlds = [self.other] if self.other else []
@@ -154,7 +155,7 @@ class _Weights:
         layer = key[1]
         units = self.p.architecture.units
         groups = units("q", layer) // units("v", layer)
-        source = "world", ("v", layer), self.sides.where(group, self.other), self.sides.agreeing(group)
+        source = "world", ("v", layer), self.sides.where(group, self.other), self.sides.agreeing(group, self.base)
         slope = "gradient", self.base, number, "z", layer
         pattern, value = (("value", self.base, name, layer) for name in ("pattern", "v"))
         return "flow", pattern, value, source, slope, groups, self._sums
@@ -180,7 +181,9 @@ class _Weights:
             results = iter(found[-1])
             for key in keys:
                 arrays = np.stack([next(results).double().numpy() for _ in metrics])
-                at = picked(self.cells, "pattern", arrays, group.of(self.base).length)
+                alone = self.sides.alone(group, self.base) if self.values else None
+                length, lost = group.of(self.base).length, {} if alone is None else {"src": alone}
+                at = picked(self.cells, "pattern", arrays, length, lost=lost)
                 for i, pair in enumerate(group.pairs):
                     self.found.setdefault(key, {})[pair] = at[:, i]
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tracepatch.cells import Cells, Direction, base_of
 from tracepatch.errors import RecipeError
 from tracepatch.estimates import labelled, picked, requested, resting_on
-from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, held_of, require_movable
+from tracepatch.estimators import AtP, AtPStar, IntegratedGradients, RelP, held_of, require_movable
 from tracepatch.jobs import EAGER
 from tracepatch.layout import Key
 from tracepatch.metrics import Metrics, logit_diff
@@ -95,7 +95,7 @@ def attribute(
     if isinstance(how, AtPStar) or (isinstance(how, IntegratedGradients) and not by_site):
         instead = "Take tp.AtP(), tp.RelP() or tp.IntegratedGradients(steps=…, along='site'), or patch."
         cells.require_plain(p, how.name, instead)
-    if not number or not cells.plain or by_site:
+    if not number or by_site or not (cells.plain or _partners(cells, p, how)):
         if not value_bias:
             raise RecipeError(
                 "value_bias=False is of AtP at positions that are the same in both prompts, written from there or a "
@@ -105,6 +105,12 @@ def attribute(
             cells.record(p, renormalize=renormalize)
         return p.estimate(how).assign_attrs(request=requested(cells, direction, renormalize, value_bias))
     return _Study(p, cells, how, renormalize, value_bias, memory).dataset(direction)
+
+
+def _partners(cells: Cells, p: Patching, how: AtP) -> bool:
+    """Whether cells of aligned prompts are estimated all at once; what is rotated, or attends, as rows."""
+    one_by_one = {"q", "k"} & set(cells.names) or any(component(name).attends for name in cells.names)
+    return type(how) in (AtP, RelP) and not one_by_one and cells.partnered_positions(p)
 
 
 def is_vector(name: str) -> bool:
@@ -334,7 +340,7 @@ class _Study:
         if self.source is not None:
             return "number", float(self.source)
         assert self.other is not None
-        return "world", stream_of(own), self.sides.where(group, self.other), self.sides.agreeing(group)
+        return "world", stream_of(own), self.sides.where(group, self.other), self.sides.agreeing(group, self.base)
 
     # ------------------------------------------------------------------------------------------------ what it gives
 
@@ -345,12 +351,15 @@ class _Study:
         results = [r for r in found[-1] if r is not None]
         count = len(self.p.metrics)
         per = len(self._drops) if isinstance(self.how, AtPStar) and self.how.drop else 1
+        alone = self.sides.alone(group, self.base) if self.source is None else None
+        lost = {} if alone is None else {"pos": alone}
         for number, key in enumerate(self.wanted.keys):
             own = results[number * count * per : (number + 1) * count * per]
             arrays = np.stack([r.double().numpy() for r in own])  # [metric × drop, row, …]
             arrays = arrays.reshape(count, per, *arrays.shape[1:])
             together = key in self.fixed and key[0] == "k" and "pos" not in self.wanted.by  # keys are patched as one
-            at = picked(self.wanted, key[0], arrays, group.length, without=("pos",) if together else ())
+            without = ("pos",) if together else ()
+            at = picked(self.wanted, key[0], arrays, group.of(self.base).length, without, lost)
             if per > 1:
                 at = np.abs(at).sum(1, keepdims=True) / (len(self.architecture) - 1)
             for i, pair in enumerate(group.pairs):

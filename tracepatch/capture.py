@@ -113,7 +113,11 @@ def gradients(
         for job, values in sides.values(ops, found):
             scores[job.base][:, job.pair] = values
         arrays = dict(zip(labels, found[-1][-len(labels) :], strict=True))
-        store.add(group, sides.agreeing(group), {k: v if wanted is None else v.to(wanted) for k, v in arrays.items()})
+        store.add(
+            group,
+            sides.agreeing(group, bases[0]),
+            {k: v if wanted is None else v.to(wanted) for k, v in arrays.items()},
+        )
 
     eager = slopes.eager or any(name in EAGER for name, _ in keys)
     with store:

@@ -5,7 +5,7 @@ An exact sweep and an estimate of it are asked for in the same words, so that th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -129,6 +129,17 @@ class Cells:
             found[dim] = recorder.aligned(items[0] if counted[dim].scalar else items, of=world)
         return found
 
+    def partnered_positions(self, recorder: Recorder) -> bool:
+        """Whether the cells are positions of the base that mean their partners in the other prompt, and no spans."""
+        kept = [given for dim, given in self.only.items() if dim in PLACES]
+        counted = [
+            select(given, dim) for dim, given in self.only.items() if dim in PLACES and not isinstance(given, str)
+        ]
+        whole = len(kept) == len(counted) and all(
+            s.items is not None and min(s.items) >= 0 and not s.of for s in counted
+        )
+        return recorder.encoded.mapped and whole and SPAN not in (*self.by, *self.only)
+
     def require_plain(self, recorder: Recorder, what: str, instead: str) -> None:
         """Refuses cells that are no numbered positions, the same in both prompts.
 
@@ -175,7 +186,7 @@ class Cells:
             if among is not None and tuple(labels.values()) not in among:
                 continue
             found.append(tuple(labels.values()))
-            site = tuple(_picked(dim, kind, labels, kept) for dim in kind.index)
+            site = index_of(kind, labels, kept)
             with recorder.row(renormalize=renormalize, **labels):
                 target = getattr(world, kind.name)
                 target[site] = getattr(given, kind.name)[site] if isinstance(given, World) else given
@@ -188,11 +199,14 @@ def _plain(recorder: Recorder, dims: Sequence[str], only: dict[str, Any]) -> boo
     return not (recorder.encoded.mapped or SPAN in (*dims, *only) or spans)
 
 
-def _picked(dim: str, kind: Component, labels: dict[str, Any], kept: dict[str, Any]) -> Any:
-    """The index along a dim of a component: that of the row, or what all rows keep to."""
-    names = (dim, SPAN) if dim == kind.place else (dim,)
-    found = [where[name] for where in (labels, kept) for name in names if name in where]
-    return found[0] if found else slice(None)
+def index_of(kind: Component, labels: Mapping[str, Any], kept: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The index of a component: along each dim that of the row, or what all rows keep to, or everything."""
+    found = []
+    for dim in kind.index:
+        names = (dim, SPAN) if dim == kind.place else (dim,)
+        given = [where[name] for where in (labels, kept) for name in names if name in where]
+        found.append(given[0] if given else slice(None))
+    return tuple(found)
 
 
 def taken(recorder: Recorder, base: WorldName, source: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tracepatch.attention_weights import LOWEST, flow, key_fix, peaks, query_fix, weight_change
-from tracepatch.differences import apart, difference, drop, home, of_worlds, settle, summed, take
+from tracepatch.differences import apart, difference, drop, facing, home, of_worlds, settle, summed, take
 from tracepatch.heads import by_heads
 from tracepatch.norms import wide
 from tracepatch.writing import edited
@@ -180,7 +180,7 @@ def written(
     found: list[torch.Tensor] = []
     for (name, heads), value in zip(writers, here):  # noqa: B905  # of equal length
         mine = wide(value.detach())
-        other = wide(of_worlds(known, name, worlds)).to(mine.device)
+        other = wide(facing(of_worlds(known, name, worlds), agreeing)).to(mine.device)
         if heads is None:
             change = (other - mine).unsqueeze(1)
         elif heads[2]:  # each run's own scale

@@ -46,11 +46,11 @@ class Costs:
     tokens: int = TOKENS
     flat_tokens: int = FLAT_TOKENS
 
-    def seconds(self, table: Table) -> float:
-        """Of one run."""
-        total = self.run + self.row * len(table.jobs)
-        for lanes, slots in table.shape[table.first : -1]:
-            keys = table.prefix + slots
+    def seconds(self, shape: Sequence[tuple[int, int]], prefix: int, rows: int) -> float:
+        """Of one run of a table: lanes and slots of the layers that are computed, cached positions, rows."""
+        total = self.run + self.row * rows
+        for lanes, slots in shape:
+            keys = prefix + slots
             total += self.layer + lanes * (self.token * slots + (self.attend * slots + self.copy) * keys)
         return total
 

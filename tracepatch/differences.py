@@ -28,8 +28,8 @@ def difference(known: dict[Any, Any], value: Any, source: tuple[Any, ...]) -> to
         known: With the worlds' values.
         value: The name of the value; ``None`` for nothing.
         source: ``("world", name, worlds, agreeing)``: the values of those worlds, which agree with the rows' before
-            positions ``[row]``; ``("value", name, agreeing)``: another value with the same rows; or ``("number", x)``,
-            a number or tensor.
+            positions ``[row]``, or whose positions ``[row, pos]`` correspond to the rows', -1 where nothing is changed;
+            ``("value", name, agreeing)``: another value with the same rows; or ``("number", x)``, a number or tensor.
     """
     here = wide(known[value])
     kind, *given = source
@@ -38,7 +38,7 @@ def difference(known: dict[Any, Any], value: Any, source: tuple[Any, ...]) -> to
         return (given[0].to(here) if isinstance(given[0], torch.Tensor) else given[0]) - here
     if kind == "value":
         return apart(wide(known[given[0]]).to(here.device) - here, given[1], along)
-    other = wide(of_worlds(known, given[0], given[1])).to(here.device)
+    other = wide(facing(of_worlds(known, given[0], given[1]), given[2])).to(here.device)
     return apart(other - here, given[2], along)
 
 
@@ -47,6 +47,14 @@ def of_worlds(known: dict[Any, Any], name: Any, worlds: torch.Tensor) -> torch.T
     whole: torch.Tensor = known[name]
     found = whole[worlds.to(whole.device)]
     return found.transpose(1, 2) if name[0] in WEIGHTS else found
+
+
+def facing(found: torch.Tensor, agreeing: Any) -> torch.Tensor:
+    """Other prompts' values ``[row, pos, …]``, where their positions are said, at those; see ``difference``."""
+    if agreeing is None or agreeing.ndim == 1:
+        return found
+    rows = torch.arange(len(found), device=found.device)[:, None]
+    return found[rows, agreeing.clamp(min=0).to(found.device)]
 
 
 def settle(known: dict[Any, Any], world: str, worlds: torch.Tensor, keys: tuple[Any, ...], length: Any = None) -> None:
@@ -78,10 +86,10 @@ def drop(known: dict[Any, Any], world: Any) -> None:
 
 
 def apart(found: torch.Tensor, agreeing: Any, along: int) -> torch.Tensor:
-    """A difference of two worlds, exactly 0 before the positions ``[row]``, along a dim, at which they part."""
+    """A difference of two worlds, exactly 0 where they agree along a dim of positions; see ``difference``."""
     if agreeing is None:
         return found
-    same = torch.arange(found.shape[along])[None] < agreeing[:, None]
+    same = torch.arange(found.shape[along])[None] < agreeing[:, None] if agreeing.ndim == 1 else agreeing < 0
     shape = [len(same), *[1] * (found.ndim - 1)]
     shape[along] = same.shape[1]
     return found.masked_fill(same.to(found.device).reshape(shape), 0.0)

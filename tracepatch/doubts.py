@@ -100,7 +100,7 @@ class _Doubts:
             own, beside = self.own[key], self.beside.get(key)
             source: tuple[Any, ...] = ("number", self.source)
             if self.source is None:
-                source = ("world", own, sides.where(group, OTHER[self.base]), sides.agreeing(group))
+                source = ("world", own, sides.where(group, OTHER[self.base]), sides.agreeing(group, self.base))
             sums = tuple(i for i, dim in enumerate(dims_of(component(own[0])), 1) if dim not in self._kept(key))
             stream = None if beside is None else ("value", self.base, *beside)
             value = "value", self.base, *own

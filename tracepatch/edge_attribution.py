@@ -95,12 +95,13 @@ def edges(
     p, how = Patching(model, pairs, metric, memory=memory), estimator or AtP()
     if p.encoded.corrupted is None:
         raise RecipeError("These pairs have no corrupted prompts, so that nothing is written otherwise in another run.")
-    p.encoded.require_alike("tp.edges", "Patch the edges that matter: tp.edge_rows aligns what it writes.")
     if isinstance(how, AtPStar):
         raise RecipeError(
             "AtP* is of queries and keys that are patched themselves: tp.attribute(model, pairs, 'q', "
             "estimator=tp.AtPStar()). Of edges take tp.AtP(), tp.RelP() or tp.IntegratedGradients()."
         )
+    if isinstance(how, IntegratedGradients):
+        p.encoded.require_alike(f"{how.name} of edges", "Take tp.AtP() or tp.RelP(), or patch: tp.edge_rows.")
     if isinstance(how, IntegratedGradients) and how.along == "site":
         raise RecipeError("An edge is no site that moves: pass along='inputs', or along='layer' for each writer's own.")
     if isinstance(how, IntegratedGradients) and how.along == "inputs":
@@ -109,7 +110,12 @@ def edges(
     if set(chosen) - {"writer", "reader", "pos"}:
         raise RecipeError(f"only takes 'writer', 'reader' and 'pos', not {', '.join(map(repr, chosen))}.")
     graph = graph_of(p.architecture)
-    positions = p.ranges("resid_pre", (), {k: v for k, v in chosen.items() if k == "pos"})["pos"]
+    if p.encoded.mapped and "pos" in chosen:
+        counted = select(chosen["pos"], "pos")
+        if counted.items is None or min(counted.items) < 0:
+            raise RecipeError("Where prompts are aligned, edges take positions of the base run, counted from 0.")
+    where = {k: v for k, v in chosen.items() if k == "pos"}
+    positions = p.ranges("resid_pre", (), where, getattr(p, base))["pos"]
     ends = graph.chosen("writer", chosen.get("writer")), graph.chosen("reader", chosen.get("reader"))
     request = {
         "direction": direction,
@@ -132,7 +138,7 @@ def edge_rows(p: Recorder, edges: Sequence[Sequence[Any]], *, direction: Directi
     Args:
         p: The recording.
         edges: ``(writer, reader)`` of each, by the names that ``tp.edges`` gives them, or ``(writer, reader, pos)``
-            for one position, which is then a label too.
+            for one position, which is then a label too; where prompts are aligned, one of the base's, with its partner.
         direction: As in ``tp.edges``.
 
     Raises:
@@ -150,6 +156,8 @@ def edge_rows(p: Recorder, edges: Sequence[Sequence[Any]], *, direction: Directi
     ends = graph_of(p.architecture).ends([(parts[0], parts[1]) for parts in given])
     for (writer, reader), parts in zip(ends, given, strict=True):
         where = {"pos": parts[2]} if len(parts) == 3 else {}
+        if where and p.encoded.mapped and where["pos"] >= 0:
+            where = {"pos": p.aligned(where["pos"], of=live)}
         read, written = reader.index(where.get("pos", slice(None))), writer.index(where.get("pos", slice(None)))
         with p.row(writer=writer.name, reader=reader.name, **where):
             mine, others = (getattr(world, writer.component)[written] for world in (live, other))
@@ -264,7 +272,8 @@ class _Study:
             coords[f"{side}_head"] = side, [-1 if node.unit is None else node.unit for node in nodes]
         given = self.p.metrics, self.architecture, self.encoded, attrs
         dims = ["writer", "reader", *([] if self.labels is None else ["pos"])]
-        return dataset_of(self.estimates, dims, coords, self.base, self.values, *given)
+        counted = self.base if self.encoded.mapped else ""
+        return dataset_of(self.estimates, dims, coords, self.base, self.values, *given, counted)
 
     def _post_norms(self) -> str:
         layers = sorted({node.layer for node in self.writers if node.component == "head_out"})
@@ -288,7 +297,7 @@ class _Study:
         return ops
 
     def _between(self, group: Group, part: _Part) -> Between:
-        sides, at = self.sides, self._at(group.length)
+        sides, at = self.sides, self._at(group.of(self.base).length)
         reader = {node.key: node for node in part.readers}
         upstream = [sum(self.graph.joined(writer, reader[key]) for writer in part.writers) for key in part.reading]
         return Between(
@@ -296,7 +305,7 @@ class _Study:
             readers=tuple(zip(map(self._canonical, part.reading), upstream, strict=True)),
             other=sides.where(group, self.other),
             here=None if part.line is None else sides.where(group, self.base),
-            agreeing=sides.agreeing(group),
+            agreeing=sides.agreeing(group, self.base),
             at=None if at is None else torch.tensor(at, dtype=torch.long),
             by_position=self.labels is not None,
         )
@@ -324,7 +333,7 @@ class _Study:
 
     def _place(self, group: Group, part: _Part, number: int, array: NDArray[np.float64]) -> None:
         """Numbers ``[row, (pos), writer, reader]`` of a part, at their places; NaN where there is no such edge."""
-        length = group.length
+        length, alone = group.of(self.base).length, self.sides.alone(group, self.base)
         if self.labels is None and self._at(length) == ():
             return
         writers, readers = ({node: i for i, node in enumerate(nodes)} for nodes in (part.writers, part.readers))
@@ -339,7 +348,10 @@ class _Study:
             here = np.moveaxis(here, 1, -1)
             at.append([i for i, label in enumerate(self.labels) if -length <= label < length])
         for row, pair in enumerate(group.pairs):
-            self.estimates[number, pair][np.ix_(*at)] = here[row]
+            own = here[row]
+            if alone is not None and self.labels is not None:
+                own = np.where(alone[row, [self.labels[i] % length for i in at[-1]]], np.nan, own)
+            self.estimates[number, pair][np.ix_(*at)] = own
 
 
 def _part(name: str, writers: Sequence[Node], readers: Sequence[Node], line: Key | None) -> _Part:

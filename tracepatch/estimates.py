@@ -32,7 +32,12 @@ Found = Mapping[Key, Mapping[int, NDArray[np.float64]]]
 
 
 def picked(
-    cells: Cells, name: str, arrays: NDArray[np.float64], length: int, without: tuple[str, ...] = ()
+    cells: Cells,
+    name: str,
+    arrays: NDArray[np.float64],
+    length: int,
+    without: tuple[str, ...] = (),
+    lost: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> NDArray[np.float64]:
     """Numbers of a component at a layer, ``[…, *kept dims]``, at the cells' labels: ``[…, *dims but the layer]``.
 
@@ -42,21 +47,28 @@ def picked(
         arrays: Its numbers, with the dims that ``cells.kept`` says, in their order.
         length: Tokens of the prompts.
         without: Kept dims that the numbers do not have, as they were contracted otherwise.
+        lost: Dim → the positions ``[row, pos]`` that have no partner to come from; their cells are NaN.
     """
     kept = [dim for dim in cells.kept(component(name)) if dim not in without]
-    lead, lost = arrays.ndim - len(kept), []
+    lead, taken = arrays.ndim - len(kept), []
     for axis, dim in enumerate(kept, lead):
         size = arrays.shape[axis]
         if dim not in cells.by:
             arrays = np.take(arrays, list(cells.picked[dim].resolve(size) or ()), axis)
-            lost.append(axis)
+            taken.append(axis)
             continue
         at = [label % size if -size <= label < size else -1 for label in cells.axes[dim]]
         gone = np.array([i < 0 for i in at]).reshape(-1, *[1] * (arrays.ndim - axis - 1))
         arrays = np.where(gone, np.nan, np.take(arrays, at, axis))
+        if lost and dim in lost:
+            there = lost[dim][:, at]
+            shape = [
+                there.shape[0] if i == lead - 1 else there.shape[1] if i == axis else 1 for i in range(arrays.ndim)
+            ]
+            arrays = np.where(there.reshape(shape), np.nan, arrays)
     if {"dest", "src"} <= set(kept) & set(cells.by):
         arrays = _seen(cells, arrays, [lead + kept.index(dim) for dim in ("dest", "src")], length)
-    arrays = arrays.sum(tuple(lost))
+    arrays = arrays.sum(tuple(taken))
     order = [dim for dim in kept if dim in cells.by]
     places = [order.index(dim) for dim in cells.by if dim != "layer"]
     return arrays.transpose(*range(lead), *(lead + i for i in places))
@@ -110,7 +122,8 @@ def labelled(
     dims = (*(("component",) if several else ()), *cells.by)
     estimates = laid_out(cells, found, len(metrics), len(encoded))
     coords: dict[str, Any] = dict(cells.axes) | ({"component": list(cells.names)} if several else {})
-    return dataset_of(estimates, dims, coords, cells.base, values, metrics, architecture, encoded, attrs)
+    counted = cells.base if encoded.mapped and cells.crossing else ""
+    return dataset_of(estimates, dims, coords, cells.base, values, metrics, architecture, encoded, attrs, counted)
 
 
 def dataset_of(
@@ -123,6 +136,7 @@ def dataset_of(
     architecture: Architecture,
     encoded: EncodedPairs,
     attrs: Mapping[str, Any],
+    counted: str = "",
 ) -> xr.Dataset:
     """Estimates with their baselines, normalized, and with labels.
 
@@ -136,6 +150,7 @@ def dataset_of(
         architecture: Of the model.
         encoded: The pairs.
         attrs: What they rest on.
+        counted: In whose prompts positions count, to be found by their partners in the others; ``""`` for each's own.
     """
     lead: tuple[str, ...] = ("metric", "pair") if len(metrics) > 1 else ("pair",)
     status = np.where(np.isnan(estimates[0]), Status.ABSENT, Status.ESTIMATED).astype(np.int8)
@@ -149,7 +164,7 @@ def dataset_of(
     names = [m.name for m in metrics]
     dataset = xr.Dataset(data, {**coords, **pair_coords(encoded)})
     dataset = dataset.assign_coords(metric=names if len(metrics) > 1 else names[0])
-    dataset = site_coords(dataset, architecture, encoded)
+    dataset = site_coords(dataset, architecture, encoded, counted=counted)
     if "corrupted" in data:
         dataset = normalize(dataset, [0.0] * len(metrics), "corrupted")
     for name in ("estimate", "base", "clean", "corrupted"):
@@ -239,7 +254,10 @@ def asked_again(recorder: Recorder, request: str, source: Any = None) -> tuple[C
             "Estimate with value_bias=True."
         )
     if asked["source"] == "a tensor" and source is None:
-        raise RecipeError("The estimate is of writing a tensor, which it does not hold: pass the same source= again.")
+        raise RecipeError(
+            "The estimate is of writing a tensor, a mean or the like, which it does not hold: pass the same source= "
+            "again."
+        )
     only = {dim: _from_json(index) for dim, index in asked["only"].items()}
     written = source if asked["source"] == "a tensor" else asked["source"]
     return Cells.of(recorder, asked["components"], asked["by"], asked["direction"], written, only), asked["renormalize"]

@@ -49,7 +49,9 @@ def require_fired(
         lanes = ran[-1] if key[0] == "logits" else ran[key[1]]
         written, seen = told.get(key, (0, lanes))
         where = key[0] if key[0] == "logits" else f"{key[0]} of layer {key[1]}"
-        of = named(rows, [job for job in jobs if any(_key(w) == key for w in job.writes)])
+        if written == count and seen == lanes:
+            continue
+        of = listed(rows, [job for job in jobs if any(_key(w) == key for w in job.writes)])
         if written != count:
             wrong.append(f"{where}: {written:,} of {count:,} cells were written, for\n{of}")
         if seen != lanes:
@@ -64,7 +66,7 @@ def require_fired(
     return sum(len(job.writes) for job in jobs)
 
 
-def named(rows: Sequence[Row], jobs: Sequence[Job]) -> str:
+def listed(rows: Sequence[Row], jobs: Sequence[Job]) -> str:
     """Measured rows as they were recorded, one to a line."""
     return listing([f"pair {job.pair}, {_row(rows, job)}" for job in jobs])
 

@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from tracepatch.constants import Constant
 from tracepatch.portions import Portion
@@ -14,13 +14,22 @@ from tracepatch.references import Tally
 from tracepatch.sites import SPLIT_READERS, component
 from tracepatch.sources import Function, WorldName
 
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def _many(cls: type[T]) -> type[T]:
+    """A dataclass that mypy takes for frozen: plans make very many, and frozen ones take five times as long to make."""
+    return dataclass(slots=True, unsafe_hash=True)(cls)
+
+
 EAGER = frozenset({"scores", "pattern"})
 """What can be seen only where attention is computed step by step."""
 CACHED = frozenset({"k", "v"})
 """What a cache holds: where earlier tokens stand in one, they come before a table's own."""
 
 
-@dataclass(frozen=True, slots=True)
+@_many
 class Term:
     """A multiple of a world's activation at given positions, units and sources; single ones are broadcast.
 
@@ -42,7 +51,7 @@ class Term:
         return (self.component, self.layer) if self.tally is None else self.tally.key
 
 
-@dataclass(frozen=True, slots=True)
+@_many
 class Write:
     """One edit of one row with every index resolved: the sum of its terms and constant is set, or added, at its cells.
 
@@ -182,7 +191,7 @@ def streams(writes: Iterable[Write]) -> dict[tuple[str, int], list[tuple[int, ..
     return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Job:
     """A row on a pair that must be measured.
 

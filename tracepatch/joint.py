@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tracepatch.cells import Direction
+from tracepatch.cells import Cells, Direction
 from tracepatch.combining import NOTHING
 from tracepatch.errors import RecipeError
 from tracepatch.metrics import Metrics, logit_diff
@@ -23,6 +23,7 @@ from tracepatch.places import Place, Places, along, at, named, picked, write
 from tracepatch.plan import Status
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching
+from tracepatch.sites import component
 
 
 def windows(
@@ -67,16 +68,15 @@ def windows(
     widths = [width] if isinstance(width, int) else list(dict.fromkeys(width))
     if not widths or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in widths):
         raise RecipeError(f"width is a number of layers, 1 or more, or several, not {width!r}.")
-    dims, chosen = along(name, by), only or {}
-    if "layer" not in dims:
+    if "layer" not in along(name, by):
         raise RecipeError(f"Windows of layers run over layer: by=('layer', …), not {by!r}.")
     with Patching(model, pairs, metric, **options) as p:
-        layers = range(len(p.architecture))
-        for w, index in itertools.product(widths, p.grid(name, dims, **chosen)):
-            labels: dict[str, Any] = dict(zip(dims, index, strict=True))
+        layers, cells = range(len(p.architecture)), Cells.of(p, name, by, direction, source, only)
+        kept = cells.partnered(p)
+        for w, (_, labels) in itertools.product(widths, cells.labels(p)):
             inside = [n for n in _window(labels["layer"], w) if n in layers and p.architecture.offers(name, n)]
             with p.row(**(labels if len(widths) == 1 else {"width": w, **labels})):
-                write(p, direction, source, *(at(name, {**chosen, **labels, "layer": n}) for n in inside))
+                write(p, direction, source, *(at(name, {**kept, **labels, "layer": n}) for n in inside))
     found = run(p, progress)
     inner = [[[n for n in _window(middle, w) if n in layers] for middle in found["layer"].values] for w in widths]
     edges = np.array([[(window[0], window[-1]) for window in of_width] for of_width in inner])
@@ -256,7 +256,9 @@ def keep_only(
     """
     dims = along(name, by)
     with Patching(model, pairs, metric, **options) as p:
-        grid = [at(name, dict(zip(dims, index, strict=True))) for index in p.grid(name, dims)]
+        if component(name).place in dims:
+            p.encoded.require_alike("keep_only by position", "Run over heads, or over by=('layer', 'span').")
+        grid = [at(name, dict(zip(dims, index, strict=True))) for index in p.grid(name, dims, base=p.clean)]
         every = {picked(name, dims, place): place for place in grid}
         for label, places in {"nothing": (), **kept}.items():
             left = {

@@ -12,7 +12,7 @@ Pruning is exact and uses only declarations. Two facts carry it, both proved by 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -88,7 +88,9 @@ class Lowering:
         """The writes of a row that survive pruning; where none does, the proof."""
         if row.raw is not None:  # nothing is known of it
             return (), Proof.NONE
-        edits = [(edit, True) for edit in self.standing.get(row.base, ())] + [(edit, False) for edit in row.edits]
+        edits = [(edit, False) for edit in row.edits]
+        if row.base in self.standing:
+            edits = [(edit, True) for edit in self.standing[row.base]] + edits
         if len(edits) > 1:
             edits.sort(key=lambda pair: self._moment(pair[0]))
         try:
@@ -106,35 +108,35 @@ class Lowering:
         mixing = [n for n, w in enumerate(writes) if w.function is not None and len(w.positions) > 1]
         mixed = any(w.function is not None or w.portion is not None for w in writes)
         for number, write in enumerate(writes):
+            positions = write.positions
             if write.standing:
-                if write.function is not None and len(write.positions) > 1:  # it may mix positions
-                    live = min(live, *write.positions)
+                if write.function is not None and len(positions) > 1:  # it may mix positions
+                    live = min(live, *positions)
                 kept.append(write)
                 continue
             # A function may carry what it is given to other positions of its site.
             carried = bool(mixing) and number < mixing[-1]
             inside = self._reached(write, root, carried, mixed)
-            reach = [i for i, p in enumerate(write.positions) if p in inside]
+            reach: Sequence[int] = range(len(positions))
+            if not inside.issuperset(positions):
+                reach = [i for i in reach if positions[i] in inside]
             if write.function is not None and reach:  # it may mix positions
-                live = min(live, *write.positions)
+                live = min(live, *positions)
                 kept.append(write)
                 continue
             inert = self._inert(write, row.base)
-            alive = [i for i in reach if write.positions[i] >= live or write.positions[i] not in inert]
-            unreachable |= len(reach) < len(write.positions)
+            alive = [i for i in reach if positions[i] >= live or positions[i] not in inert] if inert else reach
+            unreachable |= len(reach) < len(positions)
             equal |= len(alive) < len(reach)
             if not alive:
                 continue
-            live = min(live, *(write.positions[i] for i in alive))
-            if len(alive) < len(write.positions):
+            if len(alive) < len(positions):
                 write = narrowed(write, alive)
+            live = min(live, *write.positions)
             kept.append(write)
-        if all(write.standing for write in kept):
-            kept = []
-        proof = (
-            Proof.NONE if kept else Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
-        )
-        return tuple(kept), proof
+        if kept and not (row.base in self.standing and all(write.standing for write in kept)):
+            return tuple(kept), Proof.NONE
+        return (), Proof.BOTH if equal and unreachable else Proof.EQUAL if equal else Proof.UNREACHABLE
 
     def reads(self, row: Row) -> tuple[Read, ...]:
         """The live values that a row saves, as far as the prompt has them."""
@@ -279,7 +281,7 @@ class Lowering:
             self._reach[key] = found
         return found
 
-    def _inert(self, write: Write, base: WorldName) -> Container[int]:
+    def _inert(self, write: Write, base: WorldName) -> Collection[int]:
         """The positions at which the source equals the base, given that no earlier edit has reached them."""
         split = write.component in SPLIT_READERS  # every head reads the same stream
         name, units = ("attn_in", None) if split else (write.component, write.units)

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tracepatch.architecture import Architecture
 from tracepatch.costs import Costs, kept_bytes, seen_bytes, table_bytes
@@ -20,11 +21,11 @@ from tracepatch.jobs import Job, Read, parts
 from tracepatch.plan import Batch, Group, Reading
 from tracepatch.profiles import Profile
 from tracepatch.sources import WorldName
-from tracepatch.table import Form, Table, seat
+from tracepatch.table import ORDER, Form, Table, seat, shapes
 from tracepatch.tokens import EncodedPairs
 
 RIDE = 320  # tokens a pair that are measured in the run that computes its worlds
-LANES = (1, 2, 4, 8, 16, 32)
+LANES = (2, 4, 8, 16, 32)
 
 
 @dataclass
@@ -216,7 +217,7 @@ class Packer:
         for write in (w for table in tables for job in table.jobs for w in job.writes):
             yield from write.needed
         for table in (table for table in tables if not table.worlds):
-            yield from (("resid_pre", job.birth) for job in table.jobs)
+            yield from {("resid_pre", job.birth) for job in table.jobs}
             yield from ((read.component, read.layer) for read in self.seen)
             if any(job.start > first_read for job in table.jobs):
                 yield "resid_pre", len(self.architecture)
@@ -226,7 +227,7 @@ class Packer:
         room, count = dict.fromkeys(pairs, ride), self.batch_size or len(jobs)
         riding: list[Job] = []
         later: list[Job] = []
-        for job in sorted(jobs, key=_order):
+        for job in sorted(jobs, key=ORDER):
             if room[job.pair] >= end - job.start and len(riding) < count and _rides(job):
                 riding.append(job)
                 room[job.pair] -= end - job.start
@@ -262,7 +263,7 @@ class Packer:
         if self.form == "flat":
             return
         packed = self.form == "packed"
-        jobs = sorted(jobs, key=_order if packed else lambda j: (j.start, j.birth))
+        jobs = sorted(jobs, key=ORDER if packed else attrgetter("start", "birth"))
         taken: list[Job] = []
         load = 0
         for job in jobs:
@@ -279,13 +280,17 @@ class Packer:
     def _table(self, jobs: list[Job], end: int) -> Iterator[Batch]:
         """The table of some rows, or several where memory has no room for one."""
         everyone = [self._witness(jobs, end), *jobs]
-        runs = len({(job.pair, job.base) for job in jobs}) if self.form == "packed" else len(jobs)
-        table = seat(everyone, self.form, self.depth, end)
-        for lanes in (n for n in LANES[1:] if runs < n <= len(jobs)):
-            wider = seat(everyone, self.form, self.depth, end, lanes=lanes)
-            if self.costs.seconds(wider) >= self.costs.seconds(table):
-                break
-            table = wider
+        best, least = 1, float("inf")
+        if self.form == "packed":
+            first, prefix = min([job.birth for job in everyone]), max([job.start for job in everyone])
+            runs = len({(job.pair, job.base) for job in jobs})
+            lanes = [1, *(n for n in LANES if runs < n <= len(jobs))]
+            for count, shape in zip(lanes, shapes(everyone, self.depth, end, lanes), strict=True):
+                seconds = self.costs.seconds(shape[first:-1], prefix, len(everyone))
+                if seconds >= least:
+                    break
+                best, least = count, seconds
+        table = seat(everyone, self.form, self.depth, end, lanes=best)
         if self._too_large(table) and len(jobs) > 1:
             middle = len(jobs) // 2
             yield from self._table(jobs[:middle], end)
@@ -346,7 +351,3 @@ def _rides(job: Job) -> bool:
     return all(
         (name, layer) == (w.component, w.layer) or layer < w.layer for w in job.writes for name, layer in w.needed
     )
-
-
-def _order(job: Job) -> tuple[int, int]:
-    return job.birth, job.start

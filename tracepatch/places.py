@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from tracepatch.cells import Direction, base_of, default_by, taken
+from tracepatch.cells import Direction, base_of, default_by, index_of, taken
 from tracepatch.errors import RecipeError
 from tracepatch.recording import Recorder
 from tracepatch.sites import component, hashable
@@ -25,7 +25,7 @@ def along(name: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def at(name: str, labels: Mapping[str, Any]) -> Place:
     """The place of a component with these indices; all along the dims that are left out."""
-    return (name, *(labels.get(dim, slice(None)) for dim in component(name).index))
+    return (name, *index_of(component(name), labels, {}))
 
 
 def write(p: Recorder, direction: Direction, source: Any, *places: Place) -> None:

@@ -131,7 +131,7 @@ def make_plan(
     if encoded.encoder:
         notes.append("an encoder reads the prompts: layers and positions are the decoder's")
     halved = architecture.dtype.itemsize < 4
-    if halved and any(e.site.component == "resid_mid" for row in rows for e in row.edits):
+    if halved and any(edit.site.component == "resid_mid" for row in rows for edit in row.edits):
         notes.append(
             "resid_mid is written as what attention adds: in a dtype of 16 bits the sum is off by its last bit or two"
         )
@@ -152,20 +152,22 @@ def make_plan(
     for pair, profile in enumerate(profiles):
         seen: dict[Any, int] = {}
         jobs[pair] = []
-        for number, (writes, proof) in enumerate(lowered[profile]):
-            proofs[number, pair] = proof
-            if rows[number].raw is not None:
-                jobs[pair].append(Job(number, pair, rows[number].base, (), 0, 0, raw=True))
+        proofs[:, pair] = np.fromiter((proof for _, proof in lowered[profile]), np.int8, len(rows))
+        for number, (row, (writes, proof)) in enumerate(zip(rows, lowered[profile], strict=True)):
+            if row.raw is not None:
+                jobs[pair].append(Job(number, pair, row.base, (), 0, 0, raw=True))
                 continue
-            if proof != Proof.NONE:
+            if proof:
                 continue
             reads = saving[profile].get(number, ())
-            key = (rows[number].base, writes)
-            if prune and key in seen and not reads:
-                proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, seen[key] * len(encoded) + pair
-                continue
-            seen[key] = number
-            jobs[pair].append(_job(number, pair, rows[number].base, writes, reads))
+            if prune and reads:
+                seen[row.base, writes] = number
+            elif prune:
+                first = seen.setdefault((row.base, writes), number)
+                if first != number:
+                    proofs[number, pair], twins[number, pair] = Proof.IDENTICAL, first * len(encoded) + pair
+                    continue
+            jobs[pair].append(_job(number, pair, row.base, writes, reads))
     standing = [[world_job(lowering[profile], pair, w) for pair, profile in enumerate(profiles)] for w in edited]
     measured = [job for found in (*jobs.values(), *standing) for job in found]
     targets = [read for low in lowering.values() for found in low.targets.values() for read in found]
@@ -279,7 +281,7 @@ def _estimate(
             here = group.of(packer.root(batch.jobs[0]))
             inside = batch.table.shape[batch.table.first : -1]
             forwards += sum(lanes * slots for lanes, slots in inside) / (here.length * depth)
-            seconds += costs.seconds(batch.table)
+            seconds += costs.seconds(inside, batch.table.prefix, len(batch.table.jobs))
             logits = len(here.reads) * (packer.columns or architecture.vocab)
             taken = table_bytes(architecture, batch.table, logits) + seen_bytes(architecture, batch.table, here.seen)
             largest = max(largest, taken)
@@ -324,6 +326,9 @@ def _sample(
 
 
 def _job(row: int, pair: int, base: WorldName, writes: tuple[Write, ...], reads: tuple[Read, ...] = ()) -> Job:
+    if len(writes) == 1:  # what most rows are
+        (write,) = writes
+        return Job(row, pair, base, writes, min(write.positions), write.layer, reads)
     start = min([min(w.positions) for w in writes], default=0)
     return Job(row, pair, base, writes, start, min([w.layer for w in writes], default=0), reads)
 

@@ -14,7 +14,8 @@ from tracepatch.curves import depth, windows
 from tracepatch.errors import ResultError
 from tracepatch.heatmaps import FLOOR, bars, heatmap, interactions
 from tracepatch.panels import PANELS
-from tracepatch.scatters import audit, quadrants, scatter
+from tracepatch.scatters import audit, scatter
+from tracepatch.verdict_pictures import quadrants
 
 __all__ = [
     "FLOOR",

@@ -6,12 +6,14 @@ Whatever was estimated is recorded again as rows: a sweep from its request, reco
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -234,6 +236,8 @@ def _asked(
     cells, renormalize = asked_again(p, estimate.attrs["request"], source)
     names = (*(("component",) if len(cells.names) > 1 else ()), *cells.by)
     dims = cell_dims(estimate)
+    if "draw" in dims:
+        raise ResultError("The estimate has several draws, and an audit is of one: estimate with draws=1.")
     lost = [name for name in names if name not in estimate.coords or estimate[name].dims not in ((), (name,))]
     if lost or set(dims) - set(names):
         raise ResultError(f"The estimate has lost its coordinates {', '.join(lost or dims)}: audit it as it came.")
@@ -244,11 +248,16 @@ def _asked(
         columns.append(values[at[dims.index(name)]].tolist() if name in dims else values.tolist() * len(at[0]))
     labels = list(zip(*columns, strict=True)) if columns else [()] * len(at[0])
 
-    def record(numbers: Sequence[int]) -> tuple[Patching, Sequence[int]]:
+    def record(numbers: Sequence[int], **more: Any) -> tuple[Patching, Sequence[int]]:
         among = {labels[n]: n for n in numbers}
-        with Patching(model, pairs, metric, **options) as rows:  # type: ignore[arg-type]
+        with Patching(model, pairs, metric, **{**options, **more}) as rows:  # type: ignore[arg-type]
             order = cells.record(rows, among, renormalize)
         return rows, [among[label] for label in order]
+
+    def of_rows(chosen: Sequence[int]) -> Variables:
+        part, order = record(chosen, prune=False)
+        shape = estimate.sizes["pair"], *(estimate.sizes[dim] for dim in dims)
+        return _spread(doubts_of_rows(part, options.get("memory")), dims, shape, [index[order] for index in at])
 
     # What is proved of a site is proved of each of its heads or neurons.
     by = tuple(dim for dim in cells.by if dim not in UNITS)
@@ -259,14 +268,9 @@ def _asked(
     whole = np.array([known[tuple(label[i] for i in inside)] for label in labels], np.intp)
 
     def doubts(chosen: Sequence[int]) -> Variables:
-        if not cells.plain:  # where positions correspond otherwise, rows know which
-            with Patching(model, pairs, metric, **{**options, "prune": False}) as rows:  # type: ignore[arg-type]
-                order = cells.record(rows, {labels[n]: n for n in chosen}, renormalize)
-            where: Any = (slice(None), *(index[[labels.index(label) for label in order]] for index in at))
-            return {
-                name: (("pair", *dims), _filled(array, where, [estimate.sizes[dim] for dim in ("pair", *dims)]))
-                for name, array in doubts_of_rows(rows, options.get("memory")).items()
-            }
+        number = cells.source is None or isinstance(cells.source, (Real, np.ndarray, torch.Tensor))
+        if not (cells.plain and number):  # rows know what is written where
+            return of_rows(chosen)
         axes: dict[str, Any] = {"component": list(cells.names), **cells.axes}
         found: Variables = {}
         for name, (own, values) in doubts_of(p, cells, options.get("memory")).items():
@@ -303,20 +307,24 @@ def _recorded(p: Patching, estimate: xr.Dataset) -> Population:
         return part_of(p, [numbers[n] for n in chosen]), chosen
 
     def doubts(chosen: Sequence[int]) -> Variables:
-        part, found = part_of(p, [numbers[n] for n in chosen], prune=False), Variables()
-        for name, values in doubts_of_rows(part, part._limits["memory"]).items():
-            where: Any = (slice(None), *(index[list(chosen)] for index in at))
-            found[name] = ("pair", *dims), _filled(values, where, (estimate.sizes["pair"], *shape))
-        return found
+        part = part_of(p, [numbers[n] for n in chosen], prune=False)
+        ratios = doubts_of_rows(part, part._limits["memory"])
+        return _spread(ratios, dims, (estimate.sizes["pair"], *shape), [index[list(chosen)] for index in at])
 
     return Population(estimate, at, p.plan.proofs[numbers], record, doubts)
 
 
-def _filled(values: Floats, where: Any, shape: Sequence[int]) -> Floats:
-    """Numbers of some cells among those of all, the others NaN."""
-    array = np.full(tuple(shape), np.nan)
-    array[where] = values
-    return array
+def _spread(
+    ratios: Mapping[str, NDArray[np.float64]], dims: Sequence[str], shape: tuple[int, ...], at: Sequence[Any]
+) -> Variables:
+    """Numbers of chosen rows ``[pair, row]`` at their cells, NaN at all others."""
+    found: Variables = {}
+    for name, values in ratios.items():
+        array = np.full(shape, np.nan)
+        where: Any = (slice(None), *at)
+        array[where] = values
+        found[name] = ("pair", *dims), array
+    return found
 
 
 def _equal(coordinate: xr.DataArray, axis: Any) -> bool:

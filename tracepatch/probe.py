@@ -94,7 +94,10 @@ class Layer:
 
     def sublayer(self, *kinds: str) -> Sublayer | None:
         """The first branch of one of these kinds."""
-        return next((s for s in self.sublayers if s.kind in kinds), None)
+        for sublayer in self.sublayers:  # asked several times for each row that is recorded
+            if sublayer.kind in kinds:
+                return sublayer
+        return None
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

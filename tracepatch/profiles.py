@@ -46,6 +46,18 @@ class Profile:
         """Whether the two prompts are equally long and read at the same positions, so that runs hold rows of both."""
         return self.alignment.even and self.scored[0] == self.scored[1] and self.seen[0] == self.seen[1]
 
+    def changing(self, base: WorldName, causal: bool, extends: bool) -> list[int]:
+        """Of each position of a world, its partner in the other one; -1 where it has none, or both are the same.
+
+        Args:
+            base: The world.
+            causal: Whether what stands at a position is known to depend on no later one.
+            extends: Whether what stands there is known not to depend on how long the prompt is.
+        """
+        same = self.first if causal and (self.alignment.even or extends) else 0
+        met = self.alignment.side(base).met
+        return [-1 if other is None or position == other < same else other for position, other in enumerate(met)]
+
     def reads_of(self, root: WorldName) -> tuple[int, ...]:
         """The positions whose logits are read, in the clean or in the corrupted prompt."""
         return tuple(sorted({p for positions in self.scored[root == "corrupted"] for p in positions}))

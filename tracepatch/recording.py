@@ -473,20 +473,20 @@ class Recorder:
                 f"row({row.described}) has no edits. A row is one patched forward; without an edit it would be "
                 "its base. (It may look at its base with p.save.)"
             )
-        every = [*self._standing(row.base), *row.edits]
-        require_separate(f"row({row.described})", every)
-        require_fresh(f"row({row.described})", every, [save.site for save in row.saves], self.architecture)
-        require_fresh(f"row({row.described}): a metric", every, self.seen, self.architecture)
+        every, what = [*self._standing(row.base), *row.edits], f"row({row.described})"
+        require_separate(what, every)
+        require_fresh(what, every, [save.site for save in row.saves], self.architecture)
+        require_fresh(f"{what}: a metric", every, self.seen, self.architecture)
         for save in row.saves:
             if self._dims.setdefault((*row.labels, "", save.name), save.dims) != save.dims:
                 raise RecipeError(
-                    f"row({row.described}) saves {save.name!r} with other dims ({', '.join(save.dims)}) than the rows "
+                    f"{what} saves {save.name!r} with other dims ({', '.join(save.dims)}) than the rows "
                     "before it. Give it a name of its own: name='…'."
                 )
         for name, label in row.labels.items():
             require_label(row, name, label, self.architecture, self._sides(row.base))
             row.labels[name] = counted_from_0(row, name, label, self.architecture)
-        require_apart(f"row({row.described})", every, self.architecture)
+        require_apart(what, every, self.architecture)
         for one in self._draws.rows(row, len(self.rows)):
             key = tuple(one.labels.items())
             if key in self._taken:

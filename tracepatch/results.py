@@ -227,12 +227,12 @@ def _text(encoded: EncodedPairs, prompt: Prompt) -> str:
 
 
 def site_coords(
-    dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs, rows: Sequence[Row] = ()
+    dataset: xr.Dataset, architecture: Architecture, encoded: EncodedPairs, rows: Sequence[Row] = (), counted: str = ""
 ) -> xr.Dataset:
     """Adds the depth of layers, the kv_head of heads, and the tokens of positions and spans, of both prompts.
 
     A position counts in the prompts of the rows' base; where its partner in the other prompt is another position, the
-    other token is the partner's. Without rows it counts in both.
+    other token is the partner's. Without rows it is said in whose prompts it counts.
     """
     if "layer" in dataset.dims:
         depth = dataset["layer"].values / max(1, len(architecture) - 1)
@@ -247,8 +247,8 @@ def site_coords(
             heads, kv_heads = groups.pop()
             dataset = dataset.assign_coords(kv_head=("head", dataset["head"].values // (heads // kv_heads)))
     for dim in (*PLACES, "span"):
-        counted = _counted(dim, rows, dataset[dim].values.tolist()) if dim in dataset.coords else None
-        if counted is None:
+        of = _counted(dim, rows, dataset[dim].values.tolist(), counted) if dim in dataset.coords else None
+        if of is None:
             continue
         for world in encoded.worlds:
             name = "token" if world == "clean" else "corrupted_token"
@@ -261,7 +261,7 @@ def site_coords(
                 ]
             else:
                 picked = [
-                    [word_at(p, counted, side, words) for p in labels]
+                    [word_at(p, of, side, words) for p in labels]
                     for side, ids in sides
                     for words in [encoded.words(ids)]
                 ]
@@ -270,15 +270,15 @@ def site_coords(
     return dataset
 
 
-def _counted(dim: str, rows: Sequence[Row], found: Sequence[Label]) -> str | None:
+def _counted(dim: str, rows: Sequence[Row], found: Sequence[Label], counted: str) -> str | None:
     """In whose prompts the labels of a dim count: ``""`` for each in its own; ``None`` where that has no answer."""
     labels = [row.labels[dim] for row in rows if dim in row.labels] or found
     if dim == "span":
         return "" if all(isinstance(label, str) for label in labels) else None
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         return None
-    counted = {_of(row, dim) for row in rows if dim in row.labels} or {""}
-    return counted.pop() if len(counted) == 1 else None
+    several = {_of(row, dim) for row in rows if dim in row.labels} or {counted}
+    return several.pop() if len(several) == 1 else None
 
 
 def _of(row: Row, dim: str) -> str:

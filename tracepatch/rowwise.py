@@ -189,8 +189,8 @@ class _Rows:
         sides = self.sides
         jobs = [job for pair in group.pairs for job in self.by_pair[pair]]
         keep = {key for job in jobs for w in job.writes for key in w.needed}
-        if isinstance(self.how, IntegratedGradients):  # a line begins at the base's own values
-            keep |= {(w.component, w.layer) for job in jobs for w in job.writes if not w.add}
+        if isinstance(self.how, IntegratedGradients):  # lines begin at the base's own values
+            keep |= {key for job in jobs for w in job.writes for key in _partly(w, 0.0, job.base).needed}
         ops = sides.known(group, keep)
         for base in self.bases:
             own = [job for job in jobs if job.base == base]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
 from tracepatch.costs import kept_bytes
-from tracepatch.errors import MeasurementError, listing, plural
+from tracepatch.errors import MeasurementError, MetricError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
 from tracepatch.layout import Key, Seats, heads_of
@@ -45,8 +45,6 @@ from tracepatch.weights import frozen
 Op: TypeAlias = tuple[tuple[Any, ...], Call | None]
 
 _MUTATING: set[type] = set()  # classes of models that change tensors in place after they have passed by
-
-
 INPLACE = ("modified by an inplace operation", "used in an in-place operation")  # as autograd says it
 
 
@@ -80,6 +78,12 @@ class Sides:
         surveys: Sequence[Survey] = (),
     ) -> None:
         require_given(metrics, encoded)
+        jumping = [metric.name for metric in metrics if not metric.differentiable]
+        if jumping:
+            raise MetricError(
+                f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate a metric that changes "
+                "smoothly, such as tp.logit_diff, or measure this one with tp.patch."
+            )
         self.model, self.architecture, self.encoded, self.metrics = model, architecture, encoded, metrics
         self.worlds, self.edited = tuple(worlds), tuple(edited)
         self._profiles = [profile_of(architecture, encoded, metrics, pair) for pair in range(len(encoded))]
@@ -129,8 +133,6 @@ class Sides:
             counts.append(plural(round(number), word) if whole else f"{number:.1f} {word}s")
         return f"{' and '.join(counts)} a pair"
 
-    # ------------------------------------------------------------------------------------------------ groups of pairs
-
     def groups(self, keys: Iterable[Key], rows: int = 1) -> Iterator[Group]:
         """Pairs of the same lengths, as many as the memory allows with these components kept, and so many rows each."""
         keys = list(keys)
@@ -171,18 +173,16 @@ class Sides:
             heads = architecture.units("z", layer.index)
             layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
         kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
-        logits = (
-            3 * max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted")) * architecture.vocab * 4
-        )
-        return int(rows * (layer_bytes + logits + kept) + 3 * kept)
+        reads = max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted"))
+        return int(rows * (layer_bytes + 3 * reads * architecture.vocab * 4 + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
 
     def known(self, group: Group, keep: Iterable[Key]) -> list[Op]:
         """Runs reference prompts, the unpatched worlds of pairs, then the edited ones; keeps some of their values."""
         keep = sorted({*keep, *(key for w in self._writes(group) for key in w.needed)})
-        late = [m for m in self.metrics if self._compares(m)]
-        direct = [m for m in self.metrics if not self._compares(m)]
+        late = [m for m in self.metrics if m.compares]
+        direct = [m for m in self.metrics if not m.compares]
         ops: list[Op] = [(op, None) for op in surveyed(self.tracer)]
         pristine = [Job(-1, pair, world, (), 0, 0) for pair in group.pairs for world in self.worlds]
         for jobs in (pristine, *group.edited):
@@ -247,7 +247,7 @@ class Sides:
 
     def values(self, ops: Sequence[Op], found: Sequence[Any]) -> Iterator[tuple[Job, NDArray[np.float64]]]:
         """Of each run of a world, the metrics' own values ``[metric]``; steps of integrals are none."""
-        late = [self._compares(m) for m in self.metrics]
+        late = [m.compares for m in self.metrics]
         pieces: list[torch.Tensor] = []
         jobs: list[Job] = []
         for (op, call), given in zip(ops, found, strict=True):
@@ -290,26 +290,32 @@ class Sides:
         length = group.of(self.tracer.roots.get(world, world)).length if apart else None
         return "settle", world, self.where(group, world), tuple(keys), length
 
-    def agreeing(self, group: Group) -> torch.Tensor | None:
-        """Before which position the two worlds of each pair are the same; ``None`` where that is not proved."""
-        if not self.architecture.causal or self.encoded.encoder:
-            return None
-        return torch.tensor([self._profiles[pair].first for pair in group.pairs])
+    def agreeing(self, group: Group, base: WorldName) -> torch.Tensor | None:
+        """Before which position the two worlds of each pair are the same ``[row]``; ``None`` where that is not proved.
+
+        Where other positions correspond, of each position of the base its partner in the other prompt ``[row, pos]``,
+        and -1 where it has none, or both are the same.
+        """
+        proved = self.architecture.causal and not self.encoded.encoder
+        profiles = [self._profiles[pair] for pair in group.pairs]
+        if any(profile.alignment.mapped for profile in profiles):
+            return torch.tensor([profile.changing(base, proved, self.architecture.extends) for profile in profiles])
+        return torch.tensor([profile.first for profile in profiles]) if proved else None
+
+    def alone(self, group: Group, base: WorldName) -> NDArray[np.bool_] | None:
+        """Which positions of the base have no partner ``[row, pos]``; ``None`` where all positions correspond."""
+        sides = [self._profiles[pair].alignment.side(base) for pair in group.pairs]
+        mapped = any(side.aligned is not None for side in sides)
+        return np.array([[q is None for q in side.met] for side in sides]) if mapped else None
 
     def _writes(self, group: Group) -> Iterator[Any]:
         return (write for world in group.edited for job in world for write in job.writes)
-
-    @staticmethod
-    def _compares(metric: Metric) -> bool:
-        return any(need in ("clean", "corrupted") for need in metric.needs)
 
     def _called(self) -> frozenset[str]:
         """The modules that a backward may call itself."""
         branches = [s for layer in self.architecture.layers for s in layer.sublayers]
         paths = {path for s in branches for path in (s.pre_norm, s.post_norm, s.projection)}
         return frozenset({*paths, self.architecture.final_norm})
-
-    # ------------------------------------------------------------------------------------------------ running
 
     def take(
         self,

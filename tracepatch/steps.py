@@ -88,6 +88,7 @@ class Here:
         self._lasting: dict[Any, Any] = {}
         self.ran: dict[str, str] = {}
         self.forwards: float | None = None
+        self._meter: Meter | None = None
         self.peak: int | None = None
 
     @contextmanager
@@ -103,19 +104,23 @@ class Here:
     def go(self, groups: Iterable[tuple[Step, Iterable[Step]]]) -> None:
         """Takes one operation after the other; see ``Runner``."""
         self.forwards = 0.0
-        with metered(self._model, self._architecture) as meter:
+        with metered(self._model, self._architecture) as self._meter:
             for lead, steps in groups:
                 known = dict(self._lasting)
                 for step in itertools.chain([lead], steps):
-                    step.digest(self._taken(step, known, meter))
-        self.forwards, self.peak = None if meter.cells is None else self.forwards, meter.peak
+                    step.digest(self._taken(step, known))
+        self.forwards, self.peak = None if self._meter.cells is None else self.forwards, self._meter.peak
 
-    def _taken(self, step: Step, known: dict[Any, Any], meter: Meter) -> list[Taken]:
+    @property
+    def _counted(self) -> int:
+        return 0 if self._meter is None or self._meter.cells is None else self._meter.cells
+
+    def _taken(self, step: Step, known: dict[Any, Any]) -> list[Taken]:
         several: Sequence[Step] = step.instead
         if not several:
             before = set(known)
             try:
-                return [(step, [self._operated(step, number, known, meter) for number in range(len(step.ops))])]
+                return [(step, [self._operated(step, number, known) for number in range(len(step.ops))])]
             except MeasurementError as error:
                 several = step.smaller() if isinstance(error.__cause__, torch.OutOfMemoryError) else ()
                 if not several:
@@ -124,11 +129,11 @@ class Here:
                 del known[key]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return [taken for one in several for taken in self._taken(one, known, meter)]
+        return [taken for one in several for taken in self._taken(one, known)]
 
-    def _operated(self, step: Step, number: int, known: dict[Any, Any], meter: Meter) -> Any:
+    def _operated(self, step: Step, number: int, known: dict[Any, Any]) -> Any:
         op, call = step.ops[number]
-        cells = meter.cells or 0
+        cells = self._counted
         try:
             with each_once(module_of(self._model), call.once if call else ()):
                 found = operate(self._model, op, known)
@@ -137,7 +142,7 @@ class Here:
         except Exception as error:
             raise step.failed(number, error) from error
         whole = len(self._architecture) * (call.prompts.length if call else _length(op))
-        self.forwards = (self.forwards or 0.0) + ((meter.cells or 0) - cells) / whole
+        self.forwards = (self.forwards or 0.0) + (self._counted - cells) / whole
         gc.collect()  # a trace ends as a circle, with every activation of its run in it
         self._lasting |= {key: value for key, value in known.items() if key[0] in LASTING}
         return found

@@ -14,8 +14,10 @@ batch, so that the model's own masks are right; for models that do not take mask
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
+from operator import attrgetter
 from typing import Literal, TypeAlias
 
 from tracepatch.jobs import Job
@@ -24,6 +26,10 @@ Form: TypeAlias = Literal["packed", "staggered", "flat"]
 FORMS: tuple[Form, ...] = ("packed", "staggered", "flat")
 Run: TypeAlias = tuple[int, str]
 """A pair and one of its worlds."""
+Shape: TypeAlias = tuple[tuple[int, int], ...]
+"""Lanes and slots of a table in each layer, and above them."""
+ORDER = attrgetter("birth", "start")
+"""In which order rows are seated: by layer, the longest first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +56,7 @@ class Table:
     prefix: int
     first: int
     seats: tuple[tuple[int, int], ...]
-    shape: tuple[tuple[int, int], ...]
+    shape: Shape
     lanes: tuple[Run, ...]
     paths: dict[Run, tuple[int, tuple[int, ...]]]
 
@@ -94,9 +100,8 @@ def seat(jobs: Sequence[Job], form: Form, depth: int, end: int, *, worlds: Seque
         lanes: How many lanes to use where the worlds are not computed here; at least one for each world.
     """
     fill: list[int] = []
-    owners: list[Run] = []
+    lanes_of: dict[Run, list[int]] = {}
     at: dict[int, tuple[int, int]] = {}
-    lanes_of: dict[Run, list[int]] = defaultdict(list)
     paths: dict[Run, tuple[int, tuple[int, ...]]] = {}
     whole: dict[int, Run] = {}
     for world in worlds:
@@ -104,47 +109,108 @@ def seat(jobs: Sequence[Job], form: Form, depth: int, end: int, *, worlds: Seque
         if world.pair not in whole:
             whole[world.pair] = run
             fill.append(0)
-            owners.append(run)
         lane = len(fill) - 1  # the other world too, or its lane would be as long and nearly empty
         lanes_of[run] = [lane]
         at[id(world)] = lane, fill[lane]
         before = paths[whole[world.pair]][1][: world.start] if world.start else ()
         paths[run] = lane, (*before, *range(fill[lane], fill[lane] + end - world.start))
         fill[lane] += end - world.start
-    if form == "packed" and not worlds:
-        load: dict[Run, int] = defaultdict(int)
-        for job in jobs:
-            load[job.pair, job.base] += end - job.start
-        for _ in range(max(lanes, len(load))):  # where there is most to hold
-            run = max(load, key=lambda r: (not lanes_of[r], load[r] / max(1, len(lanes_of[r]))))
-            lanes_of[run].append(len(fill))
-            fill.append(0)
-            owners.append(run)
-    waiting = sorted(jobs, key=lambda job: (job.birth, job.start))
-    shape, turn = [], 0
-    for layer in range(depth + 1):
-        while turn < len(waiting) and waiting[turn].birth <= layer:
-            job = waiting[turn]
-            turn += 1
-            if form == "packed":
-                lane = min(lanes_of[job.pair, job.base], key=fill.__getitem__)
-            else:
-                lane = len(fill)
-                fill.append(0)
-                owners.append((job.pair, job.base))
-            at[id(job)] = lane, fill[lane]
-            fill[lane] += end - job.start
-        shape.append((len(fill), max(fill, default=0)))
+    owners = list(whole.values())
+    waiting = sorted(jobs, key=ORDER)
+    if form == "staggered":
+        owners = [(job.pair, job.base) for job in waiting]
+        seats, shape = [(lane, 0) for lane in range(len(waiting))], _grown(waiting, depth, end)
+    else:
+        if not worlds:
+            owners, lanes_of = _dealt(_load(jobs, end), lanes)
+        seats, shape = _filled(_turns(waiting, lanes_of, end), lanes_of, fill or [0] * len(owners), depth)
+    at.update(zip(map(id, waiting), seats, strict=True))
     everyone = (*worlds, *jobs)
     return Table(
         form=form,
         jobs=everyone,
         worlds=len(worlds),
         end=end,
-        prefix=0 if worlds else max(job.start for job in jobs),
+        prefix=0 if worlds else max([job.start for job in jobs]),
         first=0 if worlds else min(waiting[0].birth, depth - 1),
-        seats=tuple(at[id(job)] for job in everyone),
-        shape=tuple(shape),
+        seats=tuple([at[id(job)] for job in everyone]),
+        shape=shape,
         lanes=tuple(owners),
         paths=paths,
     )
+
+
+def shapes(jobs: Sequence[Job], depth: int, end: int, lanes: Iterable[int]) -> Iterator[Shape]:
+    """The shape of each packed table that ``seat`` would make of the same rows with so many lanes."""
+    waiting, load = sorted(jobs, key=ORDER), _load(jobs, end)
+    turns = _turns(waiting, load, end)
+    for count in lanes:
+        owners, lanes_of = _dealt(load, count)
+        yield _filled(turns, lanes_of, [0] * len(owners), depth)[1]
+
+
+def _load(jobs: Sequence[Job], end: int) -> dict[Run, int]:
+    """Tokens of each world's rows."""
+    load: dict[Run, int] = defaultdict(int)
+    for job in jobs:
+        load[job.pair, job.base] += end - job.start
+    return load
+
+
+def _dealt(load: dict[Run, int], lanes: int) -> tuple[list[Run], dict[Run, list[int]]]:
+    """Whose each lane is, and the lanes of each world: more where there is most to hold."""
+    owners: list[Run] = []
+    lanes_of: dict[Run, list[int]] = {run: [] for run in load}
+    for lane in range(max(lanes, len(load))):
+        run = max(load, key=lambda r: (not lanes_of[r], load[r] / max(1, len(lanes_of[r]))))
+        lanes_of[run].append(lane)
+        owners.append(run)
+    return owners, lanes_of
+
+
+def _turns(waiting: Sequence[Job], runs: Iterable[Run], end: int) -> list[tuple[int, int, int]]:
+    """Layer and tokens of each row, and which of the worlds is its own."""
+    number = {run: i for i, run in enumerate(runs)}
+    return [(job.birth, end - job.start, number[job.pair, job.base]) for job in waiting]
+
+
+def _filled(
+    turns: Sequence[tuple[int, int, int]], lanes_of: dict[Run, list[int]], fill: list[int], depth: int
+) -> tuple[list[tuple[int, int]], Shape]:
+    """Lane and first slot of each row, and the shape of the packed table.
+
+    Args:
+        turns: The rows in the order in which they are seated, each with the number of its world among `lanes_of`.
+        lanes_of: The lanes of each world.
+        fill: How many slots of each lane are taken.
+        depth: Layers that are computed.
+    """
+    many = len(fill)
+    longest = max(fill) * many
+    # A lane is one number, its slots before its own number, so that the emptiest, and of these the first, is the least.
+    lane_alone = [[slots * many + lane] for lane, slots in enumerate(fill)]  # worlds of a pair may share it
+    queues = [
+        lane_alone[own[0]] if len(own) == 1 else [fill[lane] * many + lane for lane in own] for own in lanes_of.values()
+    ]
+    taken: list[int] = []
+    shape: list[tuple[int, int]] = []
+    for birth, tokens, world in turns:
+        while len(shape) < birth:
+            shape.append((many, longest // many))
+        queue = queues[world]
+        least = queue[0]
+        taken.append(least)
+        after = least + tokens * many
+        heapreplace(queue, after)
+        longest = max(longest, after)
+    shape += [(many, longest // many)] * (depth + 1 - len(shape))
+    return [(least % many, least // many) for least in taken], tuple(shape)
+
+
+def _grown(waiting: Sequence[Job], depth: int, end: int) -> Shape:
+    """The shape of a staggered table, in which every row has a lane."""
+    found = []
+    for layer in range(depth + 1):
+        inside = [end - job.start for job in waiting if job.birth <= layer]
+        found.append((len(inside), max(inside, default=0)))
+    return tuple(found)

@@ -19,7 +19,7 @@ from tracepatch.alignment import Side
 from tracepatch.architecture import Architecture
 from tracepatch.climb import entering, looked, standing, world_cells
 from tracepatch.errors import MeasurementError
-from tracepatch.firing import failure, named, once, require_fired
+from tracepatch.firing import failure, listed, once, require_fired
 from tracepatch.jobs import Job
 from tracepatch.layout import Seats, at_reads, columns, read_columns, saved_at_reads, stops
 from tracepatch.masks import positions
@@ -182,7 +182,7 @@ class Tracer:
         """An error of a traced run in words: where, for which rows, and what to do."""
         if op[0] == "add":
             return MeasurementError(failure(error, call.places, f"  prompts of {op[1]}", len(op[3])))
-        of = named(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
+        of = listed(self.plan.rows, [job for job in call.jobs if job.writes]) or "  the unpatched runs"
         return MeasurementError(failure(error, call.places, of, call.ran[-1]))
 
     def order(self, group: Group) -> list[Run]:

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tracepatch.cells import BASES
-from tracepatch.combining import main_variable, over_pairs
-from tracepatch.errors import RecipeError, ResultError
+from tracepatch.cells import BASES, Cells
+from tracepatch.combining import over_pairs
+from tracepatch.errors import RecipeError
 from tracepatch.joint import run
 from tracepatch.metrics import Metrics, logit_diff
 from tracepatch.models import Model
 from tracepatch.places import along, at, write
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Patching
+from tracepatch.sites import component
 
 VERDICTS = ("irrelevant", "necessary only", "redundant", "necessary and sufficient", "opposing")
 """What both directions together say of a site, see ``both_directions``; their places are the numbers in ``verdict``."""
@@ -69,13 +70,15 @@ def both_directions(
         raise RecipeError(f"A share of the difference is a number above 0, up to 1: {', '.join(wrong)}.")
     if not isinstance(pairs, Pairs) or pairs.corrupted is None:
         raise RecipeError("Both directions take pairs with corrupted prompts: tp.Pairs(clean=…, corrupted=…, …).")
-    dims, chosen = along(name, by), only or {}
     with Patching(model, pairs, metric, **options) as p:
+        if component(name).place in along(name, by):
+            p.encoded.require_alike("A verdict by position", "Run over heads, or over by=('layer', 'span').")
         for direction in BASES:
-            for index in p.grid(name, dims, **chosen):
-                labels: dict[str, Any] = dict(zip(dims, index, strict=True))
+            cells = Cells.of(p, name, by, direction, None, only)
+            kept = cells.partnered(p)
+            for _, labels in cells.labels(p):
                 with p.row(direction=direction, **labels):
-                    write(p, direction, None, at(name, {**chosen, **labels}))
+                    write(p, direction, None, at(name, {**kept, **labels}))
     found = run(p, progress)
     share = over_pairs(found)["normalized"]
     back, lost = share.sel(direction="denoising", drop=True), -share.sel(direction="noising", drop=True)
@@ -83,26 +86,6 @@ def both_directions(
     against = (back <= -sufficient) | (lost <= -necessary)
     verdict = (needed * 1 + enough * 2).where(~against, 4).where(back.notnull() & lost.notnull(), -1).astype(np.int8)
     meanings = " ".join(word.replace(" ", "_") for word in VERDICTS)
-    return found.assign(
-        verdict=verdict.assign_attrs(flag_values=list(range(len(VERDICTS))), flag_meanings=meanings, **shares)
-    ).assign_attrs(written="corrupted and clean")  # into the clean and the corrupted run
-
-
-def directions_of(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
-    """A result of ``both_directions`` as one of denoising and one of noising, and its thresholds.
-
-    Raises:
-        ResultError: It is something else, or of several models.
-    """
-    main_variable(both)
-    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
-        raise ResultError(
-            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
-            "quadrants(denoising, noising)."
-        )
-    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
-    parts = [
-        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
-        for way, (base, written) in ways.items()
-    ]
-    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
+    told = {"flag_values": list(range(len(VERDICTS))), "flag_meanings": meanings, **shares}
+    found.attrs["written"] = "corrupted and clean"  # into the clean and the corrupted run
+    return found.assign(verdict=verdict.assign_attrs(told))

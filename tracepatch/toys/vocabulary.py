@@ -7,7 +7,7 @@ so `" Mary"` and `"Mary"` have the same id. The special tokens have the ids of G
 import re
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -24,17 +24,23 @@ def task_words() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, *tasks.NAMES, *tasks.PLACES, *tasks.OBJECTS, *tasks.WORDS]))
 
 
-def tokenizer(words: Iterable[str], *, prepend_bos: bool, max_length: int) -> PreTrainedTokenizerFast:
+def tokenizer(
+    words: Iterable[str], *, prepend_bos: bool, max_length: int, two_digits: bool = False
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer for `words`; anything else becomes `<unk>`.
 
     Args:
         words: Single words or punctuation marks; their ids follow the four special tokens, in order.
         prepend_bos: Whether encoding a text puts `<bos>` before it, as Llama's and Gemma's tokenizers do.
         max_length: The longest input, in tokens, that the model takes.
+        two_digits: Whether numbers are split into pieces of two digits, as in `"1732"` → `17`, `32`.
     """
     ids = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *words]))}
     backend = Tokenizer(WordLevel(ids, unk_token=_SPECIAL[UNK]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if two_digits:
+        digits = pre_tokenizers.Split(Regex(r"\d{2}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, digits])
     if prepend_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<bos> $A", pair="<bos> $A $B", special_tokens=[(_SPECIAL[BOS], BOS)]

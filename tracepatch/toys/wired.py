@@ -21,9 +21,8 @@ to each token after an earlier A and 0 to all others. Its value is `token`, and 
 word is 10 times its `output`. At the last token that is 10·e^β/Z for B, 20/Z for A, which stands there twice, and 10/Z
 for every other word of the prompt, with Z = e^β + (number of tokens − 1). So B has the highest logit if β > log 2.
 
-All other weights are exactly 0: six heads and both MLPs write nothing. So that LayerNorm does not disturb the blocks,
-its epsilon is 10¹² and its weight 10⁶, which makes it x − mean(x) up to a relative error of 10⁻¹²; and `balance` keeps
-mean(x) at 0.
+All other weights are exactly 0: six heads and both MLPs write nothing. `wiring` says why LayerNorm does not disturb the
+blocks, and what `balance` is for.
 
 In `wired_pairs` the clean prompt is `... A B ... X C ... A` and the corrupted prompt `... X B ... A C ... A`, or the
 same with the two halves in the other order. The last token, the words B and C and where they stand are the same in
@@ -45,15 +44,17 @@ the fraction β·(p(1−p) + 2pq + q(1−q)) / (2(q−p)) with p = 1/Z and q = e
 import random
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from . import tasks, vocabulary
+from . import tasks, vocabulary, wiring
 
 LENGTH = 16
 """Tokens in each prompt of `wired_pairs`."""
 
-_WORDS = tasks.WORDS[:20]
-_VOCAB, _POSITIONS, _HEADS = 4 + len(_WORDS), 23, 4
+WORDS = tasks.WORDS[:20]
+"""The words of these prompts."""
+
+_VOCAB, _POSITIONS, _HEADS = 4 + len(WORDS), 23, 4
 _TOKEN = 0
 _POSITION = _TOKEN + _VOCAB
 _PREVIOUS = _POSITION + _POSITIONS
@@ -77,42 +78,24 @@ def wired(saturation: float = 1.0) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
     """
     if not saturation > 0:
         raise ValueError(f"saturation is {saturation}; it must be positive, or the induction head finds nothing.")
-    config = GPT2Config(
-        vocab_size=_VOCAB,
-        n_positions=_POSITIONS,
-        n_embd=_D_MODEL,
-        n_layer=2,
-        n_head=_HEADS,
-        n_inner=_HEADS,
-        layer_norm_epsilon=1e12,
-        tie_word_embeddings=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        pad_token_id=vocabulary.PAD,
-        eos_token_id=vocabulary.EOS,
-        bos_token_id=vocabulary.BOS,
-    )
-    model = GPT2LMHeadModel(config).float().eval()
+    model = wiring.blank(words=_VOCAB, positions=_POSITIONS, d_model=_D_MODEL, layers=2, heads=_HEADS, neurons=_HEADS)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1e6 if "ln_" in name and name.endswith("weight") else 0.0)
-        _write(model.transformer.wte.weight, _TOKEN)
-        _write(model.transformer.wpe.weight, _POSITION)
+        wiring.one_hot(model.transformer.wte.weight, _TOKEN)
+        wiring.one_hot(model.transformer.wpe.weight, _POSITION)
         # Attention divides scores by sqrt(d_head), so the queries are multiplied by it.
         sharp, soft = _SHARPNESS * _D_HEAD**0.5, saturation * _D_HEAD**0.5
-        query, key, value, output = _head(model, layer=0, head=1)
+        query, key, value, output = wiring.head(model, layer=0, head=1)
         query[torch.arange(_POSITION + 1, _PREVIOUS), torch.arange(_POSITIONS - 1)] = sharp
         key[torch.arange(_POSITION, _PREVIOUS), torch.arange(_POSITIONS)] = 1.0
         value[torch.arange(_VOCAB), torch.arange(_VOCAB)] = 1.0
-        _write(output, _PREVIOUS)
-        query, key, value, output = _head(model, layer=1, head=2)
+        wiring.one_hot(output, _PREVIOUS)
+        query, key, value, output = wiring.head(model, layer=1, head=2)
         query[torch.arange(_VOCAB), torch.arange(_VOCAB)] = soft
         key[torch.arange(_PREVIOUS, _OUTPUT), torch.arange(_VOCAB)] = 1.0
         value[torch.arange(_VOCAB), torch.arange(_VOCAB)] = 1.0
-        _write(output, _OUTPUT)
+        wiring.one_hot(output, _OUTPUT)
         model.lm_head.weight[torch.arange(_VOCAB), torch.arange(_OUTPUT, _BALANCE)] = _LOGIT_SCALE
-    return model, vocabulary.tokenizer(_WORDS, prepend_bos=False, max_length=_POSITIONS)
+    return model, vocabulary.tokenizer(WORDS, prepend_bos=False, max_length=_POSITIONS)
 
 
 def wired_pairs(n: int, seed: int = 0) -> tasks.Prompts:
@@ -128,7 +111,7 @@ def wired_pairs(n: int, seed: int = 0) -> tasks.Prompts:
     rng = random.Random(f"wired {seed}")
     prompts = tasks.Prompts([], [], [], [])
     for _ in range(n):
-        a, x, *others = rng.sample(_WORDS, LENGTH - 1)
+        a, x, *others = rng.sample(WORDS, LENGTH - 1)
         # Not at position 0, whose previous word is itself; two apart, so that each is followed by one of the others.
         first, second = sorted(rng.sample(range(1, LENGTH - 3), 2))
         second += 1
@@ -140,20 +123,3 @@ def wired_pairs(n: int, seed: int = 0) -> tasks.Prompts:
         prompts.answer.append(f" {clean[clean.index(a) + 1]}")
         prompts.wrong.append(f" {corrupted[corrupted.index(a) + 1]}")
     return prompts
-
-
-def _write(rows: torch.Tensor, block: int) -> None:
-    """Makes row i of (row, d_model) a one-hot of the block's i-th dimension, with sum 0."""
-    count = min(len(rows), _BALANCE - block)
-    rows[torch.arange(count), torch.arange(block, block + count)] = 1.0
-    rows[:count, _BALANCE] = -1.0
-
-
-def _head(
-    model: GPT2LMHeadModel, layer: int, head: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of one head's weights: query, key, value (d_model, d_head) and output (d_head, d_model)."""
-    attention = model.transformer.h[layer].attn
-    columns = slice(head * _D_HEAD, (head + 1) * _D_HEAD)
-    query, key, value = attention.c_attn.weight.view(_D_MODEL, 3, _D_MODEL)[:, :, columns].unbind(dim=1)
-    return query, key, value, attention.c_proj.weight[columns]
