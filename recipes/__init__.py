@@ -9,7 +9,9 @@ runs its experiment. A file that the command line can run has
   pairs, metric) -> result`` decorated with ``@tp.study``, for what is more than rows of patches;
 * if it has more to say than their results, ``conclude(model, pairs, metrics, results, path) -> list[str]``, which gives
   lines for the summary and may draw pictures, named from ``path`` on; and ``conclude_all(results, folder)``, which says
-  what all models together show. ``results`` are those of each part by its name, at the first metric.
+  what all models together show. ``results`` are those of each part by its name, at the first metric;
+* where the four toys of ``ioi`` are not the models to try it on, ``TOYS``, the names of those that are; and where the
+  logit difference is not what to read, ``METRIC``.
 
 A model without the behaviour is left out, with the check of the prompts that it fails (``pairs.check(model)``), unless
 ``--anyway`` is passed; so is a part for which a model lacks a component.

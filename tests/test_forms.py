@@ -19,7 +19,7 @@ from test_twins import without_weights
 from tiny_models import build, config, tokenizer
 
 import tracepatch as tp
-from tracepatch import costs, entrance, errors, masks, packing, steps, trace
+from tracepatch import costs, entrance, errors, forms, masks, packing, steps, trace
 from tracepatch.architecture import architecture_of
 from tracepatch.climb import standing
 from tracepatch.forms import allowed
@@ -711,6 +711,21 @@ def test_what_models_allow(model_type: str, form: Form, why: dict[Form, str]) ->
         p.corrupted.resid_pre[0, -1] = 0
     assert {b.form for g in p.plan.groups for b in g.batches} == {form}
     assert model_type == "t5" or f"not packed: {found.refused['packed']}" in p.plan.explain()
+
+
+def test_what_fails_for_want_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = tp.load(build("gpt2", layers=4), tokenizer()), forms.run
+    calls = iter(range(99))
+
+    def cramped(*given: Any, **options: Any) -> Any:
+        if next(calls) == 1:  # the first trial of the packed form
+            raise errors.MeasurementError("no room") from torch.OutOfMemoryError("no room")
+        return own(*given, **options)
+
+    monkeypatch.setattr(forms, "run", cramped)
+    found = allowed(model, architecture_of(model))
+    assert (found.form, list(found.refused)) == ("staggered", ["packed"])
+    assert allowed(model, architecture_of(model)).form == "packed"
 
 
 def test_a_form_that_does_not_exist(gpt2: Any, pairs: tp.Pairs) -> None:

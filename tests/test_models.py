@@ -100,6 +100,23 @@ def test_an_embedding_that_is_brought_is_refused(tmp_path: Path) -> None:
         tp.toys.load("llama", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path)
 
 
+def test_tied_weights_that_are_parted_are_refused(tmp_path: Path) -> None:
+    """Accelerate would find out in the first forward, with a KeyError."""
+    pytest.importorskip("accelerate")
+    places = {"transformer": "cpu", "lm_head": "disk"}
+    with pytest.raises(errors.ModelError) as caught:
+        tp.toys.load("gpt2", device_map=places, offload_folder=tmp_path)
+    assert str(caught.value) == (
+        "device_map parts weights that are one: lm_head.weight shares the token embedding's, and would not be found on "
+        "the disk where it is left. Give both the same place."
+    )
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "transformer.h": "disk"}
+    model = tp.toys.load("gpt2", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path)
+    found = tp.patch(model, ioi_pairs(1), "resid_pre", only={"layer": [1]})
+    wanted = tp.patch(tp.toys.load("gpt2"), ioi_pairs(1), "resid_pre", only={"layer": [1]})
+    assert float(abs(found["value"] - wanted["value"]).max()) < 1e-5
+
+
 def test_attention_is_handed_through() -> None:
     model = tp.toys.load("gpt2", attn_implementation="eager")
     assert module_of(model).config._attn_implementation == "eager"

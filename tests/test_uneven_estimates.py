@@ -246,6 +246,29 @@ def test_what_flows_sums_to_the_estimate_of_the_values() -> None:
     assert (flow["estimate"].notnull().any(("dest", "head")) == wanted.notnull()).all()
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_sweeps_of_several_sites_patch_partners(direction: Any) -> None:
+    """Windows of one layer are single patches, and sets are rows with partners written by hand."""
+    model, base = model_of("gpt2"), {v: k for k, v in DIRECTIONS.items()}[direction]
+    for options in ({}, {"source": 0}, {"only": {"pos": [2]}, "by": ("layer",)}):
+        one = tp.patch(model, PAIRS, "mlp_out", direction=direction, **options)  # type: ignore[arg-type]
+        window = tp.sweeps.windows(model, PAIRS, "mlp_out", 1, direction=direction, **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(window["effect"], one["effect"], atol=1e-9)
+        assert one.coords.get("pos") is None or (one["token"] == window["token"]).all()
+    sets = {"both": [("mlp_out", 0, 2), ("z", 1, slice(None), 3)], "late": [("mlp_out", 1, 2), ("mlp_out", 1, 0)]}
+    found = tp.sweeps.together(model, PAIRS, sets, direction=direction)["effect"]
+    with tp.patching(model, PAIRS[0]) as p:
+        mine, other = getattr(p, base), getattr(p, OTHER[base])
+        met = partners(SIDES[0], base)
+        with p.row(set="both"):
+            mine.mlp_out[0, 2] = other.mlp_out[0, met[2]]
+            mine.z[1, sorted(met), 3] = other.z[1, [met[q] for q in sorted(met)], 3]
+        with p.row(set="late"):
+            mine.mlp_out[1, 2] = other.mlp_out[1, met[2]]
+            mine.mlp_out[1, 0] = other.mlp_out[1, met[0]]
+    np.testing.assert_allclose(found.isel(pair=0), p.run()["effect"].isel(pair=0), atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("what", "call"),
     [
@@ -277,3 +300,25 @@ def test_pictures_and_intervals_of_unequal_lengths() -> None:
     found = tp.intervals(effects, seed=0)
     both = found["low"] <= found["high"] if "low" in found else mean["effect"].notnull()
     assert both.any()
+
+
+def test_answers_of_several_tokens_stand_at_the_end_of_both_prompts() -> None:
+    """The appended tokens correspond one by one: a map that goes on behind both prompts gives the same."""
+    model = model_of("gpt2")
+    answers = ["w50 w51 w52", "w41", "w45 w44", "w33 w34 w35"]
+    pairs = tp.Pairs(PAIRS.clean, PAIRS.corrupted, answers, align=[dict(side.links) for side in SIDES])
+    found = tp.patch(model, tp.continued(pairs), "resid_pre", tp.continuation, by="layer")
+    for pair, (side, answer) in enumerate(zip(SIDES, answers, strict=True)):
+        *before, last = answer.split()
+        clean, corrupted = (ids[pair].split() for ids in (PAIRS.clean, PAIRS.corrupted or ()))
+        links = {**side.links, **{len(clean) + i: len(corrupted) + i for i in range(len(before))}}
+        longer = tp.Pairs(" ".join([*clean, *before]), " ".join([*corrupted, *before]), last, align=links)
+        vocab = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+        def said(logits: torch.Tensor, ids: list[int] = vocab) -> torch.Tensor:
+            own = logits.log_softmax(-1)
+            return sum((own[:, i, t] for i, t in enumerate(ids)), torch.zeros_like(own[:, 0, 0]))
+
+        metric = tp.metric(said, "said", positions=slice(-len(vocab), None))
+        by_hand = tp.patch(model, longer, "resid_pre", metric, by="layer")
+        np.testing.assert_allclose(found["value"].isel(pair=pair), by_hand["value"].isel(pair=0), atol=1e-6)

@@ -30,7 +30,7 @@ The modules are a pipeline and import only upwards in this order: ``errors``, ``
 ``doubts``, ``population``, ``findings``, ``auditing``, ``verifying``, ``drilling``, ``attending``, ``direct``,
 ``shelf``, ``saved_gradients``, ``capture``, ``graph``, ``edge_attribution``, ``panels``, ``canvas``, ``heatmaps``,
 ``marks``, ``points``, ``scatters``, ``verdict_pictures``, ``attention_pictures``, ``curves``, ``plots``, ``caveats``,
-``report``, ``catalogue``, ``toys``, ``__main__``.
+``report``, ``toys``, ``catalogue``, ``__main__``.
 """
 
 __version__ = "0.1.0"  # before the imports: provenance records it

@@ -18,16 +18,15 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.catalogue import bundled, first_line, headline, opened, parts_of, prompts_of
+from tracepatch.catalogue import bundled, first_line, headline, metrics_of, opened, parts_of, prompts_of, toys_of
 from tracepatch.caveats import checks_of
 from tracepatch.checklist import Checklist
 from tracepatch.combining import by_metric
-from tracepatch.errors import MetricError, ModelError, PromptError, RecipeError, ResultError, TracepatchError
+from tracepatch.errors import ModelError, PromptError, RecipeError, ResultError, TracepatchError
 from tracepatch.models import name_of
 from tracepatch.studies import Study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-TOYS = tuple(f"toy:{name}" for name in tp.toys.NAMES)
 say = Console(highlight=False, soft_wrap=True).print
 
 Recipe = Annotated[
@@ -39,12 +38,16 @@ Models = Annotated[
         "--model",
         help="A Hugging Face repo id, a folder, or a bundled toy "
         f"({', '.join(f'toy:{name}' for name in tp.toys.TRAINED + tp.toys.WIRED)}); may be repeated, and named as in "
-        "NAME=PATH. [default: the first four toys]",
+        "NAME=PATH. [default: toys that have the behaviour]",
     ),
 ]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metric", help="logit_diff, logit, log_prob, prob, kl, cross_entropy or rank; may be repeated."),
+    typer.Option(
+        "--metric",
+        help="logit_diff, logit, log_prob, prob, prob_diff, kl, cross_entropy, accuracy or rank; may be repeated. "
+        "[default: the recipe's own, logit_diff if it names none]",
+    ),
 ]
 Count = Annotated[int, typer.Option(help="How many pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.")]
@@ -88,7 +91,8 @@ def run(
     ] = False,
 ) -> None:
     """Run a recipe: netCDF results, pictures and a summary."""
-    module, stem, metrics = opened(recipe), Path(recipe).stem, _metrics(metric)
+    module, stem = opened(recipe), Path(recipe).stem
+    metrics = metrics_of(module, metric)
     folder = out / stem
     found: dict[str, list[xr.Dataset | xr.DataTree]] = {}
     refused: dict[str, str] = {}
@@ -96,7 +100,7 @@ def run(
     checklists: dict[str, Checklist] = {}
     conclusions: dict[str, tuple[str, list[Path]]] = {}
     lines = [headline(module), ""]
-    labelled = _labelled(model or TOYS)
+    labelled = _labelled(model or toys_of(module))
     for label, source in labelled:
         loaded = _load(source, dtype, device_map, remote, label)
         try:
@@ -132,6 +136,7 @@ def run(
                 _told(f"  {name}: left out. {error}", lines)
                 continue
             path = tp.save_result(result, folder / f"{_safe(label)}.{name}.nc")
+            result = tp.over_draws(result) if isinstance(result, xr.Dataset) else result
             found.setdefault(name, []).append(result)
             own[name] = result
             top = _top(result) if isinstance(result, xr.Dataset) else []
@@ -194,7 +199,7 @@ def explain(
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
     module = opened(recipe)
-    for label, source in _labelled(model or TOYS[:1]):
+    for label, source in _labelled(model or toys_of(module)[:1]):
         loaded = _load(source, dtype, device_map, remote, label)
         say(str(tp.Architecture(loaded)), markup=False)
         pairs = prompts_of(module, loaded, count, seed)
@@ -204,7 +209,7 @@ def explain(
                 say("  no plan: what it runs depends on what it finds", markup=False)
                 continue
             try:
-                say(part.plan(loaded, pairs).explain(), markup=False)
+                say(part.plan(loaded, pairs, metrics_of(module)).explain(), markup=False)
             except tp.errors.ComponentError as error:
                 say(f"  left out. {error}", markup=False)
 
@@ -233,16 +238,16 @@ def check(
     remote: Remote = None,
 ) -> None:
     """Check whether pairs of prompts can answer a question on a model."""
-    passed = True
-    for label, source in _labelled(model or TOYS[:1]):
+    passed, suffix = True, Path(recipe).suffix
+    module = None if suffix in (".csv", ".jsonl", ".json") else opened(recipe)
+    for label, source in _labelled(model or toys_of(module)[:1]):
         loaded = _load(source, dtype, device_map, remote, label)
-        suffix = Path(recipe).suffix
-        if suffix == ".csv":
+        if module is not None:
+            pairs = prompts_of(module, loaded, count, seed)
+        elif suffix == ".csv":
             pairs = tp.Pairs.from_csv(recipe)
-        elif suffix in (".jsonl", ".json"):
-            pairs = tp.Pairs.from_jsonl(recipe)
         else:
-            pairs = prompts_of(opened(recipe), loaded, count, seed)
+            pairs = tp.Pairs.from_jsonl(recipe)
         checklist = pairs.check(loaded)
         passed &= checklist.passed
         say(f"[bold]{name_of(loaded)}[/bold]")
@@ -323,14 +328,6 @@ def _load(source: str, dtype: str | None, device_map: str | None, remote: str | 
     if source.startswith("toy:"):
         return tp.toys.load(source.removeprefix("toy:"), dtype=dtype, device_map=device_map, name=label)
     return tp.load(source, dtype=dtype, device_map=device_map, name=label)
-
-
-def _metrics(names: Sequence[str] | None) -> list[tp.Metric]:
-    known = {m.name: m for m in (tp.logit_diff, tp.logit, tp.log_prob, tp.prob, tp.kl, tp.cross_entropy, tp.rank)}
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise MetricError(f"There is no metric {', '.join(unknown)}. Metrics: {', '.join(known)}.")
-    return [known[name] for name in names or ("logit_diff",)]
 
 
 def _told(text: str, lines: list[str]) -> str:

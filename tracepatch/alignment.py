@@ -125,6 +125,21 @@ def paired(lengths: tuple[int, int], links: Links | None = None, spans: tuple[Sp
     )
 
 
+def lengthened(pair: Alignment, by: int) -> Alignment:
+    """The alignment of the same two prompts with so many more tokens at their ends, which correspond one by one."""
+    clean, corrupted = pair.clean, pair.corrupted
+    lengths = clean.length + by, corrupted.length + by
+    links = None
+    if clean.aligned is not None and clean.partners is not None:
+        met = zip(clean.aligned, clean.partners, strict=True)
+        links = (*met, *((clean.length + i, corrupted.length + i) for i in range(by)))
+    here, there = ({name: at for name, at, _ in side.spans} for side in (clean, corrupted))
+    for spans, length in zip((here, there), lengths, strict=True):
+        if END in spans:
+            spans[END] = (length - 1,)
+    return paired(lengths, links, (here, there))
+
+
 def linked(way: Way, clean: Sequence[int], corrupted: Sequence[int], spans: tuple[Spans, Spans]) -> Links | str:
     """The aligned positions of two prompts, or in a few words why there are none.
 

@@ -7,16 +7,22 @@ import importlib.util
 import inspect
 import pkgutil
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from tracepatch.errors import RecipeError
+from tracepatch.errors import MetricError, RecipeError
+from tracepatch.measures import accuracy, prob_diff
+from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, prob, rank
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Recipe
 from tracepatch.studies import Study
+from tracepatch.toys import NAMES
 
 Part: TypeAlias = Recipe | Study
+METRICS = (logit_diff, logit, log_prob, prob, prob_diff, kl, cross_entropy, accuracy, rank)
+"""What the command line reads by name."""
 
 
 def bundled() -> list[str]:
@@ -69,6 +75,24 @@ def prompts_of(module: ModuleType, model: Any, count: int, seed: int) -> Pairs:
     pairs = module.prompts(model.tokenizer, count, seed)
     assert isinstance(pairs, Pairs)
     return pairs
+
+
+def toys_of(module: ModuleType | None) -> tuple[str, ...]:
+    """The toys that have the behaviour, as the command line names models: ``TOYS`` of the file, or the four of ioi."""
+    return tuple(f"toy:{name}" for name in getattr(module, "TOYS", NAMES))
+
+
+def metrics_of(module: ModuleType, names: Sequence[str] | None = None) -> list[Metric]:
+    """Metrics by their names; if none is named, ``METRIC`` of the file, or the logit difference.
+
+    Raises:
+        MetricError: There is no such metric.
+    """
+    known = {one.name: one for one in METRICS}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise MetricError(f"There is no metric {', '.join(unknown)}. Metrics: {', '.join(known)}.")
+    return [known[name] for name in names or ()] or [getattr(module, "METRIC", logit_diff)]
 
 
 def headline(module: ModuleType) -> str:

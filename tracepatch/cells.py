@@ -104,30 +104,12 @@ class Cells:
 
     @property
     def crossing(self) -> bool:
-        """Whether values come from the other prompt; what is the same for both has no partner to come from."""
-        if isinstance(self.source, Reference):
-            return False
-        if isinstance(self.source, World):
-            name, recorded = self.source._name, self.source._recorder
-            root = recorded.edited[name].root if name in recorded.edited else name
-            return name not in recorded.references and root != self.base
-        given = None if self.source is None else as_source(self.source)
-        return given is None or (isinstance(given, Function) and given.arguments > 1)
+        """Whether values come from the other prompt."""
+        return crosses(self.source, self.base)
 
     def partnered(self, recorder: Recorder) -> dict[str, Any]:
         """The indices that are kept; where prompts are aligned, positions of the base mean partners in the other."""
-        if not (recorder.encoded.mapped and self.crossing):
-            return self.only
-        whole = {
-            dim: given for dim, given in self.only.items() if dim in PLACES and not isinstance(given, (slice, str))
-        }
-        counted = {dim: select(given, dim) for dim, given in whole.items()}
-        moved = {dim for dim, s in counted.items() if not s.of and s.items is not None and min(s.items) >= 0}
-        world, found = getattr(recorder, self.base), dict(self.only)
-        for dim in moved:
-            items = counted[dim].items or ()
-            found[dim] = recorder.aligned(items[0] if counted[dim].scalar else items, of=world)
-        return found
+        return partnered(recorder, self.base, self.only) if self.crossing else self.only
 
     def partnered_positions(self, recorder: Recorder) -> bool:
         """Whether the cells are positions of the base that mean their partners in the other prompt, and no spans."""
@@ -207,6 +189,32 @@ def index_of(kind: Component, labels: Mapping[str, Any], kept: Mapping[str, Any]
         given = [where[name] for where in (labels, kept) for name in names if name in where]
         found.append(given[0] if given else slice(None))
     return tuple(found)
+
+
+def crosses(source: Any, base: WorldName) -> bool:
+    """Whether what is written comes from the other prompt; what is the same for both has no partner to come from."""
+    if isinstance(source, Reference):
+        return False
+    if isinstance(source, World):
+        name, recorded = source._name, source._recorder
+        root = recorded.edited[name].root if name in recorded.edited else name
+        return name not in recorded.references and root != base
+    given = None if source is None else as_source(source)
+    return given is None or (isinstance(given, Function) and given.arguments > 1)
+
+
+def partnered(recorder: Recorder, base: WorldName, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Indices by their dims; where prompts are aligned, numbered positions of a run mean partners in the other one."""
+    if not recorder.encoded.mapped:
+        return chosen
+    whole = {dim: given for dim, given in chosen.items() if dim in PLACES and not isinstance(given, (slice, str))}
+    counted = {dim: select(given, dim) for dim, given in whole.items()}
+    moved = {dim for dim, s in counted.items() if not s.of and s.items is not None and min(s.items) >= 0}
+    found = dict(chosen)
+    for dim in moved:
+        items = counted[dim].items or ()
+        found[dim] = recorder.aligned(items[0] if counted[dim].scalar else items, of=getattr(recorder, base))
+    return found
 
 
 def taken(recorder: Recorder, base: WorldName, source: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from tracepatch.alignment import lengthened
 from tracepatch.errors import PromptError, listing
-from tracepatch.prompts import Pairs
+from tracepatch.prompts import Pairs, revised
 from tracepatch.tokens import Answer, EncodedPairs, Prompt, pieces
 
 
@@ -58,7 +59,8 @@ class Continued(Pairs):
         offenders = self.unencodable(tokenizer)
         if offenders:
             raise PromptError(f"Some answers cannot be appended.\n{listing(offenders)}\nUse other words.")
-        plain = Pairs(self.clean, self.corrupted, bos=self.bos, name=self.name, seed=self.seed).encode(tokenizer)
+        none = ((),) * len(self)
+        plain = revised(self.pairs, answer=none, wrong=none).encode(tokenizer)
         answers = [
             _ids(tokenizer, text, prompt) for (text,), prompt in zip(getattr(self, self.of), self.clean, strict=True)
         ]
@@ -68,7 +70,8 @@ class Continued(Pairs):
         )
         assert clean is not None
         last, appended = tuple(ids[-1:] for ids in answers), tuple(len(ids) - 1 for ids in answers)
-        return replace(plain, clean=clean, corrupted=corrupted, answer=last, appended=appended)
+        longer = tuple(map(lengthened, plain.alignments, appended))
+        return replace(plain, clean=clean, corrupted=corrupted, answer=last, appended=appended, alignments=longer)
 
 
 def continued(pairs: Pairs, of: Literal["answer", "wrong"] = "answer") -> Pairs:

@@ -171,6 +171,15 @@ def _widest(architecture: Architecture) -> tuple[int, int]:
     return 6 * architecture.d_model + 3 * width, heads
 
 
+def backward_bytes(architecture: Architecture, length: int) -> int:
+    """What a backward keeps of all layers of one prompt of so many tokens."""
+    found = 0
+    for layer in architecture.layers:
+        heads = architecture.units("z", layer.index)
+        found += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length)
+    return found * architecture.dtype.itemsize
+
+
 def kept_bytes(architecture: Architecture, name: str, layer: int, length: int) -> int:
     """What is kept of a world: a component's value at every position of a prompt, or its keys or values."""
     size, inside = architecture.dtype.itemsize, min(layer, len(architecture) - 1)

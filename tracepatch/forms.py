@@ -45,10 +45,12 @@ class Allowed:
     Attributes:
         form: The fastest form that gives the same numbers, of those that were tried.
         refused: Each faster one → why it is not used, in one clause.
+        passing: Whether it may be otherwise another time: memory ran out in a trial.
     """
 
     form: Form
     refused: dict[Form, str]
+    passing: bool = False
 
 
 def chosen(
@@ -101,9 +103,12 @@ def allowed(model: Model, architecture: Architecture, eager: bool = False, only:
     key = kind, json.dumps(config, sort_keys=True, default=str), eager, only, reason
     if key not in _KNOWN:
         tables = FORMS[:-1] if only is None else tuple(form for form in FORMS[:-1] if form == only)
-        _KNOWN[key] = (
-            Allowed("flat", dict.fromkeys(tables, reason)) if reason else _tried(model, architecture, eager, tables)
-        )
+        found = Allowed("flat", dict.fromkeys(tables, reason))
+        if not reason:
+            found = _tried(model, architecture, eager, tables)
+        if found.passing:
+            return found
+        _KNOWN[key] = found
     return _KNOWN[key]
 
 
@@ -162,10 +167,12 @@ def _tried(model: Model, architecture: Architecture, eager: bool, tables: tuple[
         wanted = _measured(model, recorder, "flat")
     except MeasurementError as error:
         said = str(error).splitlines()[0]
-        return Allowed("flat", dict.fromkeys(tables, f"it could not be tried, for {said[0].lower()}{said[1:]}"))
+        why = f"it could not be tried, for {said[0].lower()}{said[1:]}"
+        return Allowed("flat", dict.fromkeys(tables, why), _passes(error))
     few = [row.number for row in recorder.rows if row.sites[0].component == "resid_pre"]
     scale = 1 + np.abs(wanted).max()
     refused: dict[Form, str] = {}
+    passing = False
     for form in tables:
         try:
             # Rows are tried in the run that computes their worlds, and in one that sees these in a cache; some without
@@ -174,13 +181,18 @@ def _tried(model: Model, architecture: Architecture, eager: bool, tables: tuple[
             gaps = [np.abs(_measured(model, recorder, form, rides) - wanted) for rides in ways]
             gaps += [np.abs(_measured(model, recorder, form, rides, few) - wanted[few]) for rides in ways]
         except Exception as error:  # whatever the model's code raises
-            refused[form] = _failed(error)
+            refused[form], passing = _failed(error), passing or _passes(error)
             continue
         gap = max(one.max() for one in gaps) / scale
         if gap <= 2 * resolution(architecture.dtype):
-            return Allowed(form, refused)
+            return Allowed(form, refused, passing)
         refused[form] = f"it gives other logits (off by {gap:.1g} of their scale)"
-    return Allowed("flat", refused)
+    return Allowed("flat", refused, passing)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a failure says nothing of the model, as memory had no room at that time."""
+    return isinstance(error.__cause__ or error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _rows(architecture: Architecture, eager: bool) -> Recorder:

@@ -40,7 +40,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
-from tracepatch.weights import bringer_of, brought, weightless
+from tracepatch.weights import bringer_of, brought, untied, weightless
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
@@ -239,6 +239,11 @@ def _wrap(module: torch.nn.Module, tokenizer: Any) -> Model:
         raise ModelError(
             "device_map leaves the token embedding on a disk or a CPU, to be brought whenever it is needed: give it a "
             "place of its own. Any other module may stand elsewhere."
+        )
+    if lost := untied(module):
+        raise ModelError(
+            f"device_map parts weights that are one: {', '.join(lost)} shares the token embedding's, and would not be "
+            "found on the disk where it is left. Give both the same place."
         )
     # Without weights it would be moved off the meta device, which fails.
     device = {"device": "meta"} if weightless(module) else {}

@@ -1,6 +1,7 @@
 """Places to patch as plain tuples, so that sets of them can be listed, named and swept.
 
-A *place* is a component with its index, ``("z", 9, slice(None), 6)`` for ``z[9, :, 6]``.
+A *place* is a component with its index, ``("z", 9, slice(None), 6)`` for ``z[9, :, 6]``. Where prompts are aligned, its
+positions are those of the run that is edited, and what comes from the other run comes from their partners.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from tracepatch.cells import Direction, base_of, default_by, index_of, taken
+from tracepatch.alignment import Aligned
+from tracepatch.cells import Direction, base_of, crosses, default_by, index_of, partnered, taken
 from tracepatch.errors import RecipeError
+from tracepatch.grids import SPAN
 from tracepatch.recording import Recorder
 from tracepatch.sites import component, hashable
 from tracepatch.worlds import World
@@ -41,8 +44,10 @@ def write(p: Recorder, direction: Direction, source: Any, *places: Place) -> Non
         RecipeError: There is no such direction.
     """
     base = base_of(direction)
-    given = taken(p, base, source)
+    given, crossing = taken(p, base, source), crosses(source, base)
     for name, *index in places:
+        if crossing:
+            index = list(partnered(p, base, dict(zip(component(name).index, index, strict=False))).values())
         where = tuple(index) if len(index) > 1 else index[0]
         target = getattr(getattr(p, base), name)
         target[where] = getattr(given, name)[where] if isinstance(given, World) else given
@@ -95,5 +100,8 @@ def picked(name: str, dims: Sequence[str], place: Place) -> Any:
     """
     if place[0] != name:
         raise RecipeError(f"{label(place)} is no place of {name}.")
-    found = dict(zip(component(name).index, place[1:], strict=False))
-    return hashable(tuple(found.get(dim) for dim in dims))
+    kind = component(name)
+    found = dict(zip(kind.index, place[1:], strict=False))
+    key = [found.get(kind.place if dim == SPAN else dim) for dim in dims]
+    # A number is one of the run that is edited, the clean one.
+    return hashable(tuple(int(i) if isinstance(i, Aligned) and i.of == "clean" else i for i in key))

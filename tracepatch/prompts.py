@@ -190,6 +190,10 @@ class Pairs:
             name=f"{self.name}, both roles",
         )
 
+    def without_corrupted(self) -> Pairs:
+        """The clean prompts alone, as for runs with noise, which is then what effects are a share of."""
+        return revised(self, corrupted=None, align=None, spans=self.spans[:1], corruption=())
+
     def encode(self, tokenizer: PreTrainedTokenizerBase, start: int | None = None) -> EncodedPairs:
         """The pairs as token ids.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tracepatch.architecture import Architecture
 from tracepatch.backward import MOVED
-from tracepatch.costs import kept_bytes
+from tracepatch.costs import backward_bytes, kept_bytes
 from tracepatch.errors import MeasurementError, MetricError, listing, plural
 from tracepatch.forms import unending
 from tracepatch.jobs import EAGER, Job, order_of, parts
@@ -167,14 +167,10 @@ class Sides:
 
     def pair_bytes(self, keys: Iterable[Key], length: int, rows: int = 1) -> int:
         """Memory of one pair: what a backward keeps of each layer, and values and gradients of components."""
-        architecture, size = self.architecture, self.architecture.dtype.itemsize
-        layer_bytes = 0
-        for layer in architecture.layers:
-            heads = architecture.units("z", layer.index)
-            layer_bytes += length * (14 * architecture.d_model + 4 * layer.width + 3 * heads * length) * size
-        kept = sum(kept_bytes(architecture, name, layer, length) for name, layer in keys)
+        kept = sum(kept_bytes(self.architecture, name, layer, length) for name, layer in keys)
         reads = max(len(self._profiles[0].reads_of(root)) for root in ("clean", "corrupted"))
-        return int(rows * (layer_bytes + 3 * reads * architecture.vocab * 4 + kept) + 3 * kept)
+        layer_bytes, logits = backward_bytes(self.architecture, length), 3 * reads * self.architecture.vocab * 4
+        return int(rows * (layer_bytes + logits + kept) + 3 * kept)
 
     # ------------------------------------------------------------------------------------------------ operations
 

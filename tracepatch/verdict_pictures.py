@@ -17,6 +17,7 @@ from tracepatch.errors import ResultError, listing
 from tracepatch.marks import Look, key, name_points
 from tracepatch.panels import title_of, told
 from tracepatch.points import DASHES, Axis, Points, limits
+from tracepatch.verdicts import directions_of
 
 VERDICTS = {
     "necessary and sufficient": Look("#0072B2", "o", "-"),
@@ -61,7 +62,7 @@ def quadrants(
         ResultError: The results are not of these two directions or share no site, or a threshold is not positive.
     """
     if noising is None:
-        denoising, noising, shares = _two_ways(denoising)
+        denoising, noising, shares = directions_of(denoising)
         sufficient = shares["sufficient"] if sufficient is None else sufficient
         necessary = shares["necessary"] if necessary is None else necessary
     sufficient, necessary = (0.2 if share is None else share for share in (sufficient, necessary))
@@ -114,22 +115,6 @@ def _tint(ax: Axes, sufficient: float, necessary: float) -> None:
     corners.append((-sufficient, necessary, sufficient, top))
     for look, (x0, y0, x1, y1) in zip(VERDICTS.values(), corners, strict=False):
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=look.colour, alpha=0.07, linewidth=0, zorder=0))
-
-
-def _two_ways(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
-    """A result of both directions as one of each, and its thresholds."""
-    main_variable(both)
-    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
-        raise ResultError(
-            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
-            "quadrants(denoising, noising)."
-        )
-    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
-    parts = [
-        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
-        for way, (base, written) in ways.items()
-    ]
-    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}
 
 
 def _require_directions(denoising: xr.Dataset, noising: xr.Dataset) -> None:

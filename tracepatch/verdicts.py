@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from tracepatch.cells import BASES, Cells
-from tracepatch.combining import over_pairs
-from tracepatch.errors import RecipeError
+from tracepatch.combining import main_variable, over_pairs
+from tracepatch.errors import RecipeError, ResultError
 from tracepatch.joint import run
 from tracepatch.metrics import Metrics, logit_diff
 from tracepatch.models import Model
@@ -86,6 +86,26 @@ def both_directions(
     against = (back <= -sufficient) | (lost <= -necessary)
     verdict = (needed * 1 + enough * 2).where(~against, 4).where(back.notnull() & lost.notnull(), -1).astype(np.int8)
     meanings = " ".join(word.replace(" ", "_") for word in VERDICTS)
-    told = {"flag_values": list(range(len(VERDICTS))), "flag_meanings": meanings, **shares}
-    found.attrs["written"] = "corrupted and clean"  # into the clean and the corrupted run
-    return found.assign(verdict=verdict.assign_attrs(told))
+    return found.assign(
+        verdict=verdict.assign_attrs(flag_values=list(range(len(VERDICTS))), flag_meanings=meanings, **shares)
+    ).assign_attrs(written="corrupted and clean")  # into the clean and the corrupted run
+
+
+def directions_of(both: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset, dict[str, float]]:
+    """A result of ``both_directions`` as one of denoising and one of noising, and its thresholds.
+
+    Raises:
+        ResultError: It is something else, or of several models.
+    """
+    main_variable(both)
+    if "verdict" not in both or "direction" not in both.dims or "model" in both.dims:
+        raise ResultError(
+            "quadrants(result) takes what tp.sweeps.both_directions gives, of one model; else pass two results, "
+            "quadrants(denoising, noising)."
+        )
+    ways = {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")}
+    parts = [
+        both.sel(direction=way, drop=True).drop_vars("verdict").assign_attrs(base=base, written=written)
+        for way, (base, written) in ways.items()
+    ]
+    return parts[0], parts[1], {share: float(both["verdict"].attrs[share]) for share in ("sufficient", "necessary")}

@@ -25,6 +25,20 @@ def brought(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def untied(module: torch.nn.Module) -> list[str]:
+    """The tied parameters that accelerate should bring from elsewhere and cannot: it keeps them under one name only.
+
+    It notices no sooner than in a forward, with a ``KeyError``.
+    """
+    parts, found = dict(module.named_modules()), []
+    for path in getattr(module, "all_tied_weights_keys", None) or ():
+        part, _, name = path.rpartition(".")
+        bringer = bringer_of(parts[part]) if part in parts else None
+        if bringer is not None and name not in bringer.weights_map:
+            found.append(path)
+    return found
+
+
 def bringer_of(part: torch.nn.Module) -> Any:
     """What brings a module's own parameters whenever it is called, where ``device_map`` left them elsewhere."""
     hook = getattr(part, "_hf_hook", None)
