@@ -120,11 +120,11 @@ def test_writing_back_changes_nothing_and_noise_moves_the_logits(model: Any) -> 
     for (component, layer), value in kept.items():
         if component in ("aside", "logits"):
             continue
-        back = {(component, layer): ((False, (*everything, None, None), (), value[0], None, False),)}
+        back = {(component, layer): ((False, (*everything, None, None), (), value[0], None, None, False),)}
         moved = (captured(model, back, keep=False)[1] - plain).abs().max()
         assert moved <= (2e-6 if component == "head_out" else 0), (component, layer)
         loud = value[0] + torch.randn(value[0].shape, generator=noise)
-        written = {(component, layer): ((False, (*everything, None, None), (), loud, None, False),)}
+        written = {(component, layer): ((False, (*everything, None, None), (), loud, None, None, False),)}
         moved = (captured(model, written, keep=False)[1] - plain).abs().max()
         assert moved > 1e-3, f"{component} of layer {layer} of {len(architecture)} was written and nothing happened"
 

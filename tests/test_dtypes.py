@@ -179,7 +179,7 @@ def test_reading_and_writing_back_in_one_forward(model_type: str, dtype: torch.d
         if component in ("aside", "logits"):
             continue
         assert value.dtype == dtype
-        back = {(component, layer): ((False, (*everything, None, None), (), value[0], None, False),)}
+        back = {(component, layer): ((False, (*everything, None, None), (), value[0], None, None, False),)}
         off = captured(model, back, keep=False)[1] - plain
         # A head's share is computed alone when it is kept and with others when it is written.
         assert near(off, plain, 2 if component == "head_out" else 0, dtype), (component, layer)
