@@ -13,6 +13,7 @@ from test_templates import IOI, byte_level
 
 import tracepatch as tp
 from tracepatch import corruptions, errors
+from tracepatch.resampling import cluster_count
 
 NAMES = (("John", "Mary"), ("Tom", "Anna"), ("Sarah", "Paul"))
 
@@ -154,6 +155,14 @@ def test_several_corruptions_are_a_dim(tmp_path: Path) -> None:
     opened = tp.open_result(tp.save_result(effects, tmp_path / "several.nc"))
     assert isinstance(opened, xr.Dataset)
     xr.testing.assert_equal(tp.by_corruption(opened), found)
+
+
+def test_pairs_that_share_one_of_several_corruptions_belong_together() -> None:
+    found = tp.by_corruption(tp.patch(toy("gpt2"), several(), "resid_pre", by="layer"))
+    assert cluster_count(found) == 3
+    shared = found["corrupted_prompt"].values.copy()  # [pair, corruption]
+    shared[2, 1] = shared[1, 0]
+    assert cluster_count(found.assign_coords(corrupted_prompt=(found["corrupted_prompt"].dims, shared))) == 2
 
 
 def test_corruptions_of_ones_own_have_names_too() -> None:

@@ -270,13 +270,18 @@ def _sharing(effects: xr.Dataset) -> NDArray[np.intp]:
     """Pairs that share a prompt, directly or through others, have the same number."""
     names = [name for name in ("clean_prompt", "corrupted_prompt") if name in effects.coords]
     names += [name for name in ("decoder_prompt",) if name in effects.coords]
-    texts = {name: effects[name].isel(model=0, missing_dims="ignore").values.tolist() for name in names}
-    written = texts.pop("decoder_prompt", [""] * effects.sizes["pair"])
-    cluster, first = list(range(len(written))), dict[tuple[str, str], int]()
+    pairs = effects.sizes["pair"]
+    texts = {}  # per pair; several where a prompt has several corruptions
+    for name in names:
+        found = effects[name].isel(model=0, missing_dims="ignore").transpose("pair", ...)
+        texts[name] = found.values.reshape(pairs, -1).tolist()
+    written = texts.pop("decoder_prompt", [[""]] * pairs)
+    cluster, first = list(range(pairs)), dict[tuple[Any, ...], int]()
     for side in texts.values():
-        for pair, key in enumerate(zip(side, written, strict=True)):
-            old, new = cluster[pair], cluster[first.setdefault(key, pair)]
-            cluster = [new if label == old else label for label in cluster]
+        for pair, several in enumerate(side):
+            for text in filter(None, several):
+                old, new = cluster[pair], cluster[first.setdefault((text, *written[pair]), pair)]
+                cluster = [new if label == old else label for label in cluster]
     return np.array(cluster)
 
 
