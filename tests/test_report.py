@@ -206,6 +206,20 @@ def test_several_metrics_a_tree_and_what_has_no_picture(tmp_path: Path) -> None:
     assert "No picture of cube: 'effect' has the dims" in found.text
 
 
+def test_several_corruptions_of_a_prompt_are_rows_of_their_own(tmp_path: Path) -> None:
+    one = tp.tasks.ioi(toy("gpt2").tokenizer, 4, corruption="abc")
+    own = tp.Pairs(one.clean, one.corrupted, one.answer, one.wrong, corruption="names")
+    other = tp.Pairs(one.clean[:2], one.corrupted[2:], one.answer[:2], one.wrong[:2], corruption="others")
+    effects = tp.by_corruption(tp.patch(toy("gpt2"), own + other, "attn_out", by="layer"))
+    path = tp.write_report(tmp_path / "several.html", {"attention": [effects]}, title="Several")
+    cells = r'<td class="number">(\d)</td><td class="prompt">(.*?)</td><td>.*?</td><td class="prompt">(.*?)</td>'
+    rows = re.findall(cells, Page(path).source, re.S)
+    said = [(n, *(re.sub("<[^>]+>", "", cell).strip() for cell in cells)) for n, *cells in rows]
+    wanted = [(i, own.clean[i], own.corrupted[i]) for i in range(4)]  # type: ignore[index]
+    wanted += [(i, own.clean[i], own.corrupted[2 + i]) for i in range(2)]  # type: ignore[index]
+    assert {(int(n), clean, corrupted) for n, clean, corrupted in said} >= set(wanted)
+
+
 def test_a_report_needs_results(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="no results"):
         tp.write_report(tmp_path / "r.html", {})

@@ -31,6 +31,7 @@ from tracepatch.resampling import cluster_count, intervals
 from tracepatch.results import Result
 
 BOTH = "clean and corrupted", "corrupted and clean"  # what is edited, and what is written, in both directions
+WRITTEN = ("clean_prompt", "answer", "corrupted_prompt", "wrong", "decoder_prompt")
 FIRST, LARGEST = 8, 8  # prompts that are shown at once; sites in a table
 PNG = "data:image/png;base64,"
 NOTE = 0.02  # normalized effects below it are not worth a line
@@ -257,15 +258,13 @@ def _facts(results: list[xr.Dataset], models: list[str]) -> list[tuple[str, str]
     for result in results:
         base, written = str(result.attrs.get("base", "")), str(result.attrs.get("written", ""))
         directions.append(ways.get((base, written), f"{written} into the {base} run"))
+    made = max(str(result.attrs.get("time", "")) for result in results)
     facts = [
         ("Models", ", ".join(models)),
         ("Prompts", "; ".join(dict.fromkeys(str(result.attrs.get("pairs", "")) for result in results))),
         ("Metric", "; ".join(f"{name}: {told}" for name, told in metrics.items())),
         ("Direction", "; ".join(dict.fromkeys(directions))),
-        (
-            "Made",
-            max(str(result.attrs.get("time", "")) for result in results).replace("T", " ").replace("+00:00", " UTC"),
-        ),
+        ("Made", made.replace("T", " ").replace("+00:00", " UTC")),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -273,27 +272,19 @@ def _facts(results: list[xr.Dataset], models: list[str]) -> list[tuple[str, str]
 def _prompts(results: list[xr.Dataset]) -> Iterator[dict[str, Any]]:
     """The pairs of each set of prompts, with the models that read it."""
     groups: dict[tuple[Any, ...], list[xr.Dataset]] = {}
-    columns = ("clean_prompt", "answer", "corrupted_prompt", "wrong", "decoder_prompt")
     for result in results:
         if "clean_prompt" in result.coords:
-            key = tuple(tuple(result[name].values.tolist()) if name in result.coords else () for name in columns)
-            groups.setdefault(key, []).append(result)
+            groups.setdefault(_written(result), []).append(result)
     for key, members in groups.items():
-        clean, answer, corrupted, wrong, decoder = key
+        number, clean, answer, corrupted, wrong, decoder = key
         rows = []
         for i, text in enumerate(clean):
             other, written = (corrupted[i] if corrupted else text), f" ⟶ {decoder[i]}" if decoder else ""
-            rows.append(
-                {
-                    "pair": i,
-                    "clean": _marked(text, other) + written,
-                    "corrupted": _marked(other, text) + written,
-                    "answer": answer[i].strip() if answer else "",
-                    "wrong": wrong[i].strip() if wrong else "",
-                }
-            )
-        pairs, clusters = len(rows), cluster_count(members[0])
-        told = plural(pairs, "pair") + ("" if clusters == pairs else f", in {clusters} clusters that share no prompt")
+            row = {"pair": number[i], "clean": _marked(text, other) + written}
+            row |= {"corrupted": _marked(other, text) + written, "answer": answer[i].strip() if answer else ""}
+            rows.append({**row, "wrong": wrong[i].strip() if wrong else ""})
+        pairs, clusters = members[0].sizes["pair"], cluster_count(members[0])
+        told = plural(pairs, "pair") + f", in {clusters} clusters that share no prompt" * (clusters != pairs)
         models = dict.fromkeys(str(result.attrs["model"]) for result in members)
         yield {
             "title": f"{members[0].attrs.get('pairs', 'pairs')} ({', '.join(models)})",
@@ -302,6 +293,16 @@ def _prompts(results: list[xr.Dataset]) -> Iterator[dict[str, Any]]:
             "shown": rows[:FIRST],
             "more": rows[FIRST:],
         }
+
+
+def _written(result: xr.Dataset) -> tuple[tuple[Any, ...], ...]:
+    """The number, prompts and answers of each pair, column by column; of several corruptions one after the other."""
+    known = {name: result[name] for name in WRITTEN if name in result.coords}
+    number = xr.DataArray([str(i) for i in range(result.sizes["pair"])], dims="pair", name="number")
+    every = [one.transpose("pair", ...).values.ravel() for one in xr.broadcast(number, *known.values())]
+    there = every[1 + list(known).index("corrupted_prompt")] != "" if "corrupted_prompt" in known else slice(None)
+    found = dict(zip(("number", *known), (tuple(column[there].tolist()) for column in every), strict=True))
+    return tuple(found.get(name, ()) for name in ("number", *WRITTEN))
 
 
 def _marked(text: str, other: str) -> Markup:
