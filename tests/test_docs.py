@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gallery
 import planner_picture
 import pytest
 
@@ -67,3 +68,10 @@ def test_the_reference_is_built_with_the_documented_command(tmp_path: Path) -> N
     page = (tmp_path / "tracepatch.html").read_text()
     for name in ("patching", "Pairs", "over_pairs", "Architecture"):
         assert f'id="{name}"' in page
+
+
+def test_the_gallery_has_every_recipe() -> None:
+    assert (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8") == gallery.page(), (
+        "python tests/gallery.py --write"
+    )
+    assert {path.stem for path in gallery.PICTURES.glob("*.png")} == set(gallery.SHOWN) == set(gallery.bundled())
