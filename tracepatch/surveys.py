@@ -10,6 +10,7 @@ from tracepatch.architecture import Architecture
 from tracepatch.jobs import Job, parts
 from tracepatch.reach import layers_of
 from tracepatch.references import ReferenceWorld, Survey, Tally
+from tracepatch.sites import Select
 
 
 def surveys(
@@ -32,7 +33,8 @@ def surveys(
         if not tallies:
             continue
         until = max(1, *(layers_of(architecture, t.component, t.layer) for t in tallies))
-        alike = parts(range(len(world.ids)), partial(_size, world), at_once)
+        partners = any(isinstance(way, Select) and way.of for t in tallies for way in (t.along, t.src))
+        alike = parts(range(len(world.ids)), partial(_size, world, partners), at_once)
         yield Survey(world, tallies, tuple(map(tuple, alike)), until if ends else len(architecture) + 1)
 
 
@@ -42,7 +44,7 @@ def cost(architecture: Architecture, found: Survey) -> float:
     return len(found.world.ids) * min(found.until, depth) / depth
 
 
-def _size(world: ReferenceWorld, number: int) -> tuple[Any, ...]:
-    """The same for prompts that can be run side by side: equally long, with their spans at the same places."""
-    read = len(world.encoder[number]) if world.encoder else 0
-    return len(world.ids[number]), read, world.sides[number].spans
+def _size(world: ReferenceWorld, partners: bool, number: int) -> tuple[Any, ...]:
+    """The same for prompts that can be run side by side: equally long, with what is taken at the same places."""
+    read, side = len(world.encoder[number]) if world.encoder else 0, world.sides[number]
+    return side.length, read, side.spans, (side.aligned, side.partners) if partners else None
