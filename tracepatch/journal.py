@@ -332,7 +332,8 @@ def _referred(survey: Survey, group: Group) -> tuple[Any, ...]:
     """Everything of a reference that runs of a group can see."""
     world = survey.world
     rows = tuple(world.row_of[pair] for pair in group.pairs)
-    return world.name, world.ids, world.encoder, world.rows, world.over, rows, survey.tallies, survey.runs, survey.until
+    told = world.name, world.ids, world.encoder, world.rows, world.over, world.sides
+    return *told, rows, survey.tallies, survey.runs, survey.until
 
 
 def _tokens(encoded: EncodedPairs, pair: int) -> tuple[Any, ...]:
