@@ -21,7 +21,7 @@ from tracepatch.readings import READINGS, Read
 from tracepatch.references import ReferenceWorld
 from tracepatch.rows import Edit, EditedWorld, Row
 from tracepatch.sites import COMPONENTS, Site
-from tracepatch.sources import Value, WorldName, summed
+from tracepatch.sources import Noise, Value, WorldName, summed
 from tracepatch.spelling import STOPS
 from tracepatch.tokens import EncodedPairs
 
@@ -112,12 +112,14 @@ def _require_words(edits: list[Edit]) -> None:
 def _require_counted(common: Common, edits: list[Edit]) -> None:
     """Refuses values of references where a pair's prompts, or the reference's, are not indexed by numbers alone."""
     mapped = common.encoded.alignments[common.pair].mapped
-    for value in (v for edit in edits for _, v in _values(edit) if v.world in common.references):
-        if mapped or value.site.pos.span or value.site.src.span:
-            raise RecipeError(
-                f"No script is written for {value}: in pairs that are aligned, and by spans, prompts of a reference "
-                "have positions of their own. Index the reference by positions, in pairs that correspond one by one."
-            )
+    values = [v for edit in edits for _, v in _values(edit) if v.world in common.references]
+    units = [noise.unit for edit in edits for _, noise in _noise(edit) if noise.unit is not None]
+    elsewhere = [v for v in values if mapped or v.site.pos.span or v.site.src.span]
+    for value in elsewhere + [v for v in units if v.site.pos.span or v.site.pos.of]:
+        raise RecipeError(
+            f"No script is written for {value}: in pairs that are aligned, and by spans, prompts of a reference "
+            "have positions of their own. Index the reference by positions, in pairs that correspond one by one."
+        )
 
 
 def _require_present(common: Common, row: Row) -> None:
@@ -325,3 +327,8 @@ def _sites(edit: Edit) -> list[Site]:
 def _values(edit: Edit) -> tuple[tuple[float, Value], ...]:
     total = summed(edit.source)
     return () if total is None else total.values
+
+
+def _noise(edit: Edit) -> tuple[tuple[float, Noise], ...]:
+    total = summed(edit.source)
+    return () if total is None else total.noise
