@@ -50,6 +50,7 @@ ALIGNED = ("test_alignment.py",)
 TEMPLATES = ("test_templates.py",)
 UNEVEN = ("test_uneven_estimates.py",)
 REFERENCES = ("test_references.py",)
+BY_SPAN = ("test_references_by_span.py",)
 PORTIONS = ("test_portions.py",)
 MEASURES = ("test_measures.py",)
 SWEEPS = ("test_sweeps.py",)
@@ -284,11 +285,14 @@ MUTANTS = (
     Mutant("prompts line up at their end as at their start", "references", "(self.longest - length) * (along == \"end\") for p in range(length)", "0 for p in range(length)", REFERENCES),
     Mutant("every pair takes the prompt of the first", "traced", "(pair, world.name): world.row_of[pair] for pair", "(pair, world.name): world.row_of[0] for pair", REFERENCES),
     Mutant("a mean over positions counts one of them", "references", "[0] * len(here) if self.over", "[0] * len(here) if False", REFERENCES),
+    Mutant("spans line up by their first tokens", "references", "first = self.room(along) - len(here) if along.span else 0", "first = 0", BY_SPAN),
+    Mutant("a span called end is the end of a prompt", "references", "ways = (repr(self.along), ", "ways = (str(self.along), ", BY_SPAN),
+    Mutant("tokens that a drawn prompt lacks are zeros", "references", "            if not wanted <= held:", "            if False:", BY_SPAN),
     Mutant("noise forgets its unit", "writing", "            value = factor.to(like.device) * table.to(like.device)", "            value = factor.to(like.device)", REFERENCES),
     Mutant("every draw is the first", "sources", 'seed = f"{self.seed}" if self.number == 0 else', 'seed = f"{self.seed}" if True else', REFERENCES),
     Mutant("drawn worlds stand on their first draw", "draws", "            of = self.world(here.of, draw)", "            of = here.of", REFERENCES),
     Mutant("worlds run beside those that they take values of", "plan", "if len(found) == 1 or taken & {job.base for job in found[-1]}:", "if len(found) == 1:", REFERENCES),
-    Mutant("a directory does not look at references", "journal", "return world.name, world.ids, world.encoder,", "return world.name, world.encoder,", REFERENCES),
+    Mutant("a directory does not look at references", "journal", "told = world.name, world.ids, world.encoder,", "told = world.name, world.encoder,", REFERENCES),
     Mutant("prefix matching looks at the same token", "measures", "return torch.nn.functional.pad(_same(tokens), (1, 0))[..., :-1]", "return _same(tokens)", MEASURES),
     Mutant("tokens without a target count as looked for", "measures", "/ has_one.sum(-1).clamp(min=1)", "/ has_one.shape[-1]", MEASURES),
     Mutant("what stands before a short answer is read too", "measures", "return (found * (ids >= 0)).sum(1)", "return found.sum(1)", MEASURES),

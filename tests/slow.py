@@ -56,15 +56,26 @@ class Sides:
                 there = self.spans[other][select.span]
                 clean = own if world == "clean" else there
                 met = [(a, b) for a, b in sorted(self.links.items()) if a in clean]
-                return [p for p, q in (m if world == "clean" else m[::-1] for m in met) if p in own and q in there]
-            found = torch.tensor(own)[index(replace(select, span=""))]
-            return found.tolist()
+                own = [p for p, q in (m if world == "clean" else m[::-1] for m in met) if p in own and q in there]
+            return within(own, select)
         if select.of:
             found = [(self.partner(select.of, p), p)[select.of == world] for p in select.items or ()]
             return found[0] if select.scalar else found
         if crossing and select.all:
             return [(a, b)[world == "corrupted"] for a, b in sorted(self.links.items())]
         return index(select)
+
+
+def within(span: Sequence[int], select: Select) -> Any:
+    """The tokens of a span that an index picks.
+
+    Raises:
+        IndexError: The span has none of them.
+    """
+    found = torch.tensor(span)[index(replace(select, span=""))].tolist()
+    if found == []:
+        raise IndexError(f"{span} has no {select}")
+    return found
 
 
 def placed(site: Site, sides: Sides | None, world: str, crossing: bool) -> Site:
@@ -160,22 +171,40 @@ def coder(of: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Call
     return encode, lambda f: f @ decoder
 
 
-def aligned(found: list[Tensor], select: Select, dim: int, length: int) -> Tensor:
-    """The mean of values of prompts of unequal length along a dim, as the pair's own index has them.
+def within_prompt(select: Select, length: int, spans: Mapping[str, Sequence[int]]) -> list[int]:
+    """The positions of a prompt of a reference that an index picks; none where it lacks one of them."""
+    try:
+        found = within(spans[select.span], select) if select.span else torch.arange(length)[index(select)].tolist()
+    except (KeyError, IndexError):
+        return []
+    return found if isinstance(found, list) else [found]
 
-    Slices that begin at the end line up there, all others at the start: what is left is as long as the pair's.
+
+def counterpart(select: Select, position: int, own: list[int], length: int, there: list[int], other: int) -> int | None:
+    """Where another prompt has what stands at a position of a pair's prompt; ``None`` if it does not.
+
+    Args:
+        select: The index; it counts from the start, from the end, or, in lists with both, says which is which. Tokens
+            of spans are counted from the span's last one.
+        position: In the pair's prompt.
+        own: All that the index picks there.
+        length: Tokens of the pair's prompt.
+        there: What the index picks in the other prompt.
+        other: Tokens of it.
     """
-    if select.items is not None:
-        return torch.stack(found).mean(0)
-    at_end, longest = (select.bounds[0] or 0) < 0, max(one.shape[dim] for one in found)
-    wide = []
-    for one in found:
-        shape = list(one.shape)
-        shape[dim] = longest - one.shape[dim]
-        gap = torch.full(shape, torch.nan, dtype=one.dtype)
-        wide.append(torch.cat([gap, one] if at_end else [one, gap], dim))
-    mean, count = torch.stack(wide).nanmean(0), len(range(length)[slice(*select.bounds)])
-    return mean.narrow(dim, longest - count if at_end else 0, count)
+    if select.span:
+        back = len(own) - own.index(position)
+        return there[-back] if back <= len(there) else None
+    if select.items is not None and len({i < 0 for i in select.items}) > 1:
+        return there[own.index(position)] if there else None
+    at_end = (select.bounds[0] or 0) < 0 if select.items is None else select.items[0] < 0
+    found = position + other - length if at_end else position
+    return found if 0 <= found < other else None
+
+
+def mean_of(values: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors of one shape."""
+    return torch.stack(list(values)).mean(0)
 
 
 class Slow:
@@ -189,7 +218,9 @@ class Slow:
         edited: Mapping[str, EditedWorld] | None = None,
         sides: Sequence[Sides] | None = None,
         references: Mapping[str, Any] | None = None,
+        marks: Mapping[tuple[int, ...], Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
+        self.marks = marks or {}  # ids of a prompt of a reference → its spans
         self.encoded, module = encoded, untouched(model)
         self.sides = [None] * len(encoded) if sides is None else list(sides)
         self.root = {"clean": "clean", "corrupted": "corrupted"} | {w.name: w.root for w in (edited or {}).values()}
@@ -237,9 +268,7 @@ class Slow:
             target = pick(live, site, split)
             value = torch.zeros_like(target)
             for factor, part in source.values:
-                term = self.value(
-                    part, pair, len(live) if site.component not in ATTENDING else live.shape[-1], crossing
-                )
+                term = self.value(part, pair, root, crossing)
                 if part.world in self.worlds and self.worlds[part.world].over and not site.pos.scalar:
                     term = term[None]
                 value = value + factor * (
@@ -266,38 +295,87 @@ class Slow:
             found.append(Edit(site.component, site.layer, value, positions=at, unit=units, mode=mode))
         return found
 
-    def value(self, part: Any, pair: int, length: int, crossing: bool = False) -> Tensor:
-        """What a value of a world, or of a reference, is in a pair of so many tokens."""
-        place = one_name(part.site.component, part.site.layer, self.reference.layers)
+    def value(self, part: Any, pair: int, base: str, crossing: bool = False) -> Tensor:
+        """What a value of a world, or of a reference for the prompt of ``base``, is in a pair."""
+        site, place = part.site, one_name(part.site.component, part.site.layer, self.reference.layers)
         if part.world not in self.worlds:
             world = self.values[part.world, pair][place]
-            there = placed(part.site, self.sides[pair], self.root[part.world], crossing)
-            return pick(world, there, world.ndim == 3 or part.site.component in SPLIT)
+            there = placed(site, self.sides[pair], self.root[part.world], crossing)
+            return pick(world, there, world.ndim == 3 or site.component in SPLIT)
         world = self.worlds[part.world]
-        own = [i for i in range(len(world.ids)) if world.rows[i] == world.row_of[pair]]
-        found = [one for i in own if (one := self.picked(world, i, part.site)) is not None]
+        numbers = [i for i in range(len(world.ids)) if world.rows[i] == world.row_of[pair]]
         if world.over:
-            return torch.cat([one[None] if part.site.pos.scalar else one for one in found]).mean(0)
-        if part.site.component not in ATTENDING:
-            return aligned(found, part.site.pos, 0, length)
-        assert len({one.shape for one in found}) == 1, "the oracle lines weights up for prompts of one length only"
-        return torch.stack(found).mean(0)
+            found = [one for i in numbers if (one := self.picked(world, i, site)) is not None]
+            return torch.cat([one[None] if site.pos.scalar else one for one in found]).mean(0)
+        tables = [self.alone(world, i)[place] for i in numbers]
+        if site.component not in ATTENDING:
+            where = self.met(world, numbers, site.pos, pair, base, crossing)
+            found = torch.stack(
+                [mean_of(t[q] for t, q in zip(tables, at, strict=True) if q is not None) for at in where]
+            )
+            here = select(0 if site.pos.scalar else list(range(len(where))), "pos")
+            return pick(found, replace(site, pos=here), found.ndim == 3 or site.component in SPLIT)
+        dests, srcs = (self.met(world, numbers, picked, pair, base, crossing) for picked in (site.pos, site.src))
+        cells = [
+            mean_of(t[:, d, s] for t, d, s in zip(tables, dest, src, strict=True) if None not in (d, s))
+            for dest in dests
+            for src in srcs
+        ]
+        found = torch.stack(cells, -1).unflatten(-1, (len(dests), len(srcs)))[index(site.unit)]
+        if site.src.scalar:
+            found = found[..., 0]
+        if site.pos.scalar:
+            found = found.select(found.ndim - 1 - (not site.src.scalar), 0)
+        return found
 
-    def picked(self, world: Any, number: int, site: Site) -> Tensor | None:
-        """What a site is in one prompt of a reference; ``None`` where it lacks the positions."""
+    def met(
+        self, world: Any, numbers: list[int], picked: Select, pair: int, base: str, crossing: bool
+    ) -> list[list[int | None]]:
+        """For each position that an index picks in a pair's prompt, where each prompt of a reference has it."""
+        length, sides = len(self.ids[base, pair]), self.sides[pair] or Sides({})
+        # Arrays refuse positions that there are not.
+        own, taken = (
+            torch.arange(length)[sides.place(picked, base, way)].reshape(-1).tolist() for way in (False, crossing)
+        )
+        found = []
+        for position in taken:
+            each = []
+            for i in numbers:
+                ids = world.ids[i]
+                there = within_prompt(picked, len(ids), self.marks.get(ids, {}))
+                each.append(counterpart(picked, position, own, length, there, len(ids)))
+            found.append(each)
+        return found
+
+    def alone(self, world: Any, number: int) -> Any:
+        """The values of one prompt of a reference."""
         if (world.name, number) not in self.prompts:
             ids = torch.tensor(world.ids[number])
             runs = Reference(self.module, torch.tensor(world.encoder[number])) if world.encoder else self.reference
             self.prompts[world.name, number] = runs.values(ids)
-        value = self.prompts[world.name, number][one_name(site.component, site.layer, self.reference.layers)]
-        if not site.pos.resolve(len(world.ids[number])):
+        return self.prompts[world.name, number]
+
+    def picked(self, world: Any, number: int, site: Site) -> Tensor | None:
+        """What a site is in one prompt of a reference; ``None`` where it lacks the positions."""
+        value = self.alone(world, number)[one_name(site.component, site.layer, self.reference.layers)]
+        at = within_prompt(site.pos, len(world.ids[number]), self.marks.get(world.ids[number], {}))
+        if not at:
             return None
+        site = replace(site, pos=select(at[0] if site.pos.scalar else at, "pos"))
         return pick(value, site, value.ndim == 3 or site.component in SPLIT)
 
     def picks(self, unit: Any) -> Tensor:
         """All numbers of a value in all prompts of a reference."""
-        world = self.worlds[unit.world]
-        found = [self.picked(world, i, unit.site) for i in range(len(world.ids))]
+        world, own = self.worlds[unit.world], unit.world.removesuffix(" prompts")
+        found = []
+        for i in range(len(world.ids)):
+            site = unit.site
+            if own in self.root and self.sides[i] is not None:  # the pairs' own prompts
+                try:
+                    site = placed(site, self.sides[i], own, False)
+                except (KeyError, IndexError):
+                    continue
+            found.append(self.picked(world, i, site))
         return torch.cat([one.flatten() for one in found if one is not None])
 
     def logits(self, row: Row, pair: int) -> Tensor:

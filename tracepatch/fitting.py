@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -66,6 +66,7 @@ class Meeting:
         architecture: Of the model.
         roots: Edited world → the world whose prompt it has; of others the world itself.
         references: The reference worlds, whose values are indexed as those of the prompt that is edited.
+        pairs: The numbers of the pairs that are aligned so.
     """
 
     pair: Alignment
@@ -73,6 +74,7 @@ class Meeting:
     architecture: Architecture
     roots: Mapping[WorldName, WorldName]
     references: Mapping[WorldName, ReferenceWorld]
+    pairs: Sequence[int]
 
     def crosses(self, source: Sum) -> bool:
         """Whether some value is of the other prompt."""
@@ -100,7 +102,7 @@ class Meeting:
         if world is None:
             return self.shape(value.site, self.side(value), crossing)
         dims = self.shape(replace(value.site, pos=ALL) if world.over else value.site, self.here, crossing)
-        return dims and _given_by(world, value, self.here, crossing, dims)
+        return dims and _given_by(world, value, self, crossing, dims)
 
 
 def require_fit(site: Site, source: Sum, meeting: Meeting) -> bool:
@@ -131,7 +133,7 @@ def require_fit(site: Site, source: Sum, meeting: Meeting) -> bool:
     return True
 
 
-def _given_by(world: ReferenceWorld, value: Value, side: Side, crossing: bool, dims: Dims) -> Dims:
+def _given_by(world: ReferenceWorld, value: Value, meeting: Meeting, crossing: bool, dims: Dims) -> Dims:
     """The dims of a reference's value, for a prompt of a pair."""
     kind = component(value.site.component)
     if kind.name == "logits" or (world.over and kind.attends):
@@ -140,7 +142,7 @@ def _given_by(world: ReferenceWorld, value: Value, side: Side, crossing: bool, d
             "positions. Write a tensor, or take the mean position by position."
         )
     try:
-        world.located(value.site, side, crossing)
+        world.require_values(value.site, meeting.here, crossing, meeting.pairs)
     except SiteError as error:
         raise RecipeError(f"{value} cannot be a source: {error}.") from None
     return tuple(dim for dim in dims if not (world.over and dim[0] == "pos"))

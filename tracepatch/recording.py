@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
-from tracepatch.alignment import Aligned, Side
+from tracepatch.alignment import Aligned, Alignment, Side
 from tracepatch.architecture import Architecture
 from tracepatch.draws import Draws
 from tracepatch.errors import RecipeError, SiteError
@@ -73,7 +73,9 @@ class Recorder:
         self._taken: set[tuple[Any, ...]] = set()
         self._dims: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.lengths = tuple(sorted(set(encoded.lengths)))
-        self.alignments = tuple(dict.fromkeys(encoded.alignments))
+        self.alignments: dict[Alignment, list[int]] = {}  # with the numbers of the pairs that have them
+        for number, alignment in enumerate(encoded.alignments):
+            self.alignments.setdefault(alignment, []).append(number)
         self.sides = tuple(dict.fromkeys(side for world in encoded.worlds for side in encoded.sides(world)))
         self._by_pair = encoded.mapped or any(side.spans for side in self.sides)  # whether all `:` are the same
         self.seen: tuple[Site, ...] = ()
@@ -425,7 +427,7 @@ class Recorder:
             return
         roots = {name: edited.root for name, edited in self.edited.items()}
         own = self._root(world), self.architecture, roots, self.references
-        meetings = [Meeting(pair, *own) for pair in self.alignments]
+        meetings = [Meeting(pair, *own, numbers) for pair, numbers in self.alignments.items()]
         found = [require_fit(site, source, meeting) for meeting in meetings]  # each is tried
         if not any(found):
             raise SiteError(

@@ -7,9 +7,10 @@ which is the mean over some prompts: one row for all pairs (a mean), or one for 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from tracepatch.alignment import Side
@@ -70,7 +71,8 @@ def resample(prompts: Pairs | Sequence[Any], seed: int = 0, draws: int = 1) -> R
     """Activations of a prompt drawn from a set for each pair: ``tp.patch(…, source=tp.resample(prompts))``.
 
     Inside a recording it is ``p.resample(prompts)``, and indexed like a world. All sites of a pair take the values of
-    one prompt. It is drawn from those that have at least as many tokens as the pair's own.
+    one prompt. It is drawn from those that have at least as many tokens as the pair's own, and, if there are such, from
+    those that also have as many in each of its named spans.
 
     Args:
         prompts: Pairs, of which the clean prompts count, or a list of prompts.
@@ -112,8 +114,8 @@ class Tally:
     @property
     def key(self) -> tuple[Any, ...]:
         """What it is known by where plans run: builtins alone."""
-        ways = (str(self.along), str(self.src), str(self.unit), self.spread)
-        return "tally", self.world, self.component, self.layer, *ways
+        ways = (repr(self.along), repr(self.src), repr(self.unit))  # a span may be called "end", too
+        return "tally", self.world, self.component, self.layer, *ways, self.spread
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,13 @@ class ReferenceWorld:
         Raises:
             SiteError: With the positions that there are.
         """
+        if not self.over:  # partners of a pair's positions are counted in the pair's prompt
+            site = replace(site, pos=ALL if site.pos.of else site.pos, src=ALL if site.src.of else site.src)
         try:
             require_somewhere(site, self.sides)
         except SiteError as error:
-            raise SiteError(f"{self.name}.{str(error).replace('pair ', 'prompt ')}") from None
+            told = str(error).replace("pair ", "prompt ").replace("these pairs", "its prompts")
+            raise SiteError(f"{self.name}.{told}") from None
 
     def located(
         self, site: Site, side: Side, crossing: bool = False
@@ -177,6 +182,37 @@ class ReferenceWorld:
         tally = Tally(self.name, site.component, site.layer, along, src)
         places = self._places(site, site.pos, side, crossing)
         return places, self._places(site, site.src, side, crossing) if attends else None, tally
+
+    def require_values(self, site: Site, side: Side, crossing: bool, pairs: Sequence[int]) -> None:
+        """Refuses a site that prompts of pairs take values of which no prompt that stands for them has.
+
+        Args:
+            site: As it was written.
+            side: The prompt of the pairs that is edited; see ``located``.
+            crossing: As there.
+            pairs: Their numbers.
+
+        Raises:
+            SiteError: The pairs lack the positions, or the prompts do.
+        """
+        at, attended, tally = self.located(site, side, crossing)
+        ways = [along for along in (tally.along, tally.src) if along is not None]
+        if self.over or not any(isinstance(along, Select) for along in ways) or (len(ways), max(self.rows)) == (1, 0):
+            return  # the prompt that has most of them has all
+        wanted = {*itertools.product(*([at] if attended is None else [at, attended]))}
+        for pair in {self.row_of[pair]: pair for pair in pairs}.values():
+            own = [one for one, row in zip(self.sides, self.rows, strict=True) if row == self.row_of[pair]]
+            held = {cell for one in own for cell in itertools.product(*(self.picked(way, one)[1] for way in ways))}
+            if not wanted <= held:
+                if len(own) < len(self.ids):
+                    raise SiteError(
+                        f"the prompt drawn for pair {pair} lacks some of its tokens. Prompts that have as many in all "
+                        "spans of the pair are drawn first: add such ones"
+                    )
+                raise SiteError(
+                    f"no prompt of the reference has all these destinations and sources, as a prompt of the pairs with "
+                    f"{plural(side.length, 'token')} has: pick fewer"
+                )
 
     def picked(self, along: Along, side: Side) -> tuple[list[int], list[int]]:
         """The positions of a prompt that count in a tally, and where in the table they do."""
@@ -212,6 +248,8 @@ class ReferenceWorld:
 
     def _places(self, site: Site, picked: Select, side: Side, crossing: bool) -> tuple[int, ...]:
         if self.over:  # of its own prompts, whatever the pair has
+            if picked.of not in ("", side.world) and side.aligned is not None:
+                raise SiteError(f"{self.name}.{site} counts in {picked.of} prompts, which the mean is not of")
             return (0,)
         along, found = self._along(picked), picked.on(side, crossing)
         if not found:
@@ -219,11 +257,12 @@ class ReferenceWorld:
         if isinstance(along, Select):
             whole = picked.on(side) or ()  # of a span, values that cross take those tokens that are aligned
             first = self.room(along) - len(whole) if along.span else 0
-            if first < 0:
+            places = tuple(first + whole.index(p) for p in found)
+            if min(places) < 0:
                 tokens = plural(len(whole), "token")
                 lacking = f"{self.name}.{site} has {self.room(along)} at most, and a prompt of the pairs has {tokens}"
-                raise SiteError(f"{lacking}: take some of them, as in {picked.span!r}[-1], or a mean over positions")
-            return tuple(first + whole.index(p) for p in found)
+                raise SiteError(f"{lacking}: take some of them, as in '{picked.span}[-1]', or a mean over positions")
+            return places
         places = tuple(p + (self.longest - side.length) * (along == "end") for p in found)
         if min(places) < 0 or max(places) >= self.longest:
             lacking = f"{self.name}.{site} lacks positions that prompts of {plural(side.length, 'token')} have"
@@ -304,4 +343,7 @@ def _drawn(reference: Reference, made: EncodedPairs, encoded: EncodedPairs, pair
             f"{reference}: no prompt can stand for pair {pair} ({shown(encoded.continued(pair))}), which has {needed} "
             f"tokens; the longest of the reference has {max(made.lengths)}. Add longer ones."
         )
-    return random.Random(f"{reference.seed} {draw} {pair}").choice(able)
+    known = {name for side in made.sides("clean") for name, *_ in side.spans}
+    spans = [one for side in (alignment.clean, alignment.corrupted) for one in side.spans if one[0] in known]
+    fitting = [i for i in able if all(len(made.sides("clean")[i].span(name) or ()) >= len(at) for name, at, _ in spans)]
+    return random.Random(f"{reference.seed} {draw} {pair}").choice(fitting or able)
