@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,8 @@ def random_rows(p: tp.Patching, seed: int) -> None:
     for world, other in zip(worlds, (p.corrupted, p.clean), strict=True):
         edit(world, other, ["subject", "verb[-1]", slice(None), -1])
         world.resid_pre[0, 1] += 0.5
-    bases = [(world, p.corrupted) for world in (p.clean, worlds[0])] + [(w, p.clean) for w in (p.corrupted, worlds[1])]
+    clean, corrupted = (p.clean, worlds[0]), (p.corrupted, worlds[1])
+    bases = [*itertools.product(clean, corrupted), *itertools.product(corrupted, clean)]
     while len(p.rows) < 6:
         with p.row(number=len(p.rows)):
             base = rng.choice(bases)

@@ -56,7 +56,8 @@ def mean(prompts: Pairs | Sequence[Any], over: Literal["positions"] | None = Non
 
     Args:
         prompts: Pairs, of which the clean prompts count, or a list of prompts. Position by position the mean is over
-            the prompts that have the position: counted from the start, and from the end for ``-1`` and the like.
+            the prompts that have the position: counted from the start, and from the end for ``-1`` and the like. Tokens
+            of a span, ``"subject"``, are those of each prompt's own, counted from the span's last one.
         over: ``"positions"``: one vector, the mean over all positions that the index picks in all prompts.
 
     Raises:
