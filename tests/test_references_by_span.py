@@ -242,9 +242,33 @@ def test_estimates_take_means_by_span(gpt2: Any) -> None:
                 with p.row(layer=layer, span=span, sign=sign):
                     live[layer, span] += sign * step * (mean[layer, span] - live[layer, span])
     slope = p.run()["value"].sel(sign=1) - p.run()["value"].sel(sign=-1)
-    name = next(name for name in ("estimate", "effect") if name in found)
-    np.testing.assert_allclose(found[name].squeeze(drop=True), slope / (2 * step), atol=5e-3)
+    np.testing.assert_allclose(found["estimate"].squeeze(drop=True), slope / (2 * step), atol=5e-3)
     assert float(abs(slope).max()) > step
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_integrated_gradients_to_a_mean_by_span_are_the_whole_effect(gpt2: Any, direction: Any) -> None:
+    pairs, _ = unequal()
+    given = {"by": ("layer", "span"), "source": tp.mean(others()), "direction": direction}
+    whole = tp.patch(gpt2, pairs, "resid_pre", **given)["effect"]
+    along = tp.IntegratedGradients(steps=50, along="site")
+    found = tp.attribute(gpt2, pairs, "resid_pre", **given, estimator=along)["estimate"]
+    np.testing.assert_allclose(found.squeeze(drop=True), whole.squeeze(drop=True), atol=2e-3)
+
+
+def test_references_of_the_same_words_with_other_spans_are_two(gpt2: Any) -> None:
+    pairs, _ = unequal()
+    with tp.patching(gpt2, pairs) as p:
+        for word in ("w55", "w56"):
+            named = tp.Pairs(["w30 w55 w56 w57"], spans={"subject": word})
+            with p.row(kind="span", word=word):
+                p.clean.attn_out[1, -1] = p.mean(named).attn_out[1, "subject[-1]"]
+            with p.row(kind="number", word=word):
+                at = ["w55", "w56"].index(word) + 1
+                p.clean.attn_out[1, -1] = p.mean(list(named.clean)).attn_out[1, at]
+    value = p.run()["value"]
+    np.testing.assert_allclose(value.sel(kind="span"), value.sel(kind="number"), atol=1e-5)
+    assert float(abs(value.diff("word")).max()) > 1e-3
 
 
 def test_noise_on_spans_is_drawn_for_each_token(gpt2: Any) -> None:
