@@ -451,3 +451,10 @@ def test_the_next_step_of_common_slips(gpt2: Any, pairs: tp.Pairs) -> None:
     assert tp.Pairs.from_frame({"clean": ["a"], "order": ["b"], "note": [None]}).corrupted is None, (
         "columns of one's own"
     )
+    for task in (tp.tasks.ioi, tp.tasks.greater_than, tp.tasks.docstring, tp.tasks.facts, tp.tasks.sentiment):
+        with pytest.raises(errors.PromptError, match="Pass the tokenizer of a model, as model.tokenizer, not Transf"):
+            task(gpt2)
+    with pytest.raises(errors.PromptError, match="as model.tokenizer, not str"):
+        tp.one_token("gpt2", [" Mary"])  # type: ignore[arg-type]
+    with pytest.raises(errors.ResultError, match=r"Pass results by the names of their parts: tp.write_report\(path, "):
+        tp.write_report("none.html", tp.patch(gpt2, pairs, "attn_out"))  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ def prompts_of(given: Any, side: str) -> tuple[Prompt, ...]:
         prompts = [prompts]
     if not prompts:
         raise PromptError(
-            f"There are no {side} prompts: the list is empty. If words were filtered (tp.one_token), none was left for "
-            "this tokenizer: take others."
+            f"There are no {side} prompts: the list is empty. If words were filtered with tp.one_token, none of them "
+            "was one token here: take others, or pass after= where the tokenizer writes a first word otherwise."
         )
     found: list[Prompt] = []
     bad: list[str] = []

@@ -233,7 +233,8 @@ class Pairs:
         if offenders:
             raise PromptError(
                 f"{plural(len(offenders), 'answer')} not one token of this tokenizer.\n{listing(offenders)}\n"
-                "Pick words that are one token (mind the leading space), or pass token ids."
+                "Pick words that are one token (mind the leading space), or pass token ids; answers of several tokens "
+                "are read with tp.continued(pairs) and tp.continuation."
             )
         answers = [
             tuple(
