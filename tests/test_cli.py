@@ -141,6 +141,10 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
             "RecipeError: pairs.csv holds pairs, and no recipe: `tracepatch check pairs.csv` looks at them, and prompts() of a recipe file may return tp.Pairs.from_csv('pairs.csv').\n",
         ),
         (
+            ["run", "bare.py"],
+            "RecipeError: bare.py cannot be run: the command line passes no arguments of your own. Give them a default.\n  heads: where\n",
+        ),
+        (
             ["run", "short.py", "--model", "toy:gpt2"],
             "RecipeError: prompts(tokenizer, count, seed) -> tp.Pairs is what a recipe file needs; its own cannot be called so: too many positional arguments.\n",
         ),
@@ -157,6 +161,9 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
 def test_errors_are_words_not_tracebacks(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "a").mkdir()
+    (tmp_path / "bare.py").write_text(
+        "import tracepatch as tp\nfrom tracepatch.recipes.ioi import prompts\n@tp.recipe\ndef heads(p, where): ...\n"
+    )
     (tmp_path / "short.py").write_text(
         "import tracepatch as tp\nfrom tracepatch.recipes.ioi import heads\ndef prompts(tokenizer): ...\n"
     )
@@ -211,6 +218,16 @@ def heads(p):
     (tmp_path / "broken.py").write_text("x = (\n")
     _, complained = call("run", "broken.py", cwd=tmp_path, status=1)
     assert complained.startswith("RecipeError: broken.py cannot be imported: line 1: SyntaxError:")
+
+
+def test_places_that_cannot_be_written_to(tmp_path: Path, gpt2: Any) -> None:
+    (tmp_path / "file").write_text("")
+    command = ("run", "ioi", "--model", "toy:gpt2", "--count", "2", "--out", "file")
+    _, complained = call(*command, cwd=tmp_path, status=1)
+    assert complained == "NotADirectoryError: [Errno 20] Not a directory: 'file/ioi'\n"
+    tp.save_result(tp.patch(gpt2, ioi_pairs(1), "attn_out"), tmp_path / "x.nc")
+    _, complained = call("plot", "x.nc", "--out", "x.abc", cwd=tmp_path, status=1)
+    assert complained.startswith("ResultError: x.abc cannot be a picture: its name ends in one of ")
 
 
 def test_a_tree_is_not_drawn(tmp_path: Path, gpt2: Any) -> None:

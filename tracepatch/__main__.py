@@ -292,15 +292,18 @@ def plot(
     names, part = zip(*((p.stem.split(".")[0], p.stem.partition(".")[2]) for p in result), strict=True)
     words = ["+".join(dict.fromkeys(names)), part[0], variable or "", "" if pair is None else f"pair{pair}"]
     path = out or result[0].with_name(".".join(filter(None, words)) + ".png")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise ResultError(f"{path} cannot be a picture: its name ends in one of {', '.join(kinds)}.")
     figure.savefig(path, dpi=150)
     say(f"picture {path}", markup=False)
 
 
 def main() -> None:
-    """The console command: our own errors are printed, not raised."""
+    """The console command: our own errors, and those of files, are printed, not raised."""
     try:
         app()
-    except TracepatchError as error:
+    except (TracepatchError, OSError) as error:  # such as a folder that cannot be written to
         files = {str(Path(argument).resolve()) for argument in sys.argv[1:] if argument.endswith(".py")}
         recipe = [f for f in traceback.extract_tb(error.__traceback__) if str(Path(f.filename).resolve()) in files]
         where = f"{Path(recipe[-1].filename).name}:{recipe[-1].lineno}, in {recipe[-1].name}: " if recipe else ""

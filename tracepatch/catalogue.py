@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from tracepatch.errors import MetricError, RecipeError
+from tracepatch.errors import MetricError, RecipeError, listing
 from tracepatch.measures import accuracy, prob_diff
 from tracepatch.metrics import Metric, as_metrics, cross_entropy, kl, log_prob, logit, logit_diff, prob, rank
 from tracepatch.prompts import Pairs
@@ -73,7 +73,24 @@ def opened(recipe: str) -> ModuleType:
     missing += [] if hasattr(module, "prompts") else ["a function prompts(tokenizer, count, seed) -> tp.Pairs"]
     if missing:
         raise RecipeError(f"{recipe} cannot be run: it lacks {' and '.join(missing)}.")
+    bare = [f"{name}: {', '.join(left)}" for name, part in parts_of(module).items() if (left := _unset(part))]
+    if bare:
+        raise RecipeError(
+            f"{recipe} cannot be run: the command line passes no arguments of your own. Give them a default.\n"
+            + listing(bare)
+        )
     return module
+
+
+def _unset(part: Part) -> list[str]:
+    """The arguments of a recipe's own that have no default; of a study those that every study is given have none."""
+    given = 1 if isinstance(part, Recipe) else 3
+    own = [
+        p
+        for p in inspect.signature(part.function).parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    return [p.name for p in own[given:] if p.default is p.empty]
 
 
 def parts_of(module: ModuleType) -> dict[str, Part]:
