@@ -186,12 +186,14 @@ def test_models_of_one_folder_name_keep_their_results(tmp_path: Path) -> None:
 
 
 def test_a_file_finds_its_neighbour_and_has_a_metric_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "first.py").write_text("from tracepatch.recipes.ioi import heads, prompts  # noqa\n")
+    folder = tmp_path / "mine"  # not where the command runs
+    folder.mkdir()
+    (folder / "first.py").write_text("from tracepatch.recipes.ioi import heads, prompts  # noqa\n")
     second = "from first import heads, prompts\nimport tracepatch as tp\nMETRIC = {}\n"
     own = '{"certainty": tp.log_prob}'
     for metric, name in ((own, "certainty"), ('"prob"', "prob"), ('"prb"', None)):
-        (tmp_path / "second.py").write_text(second.format(metric))
-        command = ["run", "second.py", "--model", "toy:gpt2", "--count", "2", "--no-checks"]
+        (folder / "second.py").write_text(second.format(metric))
+        command = ["run", "mine/second.py", "--model", "toy:gpt2", "--count", "2", "--no-checks"]
         _, complained = call(*command, cwd=tmp_path, status=int(name is None))
         if name is None:
             assert complained.startswith(
