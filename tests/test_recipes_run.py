@@ -50,6 +50,7 @@ def test_a_study_is_run_saved_drawn_and_reported() -> None:
     assert "0.1  13 (to) → 9 (" in said
     assert "checks" not in said, "estimates have no rows to check"
     page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "toy-gpt2.arcs.png" not in page, "pictures are inside, not where they were written"
     assert page.count('<img src="data:image/png;base64,') == 2
     saved = tp.open_result(folder / "toy-gpt2.weights.nc")
     again = tp.attention_attribution(toy("gpt2"), ioi.prompts(toy("gpt2").tokenizer, 2))

@@ -103,10 +103,10 @@ class _Run(reference._Forward):
                 flat[where] = edit.value if edit.mode == "set" else flat[where] + edit.value
                 live = flat.reshape(live.shape)
                 self.applied.add(n)
+        if component is None:  # a norm inside attention, of q or k
+            return live
         if "norms" in self.frozen or "norm" in self.rules or (component, layer) in self.frozen:
             live = live.detach()
-        if component is None:  # a norm of q or k
-            return live
         if self.leads((component, layer)):
             if (component, layer) not in self.leaves:
                 self.leaves[component, layer] = torch.zeros(self.length, dtype=live.dtype, requires_grad=True)
@@ -161,7 +161,7 @@ class _Run(reference._Forward):
         """
         inside = dict(block.mlp.named_children()) if hasattr(block, "mlp") else {}
         activation = inside.get("act", inside.get("act_fn"))
-        up = inside.get("up_proj")
+        up = inside.get("up_proj") if "gate_proj" in inside else None  # else it stands before the nonlinearity
         if activation is None or (up is None and ("gate_up_proj" in inside or "experts" in inside)):
             raise ValueError(f"there are no rules for {type(block).__name__}")
         act, linear = activation.forward, up.forward if up is not None else None
@@ -290,7 +290,7 @@ class Textbook:
         Args:
             ids: Token ids [pos].
             metric: Of the logits.
-            frozen: What is constant in the backward pass: "norms" (what any norm divides by), "pattern" (of every
+            frozen: What is constant in the backward pass: "norms" (what any norm of the stream divides by), "pattern" (of every
                 layer), or (component, layer). Nothing flows through it to what lies before it; its own gradient is the
                 slope of the metric in that constant.
             rules: Of `relp`.
@@ -367,7 +367,7 @@ class Textbook:
             corrupted: Token ids [pos].
             metric: Of the logits.
             base: "corrupted" or "clean".
-            rules: "norm": what a norm divides by is constant. "identity": act(x) / x is constant, for the activation
+            rules: "norm": what a norm of the stream divides by is constant. "identity": act(x) / x is constant, for the activation
                 function of an MLP. "half": in act(gate) · up each factor gets half of the gradient. "pattern": the
                 attention pattern is constant (there called the AH rule). Softcaps have their gradient.
             source: As in `attribution`.
@@ -732,6 +732,10 @@ class Textbook:
         centred, _, gain, norm_bias = norm_parts(model.get_submodule(at.last_read))
         scale = values["logits_in_scale", 0]
         unembed = model.get_output_embeddings()
+        weight = unembed.weight * (
+            getattr(model.config, "logit_scale", None) or 1.0
+        )  # Cohere multiplies, Granite divides
+        weight = weight / getattr(model.config, "logits_scaling", 1.0)
 
         def at_position(logits: Tensor, pos: int) -> Tensor:
             """The metric if there were no logits anywhere else, [vocab] -> []."""
@@ -742,7 +746,7 @@ class Textbook:
         def of(row: Tensor, pos: int) -> Tensor:
             """What one write [d_model] to the last residual brings."""
             row = row - row.mean() if centred else row
-            return at_position(unembed.weight @ (row / scale[pos] * gain), pos)
+            return at_position(weight @ (row / scale[pos] * gain), pos)
 
         found = {}
         with torch.no_grad():
@@ -751,7 +755,7 @@ class Textbook:
                 for index in torch.cartesian_prod(*map(torch.arange, rows.shape[:-1])).reshape(-1, rows.ndim - 1):
                     where = tuple(index.tolist())
                     found[key][where] = of(rows[where], where[0])
-            biases = {"final_norm_bias": unembed.weight @ (norm_bias + torch.zeros_like(values["embed", 0][0]))}
+            biases = {"final_norm_bias": weight @ (norm_bias + torch.zeros_like(values["embed", 0][0]))}
             if getattr(unembed, "bias", None) is not None:
                 biases["unembed_bias"] = unembed.bias
             for name, logits in biases.items():

@@ -165,7 +165,7 @@ def run(
                 if isinstance(error, KeyError) and error.args[0] not in left_out:
                     raise
                 text = f"  no conclusion: it needs what is left out ({error})"
-            conclusions[label] = _told(text, lines), _drawn(folder, _safe(label), began)
+            conclusions[label] = _inside(_told(text, lines)), _drawn(folder, _safe(label), began)
         lines.append("")
     if len(refused) == len(labelled):
         raise RecipeError("\n".join([f"{stem} can be run on none of these models.", *refused.values()]))
@@ -173,7 +173,7 @@ def run(
     if hasattr(module, "conclude_all") and flat:
         began, joined = time.time(), {name: _first(tp.concat(results)) for name, results in flat.items()}
         text = "\n".join(module.conclude_all(joined, folder))
-        conclusions["all models"] = _told(text, lines), _drawn(folder, "all", began)
+        conclusions["all models"] = _inside(_told(text, lines)), _drawn(folder, "all", began)
     for name, results in flat.items():
         for several in zip(*map(by_metric, results), strict=True):
             read, title = several[0][0], f"{stem}: {name.replace('_', ' ')}"
@@ -354,6 +354,11 @@ def _told(text: str, lines: list[str]) -> str:
     lines.append(text)
     say(text, markup=False)
     return text
+
+
+def _inside(text: str) -> str:
+    """A conclusion as a report has it, with its pictures inside instead of where they are."""
+    return "\n".join(line for line in text.splitlines() if not line.strip().startswith("picture "))
 
 
 def _drawn(folder: Path, name: str, began: float) -> list[Path]:

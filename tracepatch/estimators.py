@@ -29,8 +29,8 @@ class AtP:
     a sum it adds up.
 
     Attributes:
-        hold: What is constant in the backward pass: ``"norms"`` (what every norm divides by), ``"pattern"``, or
-            (component, layer).
+        hold: What is constant in the backward pass: ``"norms"`` (what every norm of the stream divides by; those of
+            queries and keys, inside attention, are not among them), ``"pattern"``, or (component, layer).
     """
 
     hold: Hold = field(default=(), kw_only=True)
@@ -117,9 +117,9 @@ class RelP(AtP):
     """Relevance patching: AtP with the gradient replaced by relevance coefficients (Jafari et al. 2025, 2508.21258).
 
     Attributes:
-        rules: ``"norm"``: what norms divide by is constant; ``"identity"``: a nonlinearity multiplies by the constant
-            f(x)/x; ``"half"``: each factor of a gated MLP's product gets half the gradient; ``"pattern"``: attention
-            weights are constant. The paper's default are the first three.
+        rules: ``"norm"``: what norms of the stream divide by is constant; ``"identity"``: a nonlinearity multiplies by
+            the constant f(x)/x; ``"half"``: each factor of a gated MLP's product gets half the gradient; ``"pattern"``:
+            attention weights are constant. The paper's default are the first three.
     """
 
     rules: tuple[str, ...] = ("norm", "identity", "half")
