@@ -11,7 +11,7 @@ runs its experiment. A file that the command line can run has
   lines for the summary and may draw pictures, named from ``path`` on; and ``conclude_all(results, folder)``, which says
   what all models together show. ``results`` are those of each part by its name, at the first metric;
 * where the four toys of ``ioi`` are not the models to try it on, ``TOYS``, the names of those that are; and where the
-  logit difference is not what to read, ``METRIC``.
+  logit difference is not what to read, ``METRIC``: a metric such as ``tp.prob_diff``, one of your own, or several.
 
 A model without the behaviour is left out, with the check of the prompts that it fails (``pairs.check(model)``), unless
 ``--anyway`` is passed; so is a part for which a model lacks a component.

@@ -49,7 +49,7 @@ def test_run_on_the_bundled_models(tmp_path: Path) -> None:
     assert len(lines) == len(tp.toys.NAMES), "one line for all parts"
     assert all(0 <= float(number) < 1e-4 for number in lines)
     top = re.search(
-        r"  heads\n    largest normalized effects \(clean into the corrupted run\):\n    \+(\S+)  layer 0, head 1\n",
+        r"  heads\n    largest normalized effects on logit_diff \(clean into the corrupted run\):\n    \+(\S+)  layer 0, head 1\n",
         summary,
     )
     assert top is not None, "the head that copies the repeated name in the gpt2 toy"
@@ -90,7 +90,8 @@ def ends(p):
 
 
 def test_explain_and_recipes(tmp_path: Path) -> None:
-    said, _ = call("explain", "ioi", "--model", "toy:gpt_neox", cwd=tmp_path)
+    said, _ = call("explain", "ioi", "--model", "toy:gpt_neox", "--metric", "kl", cwd=tmp_path)
+    assert "  metric       kl [nats] at position -1\n" in said
     assert "GPTNeoXForCausalLM (gpt_neox): 2 layers" in said
     assert (
         "heads: Denoise the output of each head at all positions.\n8 rows × 8 pairs on toy-gpt_neox (2 layers)" in said
@@ -135,10 +136,37 @@ def test_check_pairs_from_a_file(tmp_path: Path) -> None:
             "ModelError: There is no folder './none', and it is no Hugging Face repo id ('organisation/name').\n",
         ),
         (["plot", "none.nc"], "ResultError: There is no file none.nc.\n"),
+        (
+            ["run", "pairs.csv"],
+            "RecipeError: pairs.csv holds pairs, and no recipe: `tracepatch check pairs.csv` looks at them, and prompts() of a recipe file may return tp.Pairs.from_csv('pairs.csv').\n",
+        ),
+        (
+            ["run", "bare.py"],
+            "RecipeError: bare.py cannot be run: the command line passes no arguments of your own. Give them a default.\n  heads: where\n",
+        ),
+        (
+            ["run", "short.py", "--model", "toy:gpt2"],
+            "RecipeError: prompts(tokenizer, count, seed) -> tp.Pairs is what a recipe file needs; its own cannot be called so: too many positional arguments.\n",
+        ),
+        (
+            ["run", "ioi", "--dtype", "float31", "--model", "toy:gpt2"],
+            "ModelError: 'float31' is no dtype; there are float32, bfloat16, float16, float64 and 'auto'.\n",
+        ),
+        (
+            ["run", "ioi", "--model", "a", "--model", "a"],
+            "RecipeError: Two models are called a. Name them: --model NAME=PATH.\n",
+        ),
     ],
 )
 def test_errors_are_words_not_tracebacks(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "bare.py").write_text(
+        "import tracepatch as tp\nfrom tracepatch.recipes.ioi import prompts\n@tp.recipe\ndef heads(p, where): ...\n"
+    )
+    (tmp_path / "short.py").write_text(
+        "import tracepatch as tp\nfrom tracepatch.recipes.ioi import heads\ndef prompts(tokenizer): ...\n"
+    )
     assert call(*arguments, cwd=tmp_path, status=1) == ("", message)
 
 
@@ -157,6 +185,26 @@ def test_models_of_one_folder_name_keep_their_results(tmp_path: Path) -> None:
     assert complained == "RecipeError: Two models are called a. Name them: --model NAME=PATH.\n"
 
 
+def test_a_file_finds_its_neighbour_and_has_a_metric_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"  # not where the command runs
+    folder.mkdir()
+    (folder / "first.py").write_text("from tracepatch.recipes.ioi import heads, prompts  # noqa\n")
+    second = "from first import heads, prompts\nimport tracepatch as tp\nMETRIC = {}\n"
+    own = '{"certainty": tp.log_prob}'
+    for metric, name in ((own, "certainty"), ('"prob"', "prob"), ('"prb"', None)):
+        (folder / "second.py").write_text(second.format(metric))
+        command = ["run", "mine/second.py", "--model", "toy:gpt2", "--count", "2", "--no-checks"]
+        _, complained = call(*command, cwd=tmp_path, status=int(name is None))
+        if name is None:
+            assert complained.startswith(
+                "MetricError: METRIC of the file is 'prb', which is no metric. Metrics: logit_diff,"
+            )
+        else:
+            summary = (tmp_path / "out" / "second" / "summary.txt").read_text()
+            assert f"largest normalized effects on {name} (clean into the corrupted run)" in summary
+            assert "toy-gpt2: 2 pairs (" in summary
+
+
 def test_an_error_in_a_recipe_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("""\"\"\"Mine.\"\"\"
 import tracepatch as tp
@@ -172,6 +220,16 @@ def heads(p):
     (tmp_path / "broken.py").write_text("x = (\n")
     _, complained = call("run", "broken.py", cwd=tmp_path, status=1)
     assert complained.startswith("RecipeError: broken.py cannot be imported: line 1: SyntaxError:")
+
+
+def test_places_that_cannot_be_written_to(tmp_path: Path, gpt2: Any) -> None:
+    (tmp_path / "file").write_text("")
+    command = ("run", "ioi", "--model", "toy:gpt2", "--count", "2", "--out", "file")
+    _, complained = call(*command, cwd=tmp_path, status=1)
+    assert complained == "NotADirectoryError: [Errno 20] Not a directory: 'file/ioi'\n"
+    tp.save_result(tp.patch(gpt2, ioi_pairs(1), "attn_out"), tmp_path / "x.nc")
+    _, complained = call("plot", "x.nc", "--out", "x.abc", cwd=tmp_path, status=1)
+    assert complained.startswith("ResultError: x.abc cannot be a picture: its name ends in one of ")
 
 
 def test_a_tree_is_not_drawn(tmp_path: Path, gpt2: Any) -> None:

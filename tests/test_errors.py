@@ -70,7 +70,7 @@ def test_answers_that_are_not_one_token(gpt2: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clean": []}, "There are no clean prompts."),
+        ({"clean": []}, "There are no clean prompts: the list is empty."),
         ({"clean": ["a", "b"], "corrupted": ["c"]}, "there are 2 clean, 1 corrupted, 2 answer, 2 wrong."),
         ({"clean": ["a", "b"], "answer": [" x"]}, "1 answer"),
         ({"clean": ["a"], "answer": [[1.5]]}, "answer takes strings or token ids."),
@@ -166,6 +166,7 @@ def test_an_edit_outside_a_row(gpt2: Any, pairs: tp.Pairs) -> None:
         ({"neuron": 2}, "The label neuron=2 contradicts"),
         ({"component": "mlp_out"}, "The label component='mlp_out' contradicts"),
         ({"pair": 0}, "pair cannot be a row's label"),
+        ({"layer": (0, 2)}, "layer=(0, 2). A grid over several dims gives one index for each: for layer, head in"),
         ({"name": [1]}, "Labels are numbers or strings, and their names are words: name=[1]."),
     ],
 )
@@ -226,6 +227,9 @@ def test_rows_that_cannot_be(gpt2: Any, pairs: tp.Pairs) -> None:
         (lambda p: torch.zeros(16, dtype=torch.bool), "A tensor of dtype torch.bool cannot be written"),
         (lambda p: p.clean.z[0, -1, 2] * p.clean.z[0, -1, 2], "multiplied by numbers, not by Value"),
         (lambda p: p.clean.z[0, -1, 2] * torch.ones(16), "multiplied by numbers, not by Tensor"),
+        (lambda p: torch.ones(16) * p.clean.z[0, -1, 2], "multiplied by numbers, not by Tensor"),
+        (lambda p: torch.relu(p.clean.z[0, -1, 2]), "torch.relu has nothing to compute with yet. To compute"),
+        (lambda p: torch.cat([p.clean.z[0, -1, 2]]), "write a function: lambda live, clean, corrupted"),
     ],
 )
 def test_sources_that_do_not_fit(gpt2: Any, pairs: tp.Pairs, write: Any, message: str) -> None:
@@ -286,7 +290,10 @@ def test_metrics_that_lack_something(gpt2: Any, pairs: tp.Pairs) -> None:
     bare = tp.Pairs(pairs.clean, pairs.corrupted)
     with pytest.raises(errors.MetricError) as error:
         tp.patch(gpt2, bare, "z")
-    says(error, "Metric 'logit_diff' cannot be read.", "3 of 3 pairs have no answer (the first: pair 0)")
+    says(error, "Metric 'logit_diff' cannot be read.", "no answer in 3 of 3 pairs, first in 0")
+    says(error, "Pass tp.Pairs(…, answer=…) and tp.Pairs(…, wrong=…), or a metric that does not need it.")
+    with pytest.raises(errors.MetricError, match=r"'prob' is no metric: pass tp.prob, without quotes, another metric"):
+        tp.patch(gpt2, pairs, "z", "prob")  # type: ignore[arg-type]
     with pytest.raises(errors.MetricError, match=r"reads position 99, which pair 0 does not have \(14 tokens\)"):
         tp.patch(gpt2, pairs, "z", tp.logit.at(99))
     with pytest.raises(errors.MetricError, match="There is no metric"):
@@ -415,7 +422,39 @@ def test_results_that_do_not_join(gpt2: Any, pairs: tp.Pairs) -> None:
         tp.concat([result, result])
     with pytest.raises(errors.ResultError, match="Results with different dims cannot be joined"):
         tp.concat([result, heads.assign_attrs(model="other")])
+    with pytest.raises(errors.ResultError, match=r"Pass a list of results, one for each model: tp.concat\(\["):
+        tp.concat(result)  # type: ignore[arg-type]
+    several = tp.concat([result, result.assign_attrs(model="other")])
+    with pytest.raises(
+        errors.ResultError, match=r"too many: select of pos, .*, or give one panels, as in columns='pos'"
+    ):
+        tp.plots.depth(several)
     with pytest.raises(errors.ResultError, match="There are no results"):
         tp.concat([])
     with pytest.raises(errors.ResultError, match="This is no tracepatch result"):
         tp.over_pairs(result[["value"]])
+
+
+def test_the_next_step_of_common_slips(gpt2: Any, pairs: tp.Pairs) -> None:
+    with pytest.raises(errors.ComponentError, match="'mlp'. Did you mean mlp_in or mlp_act or mlp_out?"):
+        tp.patch(gpt2, pairs, "mlp")
+    with pytest.raises(errors.RecipeError) as error:
+        tp.patch(gpt2, pairs, "z", source=tp.mean(["Tom and Anna"]))
+    says(
+        error, "cannot be a source: the longest prompt of the reference has 3 tokens, and a prompt of the pairs has 14:"
+    )
+    assert str(error.value).count("mean('Tom and Anna')") == 1
+    with pytest.raises(errors.SiteError, match=r"^These pairs have no spans: make them with tp.Template"):
+        tp.patching(gpt2, pairs).span("subject")
+    with pytest.raises(errors.PromptError, match=r"columns clean, corrupt, answers: should it say .* and 'answer' for"):
+        tp.Pairs.from_frame({"clean": ["a"], "corrupt": ["b"], "answers": ["c"]})
+    assert tp.Pairs.from_frame({"clean": ["a"], "order": ["b"], "note": [None]}).corrupted is None, (
+        "columns of one's own"
+    )
+    for task in (tp.tasks.ioi, tp.tasks.greater_than, tp.tasks.docstring, tp.tasks.facts, tp.tasks.sentiment):
+        with pytest.raises(errors.PromptError, match="Pass the tokenizer of a model, as model.tokenizer, not Transf"):
+            task(gpt2)
+    with pytest.raises(errors.PromptError, match="as model.tokenizer, not str"):
+        tp.one_token("gpt2", [" Mary"])  # type: ignore[arg-type]
+    with pytest.raises(errors.ResultError, match=r"Pass results by the names of their parts: tp.write_report\(path, "):
+        tp.write_report("none.html", tp.patch(gpt2, pairs, "attn_out"))  # type: ignore[arg-type]

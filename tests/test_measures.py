@@ -410,7 +410,7 @@ REFUSED = {
     "takes a vector": lambda m, p: tp.direction(torch.zeros(3), "resid_post", (0, -1)),
     "pick one position": lambda m, p: tp.patch(m, p, "z", tp.direction(torch.ones(64), "resid_post", (0, [1, 2]))),
     "one position, and one head": lambda m, p: tp.patch(m, p, "z", tp.direct_logit_diff("head_out", (0, -1))),
-    "have no wrong": lambda m, p: tp.patch(
+    "no wrong answer in": lambda m, p: tp.patch(
         m, tp.Pairs(p.clean, p.corrupted, p.answer), "z", tp.direct_logit_diff("attn_out", (0, -1))
     ),
 }

@@ -67,7 +67,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         tp.Pairs.from_jsonl(path)
     with pytest.raises(errors.PromptError, match="There is no file"):
         tp.Pairs.from_csv(tmp_path / "none.csv")
-    with pytest.raises(errors.PromptError, match="no column 'clean'; it has prompt"):
+    with pytest.raises(errors.PromptError, match="columns prompt: there is no column 'clean'"):
         tp.Pairs.from_frame({"prompt": ["a"]})
     with pytest.raises(errors.PromptError, match=r"Column 'corrupted' is empty in 1 rows.\n  row 1"):
         tp.Pairs.from_frame({"clean": ["a", "b"], "corrupted": ["c", None]})

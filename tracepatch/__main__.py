@@ -18,11 +18,21 @@ from rich.console import Console
 
 import tracepatch as tp
 from tracepatch import plots
-from tracepatch.catalogue import bundled, first_line, headline, metrics_of, opened, parts_of, prompts_of, toys_of
+from tracepatch.catalogue import (
+    TABLES,
+    bundled,
+    first_line,
+    headline,
+    metrics_of,
+    opened,
+    parts_of,
+    prompts_of,
+    toys_of,
+)
 from tracepatch.caveats import checks_of
 from tracepatch.checklist import Checklist
-from tracepatch.combining import by_metric
-from tracepatch.errors import ModelError, PromptError, RecipeError, ResultError, TracepatchError
+from tracepatch.combining import by_metric, in_words
+from tracepatch.errors import ModelError, PromptError, RecipeError, ResultError, TracepatchError, plural
 from tracepatch.models import name_of
 from tracepatch.studies import Study
 
@@ -110,12 +120,12 @@ def run(
                 raise  # with the line of the file
             refused[label] = _told(f"{label}: left out. {error}", lines)
             continue
-        say(f"[bold]{label}[/bold]: {len(pairs)} pairs ({pairs.name})")
+        say(f"[bold]{label}[/bold]: {_counted(pairs)}")
         checklist = checklists[label] = pairs.check(loaded)
         for check in checklist.checks:
             if check.verdict == "note" or (check.verdict == "FAIL" and anyway):
                 say(f"  {check.verdict}: {check.sentence}", markup=False)
-        lines += [f"{label}: {len(pairs)} pairs ({pairs.name})", str(checklist), ""]
+        lines += [f"{label}: {_counted(pairs)}", str(checklist), ""]
         if not (checklist.passed or anyway):
             refused[label] = _told(f"{label}: left out, because {checklist.failure}", lines)
             continue
@@ -139,7 +149,7 @@ def run(
             result = tp.over_draws(result) if isinstance(result, xr.Dataset) else result
             found.setdefault(name, []).append(result)
             own[name] = result
-            top = _top(result) if isinstance(result, xr.Dataset) else []
+            top = in_words(result) if isinstance(result, xr.Dataset) else []
             lines += [f"  {name}", *top]
             lines += [f"    checks: {result.attrs['checks']}"] if "checks" in result.attrs else []
             best = top[1].strip() if len(top) > 1 else ""
@@ -196,9 +206,11 @@ def explain(
     dtype: Dtype = None,
     device_map: Device = None,
     remote: Remote = None,
+    metric: Metrics = None,
 ) -> None:
     """Show what a recipe would trace on a model, what it would not, and why; nothing is patched."""
     module = opened(recipe)
+    metrics = metrics_of(module, metric)
     for label, source in _labelled(model or toys_of(module)[:1]):
         loaded = _load(source, dtype, device_map, remote, label)
         say(str(tp.Architecture(loaded)), markup=False)
@@ -209,7 +221,7 @@ def explain(
                 say("  no plan: what it runs depends on what it finds", markup=False)
                 continue
             try:
-                say(part.plan(loaded, pairs, metrics_of(module)).explain(), markup=False)
+                say(part.plan(loaded, pairs, metrics).explain(), markup=False)
             except tp.errors.ComponentError as error:
                 say(f"  left out. {error}", markup=False)
 
@@ -239,7 +251,7 @@ def check(
 ) -> None:
     """Check whether pairs of prompts can answer a question on a model."""
     passed, suffix = True, Path(recipe).suffix
-    module = None if suffix in (".csv", ".jsonl", ".json") else opened(recipe)
+    module = None if suffix in TABLES else opened(recipe)
     for label, source in _labelled(model or toys_of(module)[:1]):
         loaded = _load(source, dtype, device_map, remote, label)
         if module is not None:
@@ -280,15 +292,18 @@ def plot(
     names, part = zip(*((p.stem.split(".")[0], p.stem.partition(".")[2]) for p in result), strict=True)
     words = ["+".join(dict.fromkeys(names)), part[0], variable or "", "" if pair is None else f"pair{pair}"]
     path = out or result[0].with_name(".".join(filter(None, words)) + ".png")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise ResultError(f"{path} cannot be a picture: its name ends in one of {', '.join(kinds)}.")
     figure.savefig(path, dpi=150)
     say(f"picture {path}", markup=False)
 
 
 def main() -> None:
-    """The console command: our own errors are printed, not raised."""
+    """The console command: our own errors, and those of files, are printed, not raised."""
     try:
         app()
-    except TracepatchError as error:
+    except (TracepatchError, OSError) as error:  # such as a folder that cannot be written to
         files = {str(Path(argument).resolve()) for argument in sys.argv[1:] if argument.endswith(".py")}
         recipe = [f for f in traceback.extract_tb(error.__traceback__) if str(Path(f.filename).resolve()) in files]
         where = f"{Path(recipe[-1].filename).name}:{recipe[-1].lineno}, in {recipe[-1].name}: " if recipe else ""
@@ -301,7 +316,7 @@ def _labelled(models: Sequence[str]) -> list[tuple[str, str]]:
     """(label, source) of each model; labels are made different by the folders above."""
     given = [m.partition("=")[::2] if "=" in m and not Path(m).exists() else ("", m) for m in models]
     sources = [source for _, source in given]
-    labels = [label or _own_name(source) for label, source in given]
+    names = labels = [label or _own_name(source) for label, source in given]
     for depth in range(2, 12):
         twice = [label for label in labels if labels.count(label) > 1]
         if not twice:
@@ -310,7 +325,7 @@ def _labelled(models: Sequence[str]) -> list[tuple[str, str]]:
             "-".join(Path(source).resolve().parts[-depth:]) if label in twice and Path(source).exists() else label
             for label, source in zip(labels, sources, strict=True)
         ]
-    same = sorted({label for label in labels if labels.count(label) > 1})
+    same = sorted({name for name, label in zip(names, labels, strict=True) if labels.count(label) > 1})
     if same:
         raise RecipeError(f"Two models are called {', '.join(same)}. Name them: --model NAME=PATH.")
     return list(zip(labels, sources, strict=True))
@@ -328,6 +343,10 @@ def _load(source: str, dtype: str | None, device_map: str | None, remote: str | 
     if source.startswith("toy:"):
         return tp.toys.load(source.removeprefix("toy:"), dtype=dtype, device_map=device_map, name=label)
     return tp.load(source, dtype=dtype, device_map=device_map, name=label)
+
+
+def _counted(pairs: tp.Pairs) -> str:
+    return plural(len(pairs), "pair") + (f" ({pairs.name})" if pairs.name != "pairs" else "")
 
 
 def _told(text: str, lines: list[str]) -> str:
@@ -354,24 +373,6 @@ def _datasets(results: Sequence[xr.Dataset | xr.DataTree]) -> list[xr.Dataset]:
 def _first(result: xr.Dataset) -> xr.Dataset:
     """Of the first metric."""
     return next(by_metric(result))[1]
-
-
-def _top(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
-    """The largest effects of the first metric, averaged over pairs, in words; those near zero are left out."""
-    mean = tp.over_pairs(next(iter(by_metric(result)))[1])
-    name = "normalized" if "normalized" in mean else "effect"
-    flat = mean[name].stack(_cell=[str(d) for d in mean[name].dims])
-    order = abs(flat).fillna(-1).argsort().values[::-1][:count]
-    lines = []
-    for i in order:
-        cell = flat[int(i)]
-        labels = dict(zip(map(str, mean[name].dims), cell["_cell"].item(), strict=True))
-        if "pos" in labels and "token" in mean.coords and mean["token"].dims == ("pos",):
-            labels["pos"] = f"{labels['pos']} ({str(mean['token'].sel(pos=labels['pos']).item()).strip()})"
-        if abs(float(cell)) >= least:
-            lines.append(f"    {float(cell):+.3f}  {', '.join(f'{d} {v}' for d, v in labels.items())}")
-    base, written = mean.attrs["base"], mean.attrs["written"]
-    return [f"    largest {name} effects ({written} into the {base} run):", *(lines or ["    none of note"])]
 
 
 def _report(

@@ -6,15 +6,16 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from tracepatch.errors import MetricError, RecipeError
+from tracepatch.errors import MetricError, RecipeError, listing
 from tracepatch.measures import accuracy, prob_diff
-from tracepatch.metrics import Metric, cross_entropy, kl, log_prob, logit, logit_diff, prob, rank
+from tracepatch.metrics import Metric, as_metrics, cross_entropy, kl, log_prob, logit, logit_diff, prob, rank
 from tracepatch.prompts import Pairs
 from tracepatch.recipe import Recipe
 from tracepatch.studies import Study
@@ -23,6 +24,8 @@ from tracepatch.toys import NAMES
 Part: TypeAlias = Recipe | Study
 METRICS = (logit_diff, logit, log_prob, prob, prob_diff, kl, cross_entropy, accuracy, rank)
 """What the command line reads by name."""
+TABLES = (".csv", ".jsonl", ".json")
+"""How the names of files end that hold pairs."""
 
 
 def bundled() -> list[str]:
@@ -48,11 +51,19 @@ def opened(recipe: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does, so that it finds files beside it
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
             raise RecipeError(f"{recipe} cannot be imported: line {line}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.remove(str(path.resolve().parent))
+    elif path.suffix in TABLES:
+        raise RecipeError(
+            f"{recipe} holds pairs, and no recipe: `tracepatch check {recipe}` looks at them, and prompts() of a "
+            f"recipe file may return tp.Pairs.from_{'csv' if path.suffix == '.csv' else 'jsonl'}({recipe!r})."
+        )
     else:
         names = bundled()
         if recipe not in names:
@@ -62,7 +73,24 @@ def opened(recipe: str) -> ModuleType:
     missing += [] if hasattr(module, "prompts") else ["a function prompts(tokenizer, count, seed) -> tp.Pairs"]
     if missing:
         raise RecipeError(f"{recipe} cannot be run: it lacks {' and '.join(missing)}.")
+    bare = [f"{name}: {', '.join(left)}" for name, part in parts_of(module).items() if (left := _unset(part))]
+    if bare:
+        raise RecipeError(
+            f"{recipe} cannot be run: the command line passes no arguments of your own. Give them a default.\n"
+            + listing(bare)
+        )
     return module
+
+
+def _unset(part: Part) -> list[str]:
+    """The arguments of a recipe's own that have no default; of a study those that every study is given have none."""
+    given = 1 if isinstance(part, Recipe) else 3
+    own = [
+        p
+        for p in inspect.signature(part.function).parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    return [p.name for p in own[given:] if p.default is p.empty]
 
 
 def parts_of(module: ModuleType) -> dict[str, Part]:
@@ -71,9 +99,19 @@ def parts_of(module: ModuleType) -> dict[str, Part]:
 
 
 def prompts_of(module: ModuleType, model: Any, count: int, seed: int) -> Pairs:
-    """The prompts of an experiment for a model."""
+    """The prompts of an experiment for a model.
+
+    Raises:
+        RecipeError: Its ``prompts`` takes something else, or returns no pairs.
+    """
+    should = "prompts(tokenizer, count, seed) -> tp.Pairs is what a recipe file needs"
+    try:
+        inspect.signature(module.prompts).bind(model.tokenizer, count, seed)
+    except TypeError as error:
+        raise RecipeError(f"{should}; its own cannot be called so: {error}.") from None
     pairs = module.prompts(model.tokenizer, count, seed)
-    assert isinstance(pairs, Pairs)
+    if not isinstance(pairs, Pairs):
+        raise RecipeError(f"{should}; its own returned {type(pairs).__name__}.")
     return pairs
 
 
@@ -92,7 +130,10 @@ def metrics_of(module: ModuleType, names: Sequence[str] | None = None) -> list[M
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise MetricError(f"There is no metric {', '.join(unknown)}. Metrics: {', '.join(known)}.")
-    return [known[name] for name in names or ()] or [getattr(module, "METRIC", logit_diff)]
+    own = getattr(module, "METRIC", logit_diff)
+    if isinstance(own, str) and own not in known:
+        raise MetricError(f"METRIC of the file is {own!r}, which is no metric. Metrics: {', '.join(known)}.")
+    return [known[name] for name in names or ()] or list(as_metrics(known[own] if isinstance(own, str) else own))
 
 
 def headline(module: ModuleType) -> str:

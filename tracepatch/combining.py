@@ -126,6 +126,9 @@ def concat(results: Sequence[xr.Dataset]) -> xr.Dataset:
     Raises:
         ResultError: Nothing to join, results with different dims, or two of one model.
     """
+    alone: Any = results
+    if isinstance(alone, xr.Dataset):
+        raise ResultError("Pass a list of results, one for each model: tp.concat([first, second]).")
     results = list(results)
     if not results:
         raise ResultError("There are no results to concatenate.")
@@ -199,6 +202,25 @@ def by_metric(result: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
         return
     for name in result["metric"].values.tolist():
         yield str(name), result.sel(metric=name)
+
+
+def in_words(result: xr.Dataset, count: int = 5, least: float = 0.02) -> list[str]:
+    """The largest effects of the first metric, averaged over pairs, in words; those near zero are left out."""
+    mean = over_pairs(next(iter(by_metric(result)))[1])
+    name = "normalized" if "normalized" in mean else "effect"
+    flat = mean[name].stack(_cell=[str(d) for d in mean[name].dims])
+    order = abs(flat).fillna(-1).argsort().values[::-1][:count]
+    lines = []
+    for i in order:
+        cell = flat[int(i)]
+        labels = dict(zip(map(str, mean[name].dims), cell["_cell"].item(), strict=True))
+        if "pos" in labels and "token" in mean.coords and mean["token"].dims == ("pos",):
+            labels["pos"] = f"{labels['pos']} ({str(mean['token'].sel(pos=labels['pos']).item()).strip()})"
+        if abs(float(cell)) >= least:
+            lines.append(f"    {float(cell):+.3f}  {', '.join(f'{d} {v}' for d, v in labels.items())}")
+    read = f" on {mean['metric'].item()}" if "metric" in mean.coords else ""
+    base, written = mean.attrs["base"], mean.attrs["written"]
+    return [f"    largest {name} effects{read} ({written} into the {base} run):", *(lines or ["    none of note"])]
 
 
 def datasets_of(result: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

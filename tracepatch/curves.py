@@ -141,7 +141,9 @@ def depth(
         mean = mean.assign({name: _reduced(mean[name], over, reduce)}).drop_vars(
             INTERVALS.get(name, ()), errors="ignore"
         )
-    hint = ", or say what to make of the others: reduce='largest' or 'sum'"
+    left = [dim for dim in over if dim != columns]
+    hint = f", or give one panels, as in columns={left[0]!r}" if left and columns is None else ""
+    hint += ", or say what to make of the others: reduce='largest' or 'sum'"
     parts, dims = _panels(mean, name, ("model", "layer"), columns, "layers", hint)
     if "depth" not in mean.coords:
         raise ResultError(

@@ -28,7 +28,10 @@ def prompts_of(given: Any, side: str) -> tuple[Prompt, ...]:
     if prompts and all(map(_is_id, prompts)):
         prompts = [prompts]
     if not prompts:
-        raise PromptError(f"There are no {side} prompts.")
+        raise PromptError(
+            f"There are no {side} prompts: the list is empty. If words were filtered with tp.one_token, none of them "
+            "was one token here: take others, or pass after= where the tokenizer writes a first word otherwise."
+        )
     found: list[Prompt] = []
     bad: list[str] = []
     for i, prompt in enumerate(map(_plain, prompts)):

@@ -135,7 +135,8 @@ class Grid:
         if wrong or not names:
             what = f"these pairs have no span {', '.join(wrong)}; they have {', '.join(names)}."
             none = "these pairs have no spans: make them with tp.Template, or pass spans= to tp.Pairs."
-            raise SiteError(f"grid: {what if names else none}{self.encoded.hint}")
+            said = what if names else none
+            raise SiteError(f"{said[0].upper()}{said[1:]}{self.encoded.hint}")
         return tuple(wanted)
 
     def _units(self, kind: Component, layer: int, only: Mapping[str, Any]) -> tuple[int, ...]:

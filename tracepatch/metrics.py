@@ -21,6 +21,7 @@ Given: TypeAlias = dict[str, torch.Tensor]
 NEEDS = ("answer", "wrong", "next", "clean", "corrupted", "tokens", "continuation", "direct")
 OF_TOKENS = ("answer", "wrong", "tokens", "direct")  # what an activation may be compared with
 JUMPS = ("rank", "accuracy")  # units that no gradient leads through, and that rounding may move by a whole step
+_NAMED = ("logit_diff", "logit", "log_prob", "prob", "prob_diff", "kl", "cross_entropy", "accuracy", "rank")
 LAST = Select((-1,), scalar=True)
 FEW = 8  # computing columns of the vocabulary pays off where they are fewer than all divided by this
 
@@ -165,7 +166,7 @@ def metric(
         SiteError: The component has no such index.
     """
     if not callable(function):
-        raise MetricError(f"{function!r} is no metric: pass tp.logit_diff, another metric, or a function of logits.")
+        raise MetricError(_no_metric(function))
     if component or index is not None:
         return _of_activation(function, name, unit, positions, vocab, needs, component, index)
     picked = select(positions, "pos")
@@ -302,6 +303,11 @@ def require_smooth(metrics: Iterable[Metric]) -> None:
             f"{', '.join(jumping)} jumps, so that no gradient leads through it: estimate tp.logit_diff, or another "
             "metric that changes smoothly, or measure this one with tp.patch."
         )
+
+
+def _no_metric(given: Any) -> str:
+    example = f"tp.{given}, without quotes" if str(given) in _NAMED else "tp.logit_diff"
+    return f"{given!r} is no metric: pass {example}, another metric, or a function of logits."
 
 
 def _one(given: Any) -> Metric:

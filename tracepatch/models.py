@@ -40,13 +40,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tracepatch.errors import ModelError, listing
-from tracepatch.weights import bringer_of, brought, untied, weightless
+from tracepatch.weights import bringer_of, brought, require_dtype, untied, weightless
 
 Model: TypeAlias = Any  # an nnsight TransformersModel; nnsight ships no types
 
 _NAMES: WeakKeyDictionary[Model, str] = WeakKeyDictionary()
 _REMOTE: WeakKeyDictionary[Model, bool | str] = WeakKeyDictionary()
-_TOKENIZER_FILES = (
+_TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -85,9 +85,10 @@ def load(
         An nnsight ``TransformersModel`` in eval mode.
 
     Raises:
-        ModelError: No model there, no next-token logits, weights missing, or no tokenizer.
+        ModelError: No model there, no such dtype, no next-token logits, weights missing, or no tokenizer.
     """
     remote = _server(remote)
+    require_dtype(dtype)
     if isinstance(model, TransformersModel):
         loaded = model
     elif isinstance(model, torch.nn.Module):
@@ -141,9 +142,8 @@ def _from_pretrained(source: str, tokenizer: Any, dtype: Any, device_map: Any, o
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{source!r} lacks {len(missing)} weights of {type(module).__name__}; transformers would fill "
-            "them with random "
-            f"numbers.\n{listing(missing)}\nLoad a checkpoint that was saved with its language-model head."
+            f"{source!r} lacks {len(missing)} weights of {type(module).__name__}; transformers would fill them with "
+            f"random numbers.\n{listing(missing)}\nLoad a checkpoint that was saved with its language-model head."
         )
     return _wrap(module, tokenizer or _tokenizer(source, options))
 
@@ -176,7 +176,7 @@ def _config(source: str, options: dict[str, Any]) -> Any:
             source, **{k: v for k, v in options.items() if k in ("revision", "trust_remote_code", "token", "cache_dir")}
         )
     except (OSError, ValueError, KeyError) as error:
-        what = "the folder" if path.exists() else "the repo id"
+        what = "the folder" if path.exists() else "the repo id (there is no such folder)"
         hint = "" if path.exists() else " Offline, load a folder, or one of the bundled toys: tp.toys.load('gpt2')."
         raise ModelError(f"No model could be read from {what} {source!r}: {_first_line(error)}{hint}") from error
 
@@ -204,7 +204,7 @@ def _tokenizer(source: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:
         return source
     path = Path(source)
     # Without these files transformers makes up an empty tokenizer for some model types.
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZERS):
         raise ModelError(
             f"The folder {str(source)!r} holds no tokenizer: pass tokenizer= (a tokenizer, a repo id or a folder)."
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tracepatch.alignment import Alignment, Side
 from tracepatch.architecture import Architecture
-from tracepatch.errors import MetricError, SiteError, listing
+from tracepatch.errors import MetricError, SiteError, listing, plural
 from tracepatch.jobs import Read
 from tracepatch.metrics import Metric
 from tracepatch.reach import read_at, scored_at
@@ -74,19 +74,23 @@ def require_given(metrics: tuple[Metric, ...], encoded: EncodedPairs) -> None:
         MetricError: So it is.
     """
     for metric in metrics:
-        offenders = []
+        offenders, lacking = [], {}
         for need in metric.needs:
             if need == "corrupted" and encoded.corrupted is None:
+                lacking["corrupted"] = "tp.Pairs(…, corrupted=…)"
                 offenders.append("the pairs have no corrupted prompts")
             for side in (need,) if need in ("answer", "wrong") else ("answer", "wrong") * (need == "direct"):
                 empty = [i for i, ids in enumerate(getattr(encoded, side)) if not ids]
                 if empty:
+                    what = "wrong answer" if side == "wrong" else side
+                    lacking[side] = f"tp.Pairs(…, {side}=…)"
                     offenders.append(
-                        f"{len(empty)} of {len(encoded)} pairs have no {side} (the first: pair {empty[0]})"
+                        f"no {what} in {len(empty)} of {plural(len(encoded), 'pair')}, first in {empty[0]}"
                     )
         if offenders:
             raise MetricError(
-                f"Metric {metric.name!r} cannot be read.\n{listing(offenders)}\nGive the pairs what it needs."
+                f"Metric {metric.name!r} cannot be read.\n{listing(offenders)}\n"
+                f"Pass {' and '.join(lacking.values())}, or a metric that does not need it."
             )
 
 

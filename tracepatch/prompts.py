@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,8 @@ class Pairs:
         if offenders:
             raise PromptError(
                 f"{plural(len(offenders), 'answer')} not one token of this tokenizer.\n{listing(offenders)}\n"
-                "Pick words that are one token (mind the leading space), or pass token ids."
+                "Pick words that are one token (mind the leading space), or pass token ids; answers of several tokens "
+                "are read with tp.continued(pairs) and tp.continuation."
             )
         answers = [
             tuple(
@@ -308,8 +310,15 @@ class Pairs:
         """
         columns = {str(name): column(frame[name]) for name in frame}
         known = ("clean", "corrupted", "answer", "wrong", "decoder")
-        if "clean" not in columns:
-            raise PromptError(f"The table has no column 'clean'; it has {', '.join(columns) or 'none'}.")
+        close = {
+            name: get_close_matches(name, set(columns) - set(known), 1, 0.8)
+            for name in known[:4]
+            if name not in columns
+        }
+        meant = [f"{name!r} for {wrong[0]!r}" for name, wrong in close.items() if wrong]
+        if "clean" not in columns or meant:
+            lacks = f"should it say {' and '.join(meant)}" if meant else "there is no column 'clean'"
+            raise PromptError(f"The table has the columns {', '.join(columns) or '(none)'}: {lacks}.")
         picked: dict[str, Any] = {}
         for name in known:
             if name not in columns:
@@ -355,8 +364,7 @@ class Pairs:
                 if offenders
                 else f"{source} holds no pairs."
             )
-        known = ("clean", "corrupted", "answer", "wrong", "decoder")
-        keys = [key for key in known if any(key in row for row in rows)]
+        keys = dict.fromkeys(key for row in rows for key in row)
         return cls.from_frame({key: [row.get(key) for row in rows] for key in keys}, **{"name": source.stem, **options})
 
 

@@ -508,7 +508,11 @@ class _RowBlock:
     def __init__(self, recorder: Recorder, labels: dict[str, Any], renormalize: bool) -> None:
         bad = [f"{k}={v!r}" for k, v in labels.items() if not k.isidentifier() or not _storable(v)]
         if bad:
-            raise RecipeError(f"Labels are numbers or strings, and their names are words: {', '.join(bad)}.")
+            several = any(isinstance(value, tuple) for value in labels.values())
+            hint = (
+                " A grid over several dims gives one index for each: for layer, head in p.grid(…)." if several else ""
+            )
+            raise RecipeError(f"Labels are numbers or strings, and their names are words: {', '.join(bad)}.{hint}")
         taken = [name for name in labels if name in RESERVED or name.startswith("effect_")]
         if taken:
             raise RecipeError(f"{', '.join(taken)} cannot be a row's label: results use the name themselves.")

@@ -266,8 +266,11 @@ class ReferenceWorld:
             return places
         places = tuple(p + (self.longest - side.length) * (along == "end") for p in found)
         if min(places) < 0 or max(places) >= self.longest:
-            lacking = f"{self.name}.{site} lacks positions that prompts of {plural(side.length, 'token')} have"
-            raise SiteError(f"{lacking}: the longest prompt of the reference has {self.longest}.")
+            raise SiteError(
+                f"the longest prompt of the reference has {plural(self.longest, 'token')}, and a prompt of the pairs "
+                f"has {side.length}: take longer prompts, positions that all have, or a mean over positions "
+                "(over='positions')"
+            )
         return places
 
 

@@ -131,6 +131,8 @@ def _page(
 def _datasets(results: Mapping[str, Result | Sequence[Result]]) -> dict[str, list[xr.Dataset]]:
     """The datasets of each part; those of a tree are parts of their own."""
     found: dict[str, list[xr.Dataset]] = {}
+    if not isinstance(results, Mapping) or hasattr(results, "attrs"):  # a dataset is a mapping, too
+        raise ResultError("Pass results by the names of their parts: tp.write_report(path, {'heads': result}).")
     for part, given in results.items():
         for result in [given] if isinstance(given, (xr.Dataset, xr.DataTree)) else given:
             for name, one in datasets_of(result).items():

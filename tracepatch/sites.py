@@ -138,8 +138,9 @@ def component(name: str) -> Component:
         raise ComponentError(
             f"There is no component {name!r}. A module's activations are {name}.input and {name}.output."
         )
-    close = get_close_matches(name, COMPONENTS, 1)
-    hint = f" Did you mean {close[0]}?" if close else ""
+    begun = [known for known in COMPONENTS if known.startswith(f"{name}_") and not known.endswith("_scale")]
+    close = begun or get_close_matches(name, COMPONENTS, 1)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise ComponentError(f"There is no component {name!r}.{hint} Components: {', '.join(COMPONENTS)}.")
 
 

@@ -22,6 +22,7 @@ from tracepatch.portions import Dictionary, Features, Portion, Subspace
 from tracepatch.sites import Site
 
 WorldName: TypeAlias = str  # "clean", "corrupted", or the name of an edited world
+_COMPUTED = "To compute with the numbers of a run, write a function: lambda live, clean, corrupted: …"
 OTHER: dict[str, WorldName] = {"clean": "corrupted", "corrupted": "clean"}
 
 
@@ -31,6 +32,15 @@ class Source:
     __slots__ = ()
     __array_priority__ = 1000  # numpy arrays and tensors on the left leave the arithmetic to us
     __array_ufunc__ = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch functions cannot be applied to what has no numbers yet; operators leave the arithmetic to us."""
+        if getattr(torch.Tensor, getattr(function, "__name__", ""), None) is function:
+            return NotImplemented
+        raise RecipeError(
+            f"torch.{getattr(function, '__name__', function)} has nothing to compute with yet. {_COMPUTED}"
+        )
 
     def terms(self) -> Sum:
         """The source as a sum."""
@@ -350,7 +360,7 @@ def _number(factor: Any) -> float:
     if isinstance(factor, (torch.Tensor, np.ndarray)) and factor.ndim == 0:
         factor = factor.item()
     if isinstance(factor, bool) or not isinstance(factor, (int, float, np.integer, np.floating)):
-        raise RecipeError(f"Values of worlds are multiplied by numbers, not by {type(factor).__name__}.")
+        raise RecipeError(f"Values of worlds are multiplied by numbers, not by {type(factor).__name__}. {_COMPUTED}")
     if not math.isfinite(factor):
         raise RecipeError(f"{factor} times a value is not finite.")
     return float(factor)

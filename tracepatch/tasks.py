@@ -26,7 +26,7 @@ from tracepatch.errors import PromptError, listing
 from tracepatch.prompts import Pairs
 from tracepatch.spans import characters
 from tracepatch.templates import Template
-from tracepatch.tokens import answer_id, one_token
+from tracepatch.tokens import answer_id, one_token, require_tokenizer
 
 Relation: TypeAlias = Literal["capital", "language", "landmark"]
 IOI = Template("When {first} and {second} went to the {place}, {subject} gave the {thing} to")
@@ -350,6 +350,7 @@ def _too_few(task: str, short: Sequence[str]) -> str:
 
 def _require_known(tokenizer: PreTrainedTokenizerBase, task: str, text: str) -> None:
     """Refuses a task whose text has words that are not in the vocabulary."""
+    require_tokenizer(tokenizer)
     ids = _ids(tokenizer, text)
     if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
         return

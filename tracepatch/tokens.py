@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -322,8 +322,22 @@ def one_token(tokenizer: PreTrainedTokenizerBase, words: Iterable[str], after: s
         words: With a leading space, as they stand in a text.
         after: A text that they continue: a SentencePiece tokenizer gives " Mary" on its own two tokens, and after a
             word one.
+
+    Raises:
+        PromptError: It is no tokenizer.
     """
+    require_tokenizer(tokenizer)
     return [word for word in words if answer_id(tokenizer, word, after) is not None]
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Refuses a name, and a model, which could be called as a tokenizer is and would run.
+
+    Raises:
+        PromptError: It is one.
+    """
+    if not callable(tokenizer) or hasattr(tokenizer, "tokenizer") or hasattr(tokenizer, "forward"):
+        raise PromptError(f"Pass the tokenizer of a model, as model.tokenizer, not {type(tokenizer).__name__}.")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

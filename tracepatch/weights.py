@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tracepatch.errors import ModelError
+
 
 def weightless(module: torch.nn.Module) -> bool:
     """Whether some parameters of a module are shapes only, on the meta device, and nothing brings their values."""
@@ -56,3 +58,13 @@ def frozen(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in changed:
             parameter.requires_grad_(True)
+
+
+def require_dtype(dtype: Any) -> None:
+    """Refuses a word that names no dtype of weights.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"{dtype!r} is no dtype; there are float32, bfloat16, float16, float64 and 'auto'.")
