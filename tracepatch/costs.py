@@ -12,7 +12,7 @@ from tracepatch.table import Table
 from tracepatch.tokens import EncodedPairs
 
 REQUEST_ROWS, REQUEST_STEPS, REQUEST_BYTES = 20_000, 1000, 1 << 24  # what is sent to a server at once, at most
-SENT, SENT_TOKEN = 21_000, 0.9  # bytes of a request: of code, and of a token of a row
+SENT, SENT_TOKEN = 38_500, 0.9  # bytes of a request: of code, and of a token of a row
 RETURNED = 1_800  # bytes of an answer beside its numbers
 TOKENS = 1024  # tokens a table beyond which nothing is gained on the processors tried
 FLAT_TOKENS = 4096  # the same of whole prompts

@@ -58,7 +58,8 @@ def forward(model: Any, run: tuple[Any, ...], known: dict[Any, Any]) -> tuple[di
     values = dict(known)
     if standing is not None:
         values["wired"] = wired(standing, known["wires", standing[1]], device)
-    entered(model, stops)
+    if not sandboxed(model):  # there, looking is done in the trace
+        entered(model, stops)
     with torch.no_grad():
         with model.trace(**given):
             result = nnsight.save(inside(model, stops, values, top, logit_edits, measures, keep_logits, past))
