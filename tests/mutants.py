@@ -1,19 +1,23 @@
 """Plants faults one at a time, in a copy of the package, and shows which test kills each.
 
 Run it with ``python tests/mutants.py``. A fault that survives every test is an error: the tests would not notice it.
+``--minutes 20`` plants as many as fit, each day in another order. Words after that choose faults by their description.
 The faults are those that make plausible pictures of wrong numbers.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -362,15 +366,30 @@ def killer(mutant: Mutant) -> str | None:
 
 
 def main() -> int:
-    """Plants every fault, or those whose description holds the first argument."""
-    chosen = [m for m in MUTANTS if len(sys.argv) < 2 or sys.argv[1] in m.fault]
-    survivors = 0
+    """Plants every fault, or those whose description holds the first word; as many as the minutes have room for."""
+    words = sys.argv[1:]
+    ends = float("inf")
+    if "--minutes" in words:
+        at = words.index("--minutes")
+        ends = time.monotonic() + 60 * float(words[at + 1])
+        del words[at : at + 2]
+    chosen = [m for m in MUTANTS if not words or words[0] in m.fault]
+    if ends < float("inf"):
+        random.Random(str(date.today())).shuffle(chosen)
+    survivors = left = 0
+
+    def planted(mutant: Mutant) -> str | None:
+        return killer(mutant) if time.monotonic() < ends else ""
+
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:  # each test run is a process of its own
-        for mutant, test in zip(chosen, pool.map(killer, chosen), strict=True):
+        for mutant, test in zip(chosen, pool.map(planted, chosen), strict=True):
             survivors += test is None
+            left += test == ""
             told = "SURVIVED" if test is None else "killed  "
-            print(f"{told}  {mutant.fault}\n              {test or 'by nothing'}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} faults are noticed")
+            if test != "":
+                print(f"{told}  {mutant.fault}\n              {test or 'by nothing'}", flush=True)
+    tried = len(chosen) - left
+    print(f"{tried - survivors} of {tried} faults are noticed" + (f"; no time for {left} more" if left else ""))
     return 1 if survivors else 0
 
 
