@@ -233,7 +233,7 @@ def test_sweeps_are_one_request(kind: str, proxy: faults.Proxy) -> None:
 
         found, sent, _ = sent_and_received(recorded(there, sweep, pair), proxy)
         assert found["effect"].squeeze().shape[0] == 12
-        assert sent <= 32 << 10
+        assert sent <= 48 << 10
         alike(found[["value"]], tp.patch(model, pair, component, by=by)[["value"]])
 
 
