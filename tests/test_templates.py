@@ -330,7 +330,7 @@ def test_grids_of_spans_refuse_what_is_not_there() -> None:
     p = tp.patching(model_of_bytes(), uneven())
     assert p.grid("pattern", by=("layer", "span"), layer=[0])[0] == (0, "first")
     with pytest.raises(
-        errors.SiteError, match="these pairs have no span object; they have first, second, place, subject"
+        errors.SiteError, match="These pairs have no span object; they have first, second, place, subject"
     ):
         p.grid("resid_pre", by="span", span=["object"], layer=0)
     with pytest.raises(errors.SiteError, match="span stands for pos; a grid runs over one of them"):
@@ -347,9 +347,9 @@ def test_grids_of_spans_refuse_what_is_not_there() -> None:
     ):
         p.clean.resid_pre[0, "subject"] = 0
     plain = tp.patching(toy("gpt2"), tp.Pairs(["When John"], ["When Mary"], " Mary", " John"))
-    with pytest.raises(errors.SiteError, match="these pairs have no spans: make them with tp.Template"):
+    with pytest.raises(errors.SiteError, match="These pairs have no spans: make them with tp.Template"):
         plain.grid("resid_pre", by="span", layer=0)
-    with pytest.raises(errors.SiteError, match="these pairs have no spans"):
+    with pytest.raises(errors.SiteError, match="These pairs have no spans"):
         plain.span("subject")
 
 
