@@ -275,7 +275,8 @@ def random_recipes(name: str, data: st.DataObject, rows: int) -> None:
                         "zero": lambda: 0,
                         "vector": lambda c=component: vector(architecture.width(c, 0)) if c not in ONE_NUMBER else 0.25,
                         "mix": lambda m=mine, t=theirs, s=site: 2 * t[s] - m[s] / 2,
-                        "shift": lambda m=mine, t=theirs, s=site: t[s] - m[s],
+                        # A stream that is nothing but rounding is blown up by norms: only added, differences may be 0.
+                        "shift": lambda m=mine, t=theirs, s=site, k=1.0 if add else 0.75: t[s] - k * m[s],
                     }[source]()
                     if add:
                         mine[site] += value
