@@ -28,8 +28,6 @@ from tracepatch.recipes import ioi
 import tracepatch as tp
 
 prompts = ioi.prompts
-WHOLE = ("z", "q", "k", "v")
-BY_POSITION = ("resid_pre", "attn_out", "mlp_out")
 
 
 def sweep(p, component: str, by: tuple[str, ...]) -> None:

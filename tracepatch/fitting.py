@@ -179,14 +179,10 @@ def _require_unmoved(site: Site, value: Value, meeting: Meeting, crossing: bool)
     reference = meeting.references.get(value.world)
     moved = reference is not None and reference.moves(value.site, meeting.here)
     if here and there and (here != there or moved):
-        pairs = zip(there, here, strict=False)
-        told = (
-            ""
-            if moved
-            else " (here from position {} to {})".format(
-                *next(((a, b) for a, b in pairs if a != b), (there[0], here[0]))
-            )
-        )
+        told = ""
+        if not moved:
+            old, new = next(((a, b) for a, b in zip(there, here, strict=False) if a != b), (there[0], here[0]))
+            told = f" (here from position {old} to {new})"
         raise RecipeError(
             f"{site} cannot take {value}: this model turns queries and keys by their position, so that they mean "
             f"something else elsewhere{told}. Move what they are made of: {site.component}_in."

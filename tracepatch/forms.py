@@ -103,9 +103,7 @@ def allowed(model: Model, architecture: Architecture, eager: bool = False, only:
     key = kind, json.dumps(config, sort_keys=True, default=str), eager, only, reason
     if key not in _KNOWN:
         tables = FORMS[:-1] if only is None else tuple(form for form in FORMS[:-1] if form == only)
-        found = Allowed("flat", dict.fromkeys(tables, reason))
-        if not reason:
-            found = _tried(model, architecture, eager, tables)
+        found = Allowed("flat", dict.fromkeys(tables, reason)) if reason else _tried(model, architecture, eager, tables)
         if found.passing:
             return found
         _KNOWN[key] = found

@@ -58,9 +58,8 @@ class Lowering:
         self._targeted = {(read.component, read.layer) for found in self.targets.values() for read in found}
         # What many rows share is found once.
         self._sites: dict[tuple[Site, WorldName, bool], Cells] = {}
-        self._known: dict[
-            tuple[int, WorldName, bool], tuple[Site, Cells]
-        ] = {}  # by identity: to hash a site takes longer
+        # The same by identity: to hash a site takes longer.
+        self._known: dict[tuple[int, WorldName, bool], tuple[Site, Cells]] = {}
         self._moments: dict[tuple[str, int], tuple[float, int, int]] = {}
         self._reach: dict[Any, frozenset[int]] = {}
         self._agreement: dict[Any, frozenset[int]] = {}
