@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -596,6 +597,15 @@ def test_logits_are_written_between_prompts() -> None:
         result["value"].sel(metric="logit_diff", name="last"), result["corrupted"].sel(metric="logit_diff"), atol=1e-4
     )
     np.testing.assert_allclose(result["value"].sel(metric="kl", name="all"), 0, atol=1e-5)
+    # The first of five tokens is their fifth from the end: the shorter prompt is read at fewer positions.
+    pairs = tp.Pairs("Tom gave the bag to", "When Anna gave the bag to", " Mary", " John", align="suffix")
+    first, fifth = tp.logit_diff.at(0), replace(tp.logit_diff.at(-5), name="fifth")
+    with tp.patching(toy("gpt2"), pairs, [first, fifth]) as p, p.row():
+        p.corrupted.logits[0] = p.clean.logits[0]
+    result = p.run()
+    np.testing.assert_allclose(result["value"][0], result["clean"][0], atol=1e-5)
+    np.testing.assert_allclose(result["value"][1], result["corrupted"][1], atol=1e-5)
+    assert (abs(result["clean"] - result["corrupted"]) > 1e-2).all()
 
 
 def test_saves_count_in_the_prompt_of_their_row() -> None:
