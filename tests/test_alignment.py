@@ -603,8 +603,8 @@ def test_logits_are_written_between_prompts() -> None:
     with tp.patching(toy("gpt2"), pairs, [first, fifth]) as p, p.row():
         p.corrupted.logits[0] = p.clean.logits[0]
     result = p.run()
-    np.testing.assert_allclose(result["value"][0], result["clean"][0], atol=1e-5)
-    np.testing.assert_allclose(result["value"][1], result["corrupted"][1], atol=1e-5)
+    np.testing.assert_allclose(result["value"][0, 0], result["clean"][0], atol=1e-5)
+    np.testing.assert_allclose(result["value"][1, 0], result["corrupted"][1], atol=1e-5)
     assert (abs(result["clean"] - result["corrupted"]) > 1e-2).all()
 
 
