@@ -7,7 +7,7 @@ hooks on the Hugging Face module, and nnsight traces. TransformerLens computes a
 and nnsight those of the last position only. Several pairs are one batch for all of them; ``rows`` and ``measured`` count
 each pair. TransformerLens is left out where it is not installed: ``pip install -e ".[bench]" torch==2.13.0`` installs
 it, and the version keeps pip from moving torch. Run this on a machine that does nothing else: tools that run at the
-same time distort each other, and two threads on busy cores most.
+same time distort each other, and two threads on busy cores most. ``--device cuda`` runs everything on an accelerator.
 
 Times are the best of several rounds, in which all tools take turns. The others run an even sample of the patches; the
 time of one patch is multiplied by the number of patches and the clean run is added. Each tool must give the same
@@ -351,7 +351,7 @@ class Bridge:
         from transformer_lens.model_bridge import TransformerBridge
 
         self.bridge = TransformerBridge.boot_transformers(
-            module.config.model_type, hf_model=module, tokenizer=tokenizer(), device="cpu"
+            module.config.model_type, hf_model=module, tokenizer=tokenizer(), device=str(module.device)
         )
         self.cache: Any = None
 
@@ -393,10 +393,17 @@ def tools(module: Any, family: Family) -> list[Tool]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """How long a call takes."""
+    """How long a call takes, and what it left for an accelerator to do."""
     began = time.perf_counter()
     function()
+    settle()
     return time.perf_counter() - began
+
+
+def settle() -> None:
+    """Waits until an accelerator has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def fastest(function: Callable[[], Any], rounds: int = 5) -> float:
@@ -429,17 +436,18 @@ def work(sweep: Sweep, patch: Patch) -> int:
 
 def floor(module: Any, family: Family, prompts: int = 64, tokens: int = 8, rows: int = 256) -> Floor:
     """Measures what arithmetic costs, in batches that are large enough to be efficient."""
-    blocks = module.get_submodule(family.blocks)
-    stream = torch.randn(prompts, tokens, WIDTH)
+    blocks, device = module.get_submodule(family.blocks), module.device
+    stream = torch.randn(prompts, tokens, WIDTH, device=device)
     rotary = getattr(module.get_submodule(family.trunk), "rotary_emb", None)
-    given = {} if rotary is None else {"position_embeddings": rotary(stream, torch.arange(tokens)[None])}
+    places = torch.arange(tokens, device=device)[None]
+    given = {} if rotary is None else {"position_embeddings": rotary(stream, places)}
 
     def trunk() -> None:
         x = stream
         for block in blocks:
             x = block(x, **given)
 
-    last, weight = torch.randn(rows, WIDTH), module.lm_head.weight
+    last, weight = torch.randn(rows, WIDTH, device=device), module.lm_head.weight
     columns = weight[[ONE, OTHER]].clone()
     return Floor(
         fastest(trunk) / (prompts * tokens * LAYERS),
@@ -512,6 +520,8 @@ def measure(
     """
     clean, corrupted = sweep.prompts()
     pairs = tp.Pairs(clean.tolist(), corrupted.tolist())
+    device = model.device
+    clean, corrupted = clean.to(device), corrupted.to(device)
     sample = [round(i) for i in torch.linspace(0, len(patches) - 1, min(effort.samples, len(patches))).tolist()]
     found = Measured()
     for name, metric in read.items():
@@ -541,7 +551,8 @@ def pace(tool: Tool, corrupted: Tensor, patches: dict[int, Patch], least: float)
             logits = tool.last_logits(corrupted, patch)
             values[number] = logits[:, ONE] - logits[:, OTHER]
         count += len(patches)
-    return (time.perf_counter() - began) / count, values
+    settle()
+    return (time.perf_counter() - began) / count, {number: value.cpu() for number, value in values.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- what is printed
@@ -591,11 +602,11 @@ def lines(sweep: Sweep, patches: list[Patch], found: Measured, costs: Floor) -> 
         )
 
 
-def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Effort) -> list[str]:
+def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Effort, device: str) -> list[str]:
     """The tables of a model, and the sweeps on which tools disagree."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    module = family.build().eval()
+    module = family.build().eval().to(device)
     model, others, read = tp.load(copy.deepcopy(module), tokenizer()), tools(module, family), metrics()
     wrong = []
     for count in threads:
@@ -603,8 +614,8 @@ def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Ef
         costs = floor(module, family)
         print(
             f"\n{name}: {LAYERS} layers, width {WIDTH}, {HEADS} heads ({family.kv_heads} of keys and values), vocabulary "
-            f"{VOCAB}, {count} thread{'s' * (count > 1)}. A token costs {1e6 * costs.token_layer:.0f} µs a layer, a row "
-            f"{1e6 * costs.unembedding[FULL]:.0f} µs to unembed.\n"
+            f"{VOCAB}, {spelled(device, count)}. A token costs {1e6 * costs.token_layer:.3g} µs a layer, a row "
+            f"{1e6 * costs.unembedding[FULL]:.3g} µs to unembed.\n"
         )
         ratios = (f"vs {tool.name} ({effort.samples} rows, scaled)" for tool in others)
         head = ("sweep", "differs at", "metric", "rows", "measured", "tracepatch", *ratios)
@@ -619,6 +630,13 @@ def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Ef
                 if not gap <= TOLERANCE:
                     wrong.append(f"{name}, {sweep.name}, {count} threads: tools differ by {gap:.1e} of the logit scale")
     return wrong
+
+
+def spelled(device: str, threads: int) -> str:
+    """Where models run."""
+    if device == "cpu":
+        return f"{threads} thread{'s' * (threads > 1)}"
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def recording() -> None:
@@ -658,6 +676,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, metavar="NAME", help=", ".join(SWEEPS))
     parser.add_argument("--quick", action="store_true", help=f"few samples, and of the sweeps only {', '.join(QUICK)}")
+    parser.add_argument("--device", default="cpu", help="where models run, such as cuda")
     parser.add_argument("--unchecked", action="store_true", help="without tracepatch's self-checks")
     parser.add_argument("--recording", action="store_true", help="instead: how fast rows are recorded and planned")
     asked = parser.parse_args()
@@ -667,9 +686,9 @@ def main() -> None:
         recording()
         return
     chosen = asked.sweep or (QUICK if asked.quick else list(SWEEPS))
-    effort = SHORT if asked.quick else THOROUGH
+    effort, threads = SHORT if asked.quick else THOROUGH, asked.threads if asked.device == "cpu" else [1]
     with torch.no_grad():
-        wrong = [message for name in asked.model for message in section(name, chosen, asked.threads, effort)]
+        wrong = [message for name in asked.model for message in section(name, chosen, threads, effort, asked.device)]
     if wrong:
         sys.exit("\n".join(wrong))
 

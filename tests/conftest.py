@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import nnsight
 import pytest
 import torch
+from tiny_models import DEVICE
 
 import tracepatch as tp
+from tracepatch.models import module_of
 from tracepatch.toys import tasks
 
 torch.set_num_threads(1)
@@ -21,7 +23,9 @@ torch.set_num_threads(1)
 @cache
 def toy(name: str) -> Any:
     """A trained toy."""
-    return tp.toys.load(name)
+    model = tp.toys.load(name)
+    module_of(model).to(DEVICE)
+    return model
 
 
 @cache

@@ -7,6 +7,7 @@ prompts, and multipliers and softcaps bind. A library that is wrong about any of
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+DEVICE = os.environ.get("TRACEPATCH_DEVICE", "cpu")  # where the tests' models run; their oracles stay on the CPU
 VOCAB = 60
 D_MODEL = 32
 HEADS = 4
@@ -175,7 +177,7 @@ def config(model_type: str, layers: int = 3, **overrides: Any) -> Any:
 def build(
     model_type: str, layers: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0, **config_overrides: Any
 ) -> PreTrainedModel:
-    """Builds a tiny model with random weights, in eval mode, on the CPU.
+    """Builds a tiny model with random weights, in eval mode, on ``DEVICE``.
 
     The weights depend on the arguments only; the global random state is left alone.
 
@@ -199,7 +201,7 @@ def build(
         randomise(model)
     if dtype == torch.float64 and model_type in EXPERTS:
         model.set_experts_implementation("eager")  # the default, grouped matrix products, knows no float64
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 @torch.no_grad()
