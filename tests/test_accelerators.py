@@ -108,7 +108,7 @@ def test_an_accelerator_gives_the_numbers_of_a_processor(name: str) -> None:
     module_of(there).cuda()
     pairs = ioi_pairs(3)
     assert allowed(there, architecture_of(there)).form == allowed(here, architecture_of(here)).form
-    for component in ("resid_pre", "z", "q", "k", "v", "pattern", "head_out", "mlp_post"):
+    for component in ("resid_pre", "z", "q", "k", "v", "pattern", "head_out", "mlp_out"):
         a, b = tp.patch(here, pairs, component), tp.patch(there, pairs, component)
         assert (a["status"] == b["status"]).all()
         scale = float(abs(a["clean"]).max())
