@@ -298,12 +298,12 @@ def held_scale(module: Any, stream: torch.Tensor, encoded: Any, pair: int) -> to
     norm = next(n for n in (getattr(body, k, None) for k in ("ln_f", "final_layer_norm", "norm")) if n is not None)
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-6
     layer_norm = isinstance(norm, torch.nn.LayerNorm)
-    gain = norm.weight.double() + ("Gemma" in type(norm).__name__)
+    gain = norm.weight.to(stream) + ("Gemma" in type(norm).__name__)
     centred = stream - stream.mean() if layer_norm else stream
     scale = (centred.square().mean() + eps).sqrt()
     x = stream.clone().requires_grad_()
     read = (x - x.mean() if layer_norm else x) / scale * gain
-    logits = module.get_output_embeddings().weight.double() @ read
+    logits = module.get_output_embeddings().weight.to(stream) @ read
     difference = logits[list(encoded.answer[pair])].mean() - logits[list(encoded.wrong[pair])].mean()
     (found,) = torch.autograd.grad(difference, x)
     return found.detach()

@@ -444,7 +444,7 @@ def test_a_server_averages_there(server: Server) -> None:  # noqa: F811
         result = p.run()
         values.append([result[name]["value"].values for name in sorted(result.children)])
     for here, there in zip(*values, strict=True):
-        np.testing.assert_allclose(there, here, atol=1e-5)
+        np.testing.assert_allclose(there, here, atol=1e-5, rtol=1e-5)
     assert server.jobs == 1
     assert server.runs["add"] == sum(len(s.runs) for s in p.plan.surveys) * len(p.plan.groups)
     assert "reference" in p.plan.explain()
@@ -459,7 +459,7 @@ def test_encoder_decoder_models_take_means_of_the_decoder() -> None:
             with p.row(layer=layer):
                 p.clean.cross_attn_out[layer, :] = p.mean(others).cross_attn_out[layer, :]
                 p.clean.z[layer, -1, 1] = p.mean(others).z[layer, -1, 1]
-    agrees(p, model, 1e-8)
+    agrees(p, model, 1e-6)  # its softmax is of float32 in a model of float64
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

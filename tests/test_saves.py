@@ -293,7 +293,7 @@ def test_pairs_of_several_lengths(gpt2: Any) -> None:
 REDUCTIONS = [
     ("resid_post", (1,), lambda x: x.norm(dim=-1), ("pos",)),
     ("resid_post", (1,), lambda x: x.mean(1), ("d_model",)),
-    ("resid_post", (1, -1), lambda x: x @ torch.ones(64), ()),
+    ("resid_post", (1, -1), lambda x: x @ torch.ones(64).to(x), ()),
     ("resid_post", (1,), lambda x: x[:, 3:5], ("reduced_0", "d_model")),
     ("pattern", (1,), lambda x: x.mean(-2), ("head", "src")),
     ("pattern", (1,), lambda x: x.argmax(-1), ("head", "dest")),

@@ -50,7 +50,7 @@ def directions(
     head = module_at(model, unembed)
     entering = module_at(model, norm).input[:, at] if norm else None
     scored = head.output
-    weight = unembedding(head, columns, apart, model)
+    weight = unembedding(head, columns.to(scored.device), apart, model)
     logits = model.output.logits
     last = wide(scored[:, min(at, scored.shape[1] - 1)])
     shown = wide(logits[:, min(at, logits.shape[1] - 1)])
@@ -78,8 +78,9 @@ def unembedding(head: Any, columns: torch.Tensor, apart: bool, model: Any) -> to
         return wide(weight[columns.to(weight.device)].detach())
     width = model._module.get_input_embeddings().weight.shape[-1]
     dtype = model._module.get_input_embeddings().weight.dtype
-    bias = wide(head(torch.zeros(1, 1, width, dtype=dtype))[0, 0, columns])
-    pieces = torch.split(torch.eye(width, dtype=dtype)[None], DIMS, 1)
+    alone = torch.eye(width, dtype=dtype, device=columns.device)[None]
+    bias = wide(head(torch.zeros_like(alone[:, :1]))[0, 0, columns])
+    pieces = torch.split(alone, DIMS, 1)
     found: torch.Tensor = torch.cat([wide(head(piece)[0][:, columns]) for piece in pieces]) - bias
     return found.T
 
