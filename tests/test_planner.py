@@ -146,6 +146,25 @@ def test_explain_everything_else(gpt2: Any) -> None:
     assert (twins[..., 0] == twins[..., 1]).all()
 
 
+def test_edits_that_are_equal_on_one_pair_may_differ_on_the_next(gpt2: Any) -> None:
+    """The last token of the shorter prompt stands in the midst of the longer one."""
+    one, two = ioi_pairs(1, 0), ioi_pairs(1, 1)
+    pairs = tp.Pairs(
+        one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong
+    )  # type: ignore[operator]
+    found = []
+    for prune in (True, False):
+        with tp.patching(gpt2, pairs, prune=prune) as p:
+            for name, pos in (("last", -1), ("of the shorter", min(p.lengths) - 1)):
+                with p.row(name=name):
+                    p.corrupted.attn_out[0, pos] = 0
+        found.append(p.run()["effect"])
+    pruned, measured = found
+    np.testing.assert_allclose(pruned, measured, atol=1e-5)
+    assert (pruned.sel(pair=0) == pruned.sel(pair=0, name="last")).all()
+    assert abs(np.diff(pruned.sel(pair=1)))[0] > 1e-3
+
+
 @pytest.mark.parametrize("name", tp.toys.NAMES)
 def test_whatever_is_pruned_measures_zero(name: str) -> None:
     model = toy(name)
