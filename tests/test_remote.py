@@ -612,6 +612,22 @@ def test_requests_are_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -
             assert server.jobs > 2, name
 
 
+def test_what_is_run_again_for_its_worlds_counts_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worlds ride in the first batch, which every request needs; its rows are read from the first one only."""
+    told = []
+    for model in (here(), away()):
+        with tp.patching(model, PAIRS[:2], form="packed", batch_size=3) as p:
+            for layer, head in p.grid("z", by=("layer", "head")):
+                with p.row(layer=layer, head=head):
+                    p.corrupted.z[layer, :, head] = p.clean.z[layer, :, head]
+        assert all(group.rides for group in p.plan.groups)
+        monkeypatch.setattr(remote, "REQUEST_STEPS", 2)
+        p.run()
+        told.append(re.search(r"all \d+ edits fired", p.plan.explain())[0])  # type: ignore[index]
+    assert server.jobs > 2
+    assert told == ["all 24 edits fired"] * 2
+
+
 def test_a_request_ends_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left goes into another one; each brings something home."""
     wanted = recorded(here(), batch_size=3).run()

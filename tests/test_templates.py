@@ -188,6 +188,19 @@ def test_spans_follow_tokens(kind: str) -> None:
     assert counts["second"] > 1 or "words" in kind, "a test of several tokens"
 
 
+def test_a_span_has_no_blanks_in_front() -> None:
+    """Here a blank is a token of its own in front of a word that is no piece."""
+    tokenizer = metaspace()
+    text = "When Zoë went"
+    encoded = tp.Pairs(text).encode(tokenizer)
+    blank = tokenizer.convert_tokens_to_ids("▁")
+    for start in (4, 5):
+        spans, _ = spans_of(tokenizer, text, encoded.clean[0], (("who", (start, 8)),))
+        ids = [encoded.clean[0][p] for p in spans["who"]]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["Z", "o", "ë"]
+        assert encoded.clean[0][spans["who"][0] - 1] == blank
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if "silent" in k or k == "bytes"])
 def test_characters_without_offsets_are_those_with_them(kind: str) -> None:
     tokenizer = KINDS[kind]()
