@@ -77,6 +77,7 @@ class Sweep:
         pairs: How many pairs of prompts.
         joint: Instead of one head at a time, this many random pairs of heads.
         declares: Whether the metric that declares its columns is measured too.
+        vocab: From how many tokens the prompts are drawn.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Sweep:
     pairs: int = 1
     joint: int = 0
     declares: bool = False
+    vocab: int = VOCAB
 
     @property
     def differs(self) -> int:
@@ -109,9 +111,10 @@ class Sweep:
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Ids of the clean and the corrupted prompts, ``[pair, pos]``."""
-        clean = torch.randint(VOCAB, (self.pairs, self.tokens), generator=torch.Generator().manual_seed(self.tokens))
+        shape = self.pairs, self.tokens
+        clean = torch.randint(self.vocab, shape, generator=torch.Generator().manual_seed(self.tokens))
         corrupted = clean.clone()
-        corrupted[:, self.differs] = (clean[:, self.differs] + 17) % VOCAB
+        corrupted[:, self.differs] = (clean[:, self.differs] + 17) % self.vocab
         return clean, corrupted
 
     def run(self, model: Any, pairs: tp.Pairs, metric: Any, patches: Sequence[Patch]) -> Any:
@@ -158,11 +161,12 @@ class Place:
     path: str
     side: str
     column: int = 0
+    d_head: int = D_HEAD
 
     def at(self, site: Site) -> tuple[slice, slice, slice]:
         """The part of ``[pair, pos, width]`` that a site is."""
-        first = self.column + (site.head or 0) * D_HEAD
-        columns = slice(None) if site.head is None else slice(first, first + D_HEAD)
+        first = self.column + (site.head or 0) * self.d_head
+        columns = slice(None) if site.head is None else slice(first, first + self.d_head)
         return slice(None), slice(None) if site.pos is None else slice(site.pos, site.pos + 1), columns
 
 
@@ -286,7 +290,8 @@ class Hooks:
         def keep(layer: int) -> Callable[[Tensor], None]:
             return lambda x: self.kept.__setitem__(layer, x.clone())
 
-        self._forward(clean, [(Site(component, layer), keep(layer)) for layer in range(LAYERS)])
+        layers = range(len(self.module.get_submodule(self.family.blocks)))
+        self._forward(clean, [(Site(component, layer), keep(layer)) for layer in layers])
 
     def last_logits(self, corrupted: Tensor, patch: Patch) -> Tensor:
         def write(site: Site) -> Callable[[Tensor], None]:
@@ -518,10 +523,8 @@ def measure(
     Returns:
         The best of all rounds.
     """
-    clean, corrupted = sweep.prompts()
+    clean, corrupted = (ids.to(model.device) for ids in sweep.prompts())
     pairs = tp.Pairs(clean.tolist(), corrupted.tolist())
-    device = model.device
-    clean, corrupted = clean.to(device), corrupted.to(device)
     sample = [round(i) for i in torch.linspace(0, len(patches) - 1, min(effort.samples, len(patches))).tolist()]
     found = Measured()
     for name, metric in read.items():
@@ -614,7 +617,7 @@ def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Ef
         costs = floor(module, family)
         print(
             f"\n{name}: {LAYERS} layers, width {WIDTH}, {HEADS} heads ({family.kv_heads} of keys and values), vocabulary "
-            f"{VOCAB}, {spelled(device, count)}. A token costs {1e6 * costs.token_layer:.3g} µs a layer, a row "
+            f"{VOCAB}, {processor(device, count)}. A token costs {1e6 * costs.token_layer:.3g} µs a layer, a row "
             f"{1e6 * costs.unembedding[FULL]:.3g} µs to unembed.\n"
         )
         ratios = (f"vs {tool.name} ({effort.samples} rows, scaled)" for tool in others)
@@ -632,7 +635,7 @@ def section(name: str, chosen: Sequence[str], threads: Sequence[int], effort: Ef
     return wrong
 
 
-def spelled(device: str, threads: int) -> str:
+def processor(device: str, threads: int) -> str:
     """Where models run."""
     if device == "cpu":
         return f"{threads} thread{'s' * (threads > 1)}"

@@ -11,21 +11,27 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from benchmark import settle, table
+from benchmark import DECLARED, ONE, OTHER, Family, Hooks, Patch, Place, Site, Sweep, metrics, seconds, table
 from tiny_models import tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tracepatch as tp
 
-ONE, OTHER = 11, 22  # the metric is the difference of their logits at the last position
-METRIC = tp.metric(lambda logits: logits[:, 0] - logits[:, 1], name="difference", vocab=(ONE, OTHER))
+METRIC = metrics()[DECLARED]
 GIGABYTE = 1e9
+D_HEAD = 128
+VOCAB = 32_000
+PLACES = {"resid_pre": Place("", "input"), "z": Place("self_attn.o_proj", "input", d_head=D_HEAD)}
+SWEEPS = [
+    Sweep("residual-40", "resid_pre", ("layer", "pos"), tokens=40, vocab=VOCAB),
+    Sweep("heads-40", "z", ("layer", "head"), tokens=40, vocab=VOCAB),
+]
 
 
 def built(dtype: torch.dtype, device: str, layers: int, width: int) -> Any:
@@ -33,62 +39,16 @@ def built(dtype: torch.dtype, device: str, layers: int, width: int) -> Any:
     config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=width,
-        num_attention_heads=width // 128,
-        num_key_value_heads=width // 128,
+        num_attention_heads=width // D_HEAD,
+        num_key_value_heads=width // D_HEAD,
         intermediate_size=width * 43 // 16,
-        vocab_size=32_000,
+        vocab_size=VOCAB,
         bos_token_id=0,
         eos_token_id=0,
     )
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-
-
-def prompts(tokens: int) -> tuple[Tensor, Tensor]:
-    """A pair ``[pair, pos]`` that differs at two thirds of its length."""
-    clean = torch.randint(32_000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-    corrupted = clean.clone()
-    corrupted[0, tokens * 2 // 3] = (clean[0, tokens * 2 // 3] + 17) % 32_000
-    return clean, corrupted
-
-
-class Hooks:
-    """One forward per patch: inputs of blocks, or of the matrix that heads are written through."""
-
-    def __init__(self, module: Any, component: str) -> None:
-        paths = {"resid_pre": "", "z": ".self_attn.o_proj"}
-        self.module = module
-        self.sites = [
-            module.get_submodule(f"model.layers.{i}{paths[component]}") for i in range(len(module.model.layers))
-        ]
-        self.width = module.config.hidden_size // module.config.num_attention_heads
-        self.kept: list[Tensor] = []
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Of the last position, ``[prompt, vocab]``."""
-        found: Tensor = self.module(ids, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        return found
-
-    def remember(self, clean: Tensor) -> None:
-        """Keeps what passes each site of the clean prompt."""
-        handles = [
-            site.register_forward_pre_hook(lambda _, args: self.kept.append(args[0].clone())) for site in self.sites
-        ]
-        self.logits(clean)
-        for handle in handles:
-            handle.remove()
-
-    def patched(self, corrupted: Tensor, layer: int, pos: int | None, head: int | None) -> Tensor:
-        """The logits with the clean value in one place."""
-        columns = slice(None) if head is None else slice(head * self.width, (head + 1) * self.width)
-        at = (0, slice(None) if pos is None else pos, columns)
-        handle = self.sites[layer].register_forward_pre_hook(
-            lambda _, args: args[0].__setitem__((slice(None), *at[1:]), self.kept[layer][at])
-        )
-        found = self.logits(corrupted)
-        handle.remove()
-        return found
 
 
 def timed(device: str, function: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -99,50 +59,52 @@ def timed(device: str, function: Callable[[], Any]) -> tuple[Any, float, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    began = time.perf_counter()
-    found = function()
-    settle()
-    taken = time.perf_counter() - began
-    return found, taken, torch.cuda.max_memory_allocated() - before if device != "cpu" else float("nan")
+    given: list[Any] = []
+    taken = seconds(lambda: given.append(function()))
+    return given[0], taken, torch.cuda.max_memory_allocated() - before if device != "cpu" else float("nan")
 
 
-def sweeps(module: Any, device: str, samples: int, line: Callable[[Any], None]) -> None:
+def read(hooks: Hooks, ids: Tensor, patches: Iterable[Patch]) -> list[tuple[float, float]]:
+    """Of the first prompt with each patch: the metric's value, and the largest logit."""
+    every = (hooks.last_logits(ids, patch)[0].float() for patch in patches)
+    return [(float(logits[ONE] - logits[OTHER]), float(logits.abs().max())) for logits in every]
+
+
+def sweeps(module: Any, device: str, samples: int, line: Callable[[Sequence[str]], None]) -> None:
     """Patches positions and heads, under two budgets, and prints a line for each."""
-    model = tp.load(module, tokenizer())
-    for component, by, tokens in (("resid_pre", ("layer", "pos"), 40), ("z", ("layer", "head"), 40)):
-        clean, corrupted = prompts(tokens)
-        pairs, hooks = tp.Pairs(clean.tolist(), corrupted.tolist()), Hooks(module, component)
-        clean, corrupted = clean.to(device), corrupted.to(device)
-        hooks.remember(clean)
-        layers, units = len(hooks.sites), tokens if component == "resid_pre" else module.config.num_attention_heads
+    model, heads = tp.load(module, tokenizer()), module.config.num_attention_heads
+    family = Family(lambda: module, "model", "model.layers", heads, PLACES)
+    for sweep in SWEEPS:
+        clean, corrupted = (ids.to(device) for ids in sweep.prompts())
+        pairs, hooks = tp.Pairs(clean.tolist(), corrupted.tolist()), Hooks(module, family)
+        hooks.remember(clean, sweep.component)
+        layers, dim = len(module.model.layers), sweep.by[1]
+        units = sweep.tokens if dim == "pos" else heads
         places = [(i % layers, i * 7 % units) for i in range(0, layers * units, max(1, layers * units // samples))]
-        chosen = [(layer, unit, None) if component == "resid_pre" else (layer, None, unit) for layer, unit in places]
-        hooks.patched(corrupted, *chosen[0])
-        theirs, took, _ = timed(device, lambda: [hooks.patched(corrupted, *c)[0] for c in chosen])  # noqa: B023
-        scale = float(max(one.abs().max() for one in theirs))
-        beside = [hooks.patched(corrupted.expand(8, -1), *one)[0] for one in chosen]
-        read = [float(one[ONE] - one[OTHER]) for one in theirs]
-        alone = max(abs(float(b[ONE] - b[OTHER]) - r) for b, r in zip(beside, read, strict=True)) / scale
+        patches = [(Site(sweep.component, layer, **{dim: unit}),) for layer, unit in places]
+        read(hooks, corrupted, patches[:1])
+        theirs, took, _ = timed(device, partial(read, hooks, corrupted, patches))
+        scale = max(largest for _, largest in theirs)
+        beside = read(hooks, corrupted.expand(8, -1), patches)
+        alone = max(abs(one[0] - other[0]) for one, other in zip(theirs, beside, strict=True)) / scale
         for memory in (None, int(2 * GIGABYTE)):
-
-            def ours(component: str = component, pairs: Any = pairs, by: Any = by, memory: Any = memory) -> Any:
-                return tp.patch(model, pairs, component, METRIC, by=by, memory=memory, progress=False)
-
-            found = ours()
-            found, seconds, peak = timed(device, ours)
-            values = found["value"].transpose("pair", *by).values[0]
-            gap = max(abs(float(values[place]) - r) for place, r in zip(places, read, strict=True)) / scale
+            options = {"by": sweep.by, "memory": memory, "progress": False}
+            ours = partial(tp.patch, model, pairs, sweep.component, METRIC, **options)
+            ours()
+            found, best, peak = timed(device, ours)
+            values = found["value"].transpose("pair", *sweep.by).values[0]
+            gap = max(abs(float(values[place]) - one[0]) for place, one in zip(places, theirs, strict=True)) / scale
             measured = int((found["status"] == tp.Status.MEASURED).sum())
             budget = memory or tp.models.room_of(model) or float("nan")
-            per = took / len(chosen)
+            per = took / len(patches)
             line(
                 (
-                    f"{component} by {by[1]}",
+                    sweep.name,
                     str(values.size),
                     str(measured),
-                    f"{seconds:.2f} s",
+                    f"{best:.2f} s",
                     f"{1e3 * per:.1f} ms",
-                    f"{per * values.size / seconds:.1f}×",
+                    f"{per * values.size / best:.1f}×",
                     f"{peak / GIGABYTE:.2f} GB",
                     f"{budget / GIGABYTE:.1f} GB",
                     f"{gap:.1e}",
@@ -154,11 +116,11 @@ def sweeps(module: Any, device: str, samples: int, line: Callable[[Any], None]) 
 def estimates(module: Any, device: str) -> None:
     """Attributes all heads and prints what it took beside two forwards and a backward."""
     model = tp.load(module, tokenizer())
-    clean, corrupted = prompts(40)
-    pairs = tp.Pairs(clean.tolist(), corrupted.tolist())
-    tp.attribute(model, pairs, "z", METRIC, by=("layer", "head"))
-    _, seconds, peak = timed(device, lambda: tp.attribute(model, pairs, "z", METRIC, by=("layer", "head")))
-    print(f"\nattribution of all heads: {seconds:.2f} s, {peak / GIGABYTE:.2f} GB beside the model")
+    pairs = tp.Pairs(*(ids.tolist() for ids in SWEEPS[1].prompts()))
+    estimate = partial(tp.attribute, model, pairs, "z", METRIC, by=("layer", "head"))
+    estimate()
+    _, took, peak = timed(device, estimate)
+    print(f"\nattribution of all heads: {took:.2f} s, {peak / GIGABYTE:.2f} GB beside the model")
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_memory
 import torch
 from conftest import ioi_pairs
-from tiny_models import build, tokenizer
+from test_memory import EVERYTHING, long_pairs
 
 import tracepatch as tp
 from tracepatch.architecture import architecture_of
@@ -34,19 +35,11 @@ def _all_of_its_memory() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def wide(layers: int = 4) -> Any:
-    """A small model whose logits are large."""
-    return tp.load(build("gpt2", layers=layers, vocab_size=40_000).cuda(), tokenizer())
-
-
-def long_pairs(count: int = 6) -> tp.Pairs:
-    clean = torch.randint(60, (count, 40), generator=torch.Generator().manual_seed(0))
-    corrupted = clean.clone()
-    corrupted[:, 0] = (corrupted[:, 0] + 1) % 60
-    return tp.Pairs(clean.tolist(), corrupted.tolist())
-
-
-EVERYTHING = tp.metric(lambda logits: logits.logsumexp(-1), name="all logits")
+def wide() -> Any:
+    """The model of ``test_memory``, there."""
+    model = test_memory.wide()
+    module_of(model).cuda()
+    return model
 
 
 def sweep(model: Any, **options: Any) -> Any:

@@ -6,25 +6,40 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tiny_models import build, tokenizer
+
+import tracepatch as tp
+
+EVERYTHING = tp.metric(lambda logits: logits.logsumexp(-1), name="all logits")
+
+
+def wide() -> Any:
+    """A small model whose logits are large."""
+    return tp.load(build("gpt2", layers=4, vocab_size=40_000), tokenizer())
+
+
+def long_pairs() -> tp.Pairs:
+    """Pairs whose first token differs, so that every position has to be measured."""
+    clean = torch.randint(60, (6, 40), generator=torch.Generator().manual_seed(0))
+    corrupted = clean.clone()
+    corrupted[:, 0] = (corrupted[:, 0] + 1) % 60
+    return tp.Pairs(clean.tolist(), corrupted.tolist())
+
 
 SWEEP = """
 import ctypes, gc, json, re, sys
 from pathlib import Path
 import torch
-from tiny_models import build, tokenizer
+from test_memory import EVERYTHING, long_pairs, wide
 import tracepatch as tp
 
 memory, batch_size = int(sys.argv[1]), int(sys.argv[2]) or None
 torch.set_num_threads(1)
-model = tp.load(build("gpt2", layers=4, vocab_size=40_000), tokenizer())
-generator = torch.Generator().manual_seed(0)
-clean = torch.randint(60, (6, 40), generator=generator)
-corrupted = clean.clone()
-corrupted[:, 0] = (corrupted[:, 0] + 1) % 60
-pairs = tp.Pairs(clean.tolist(), corrupted.tolist())
-metric = tp.metric(lambda logits: logits.logsumexp(-1), name="all logits")
+model, pairs, metric = wide(), long_pairs(), EVERYTHING
 kind, heads = {"progress": False, "form": sys.argv[3] or None}, ("layer", "head", "pos")
 tp.patch(model, pairs[:1], "z", metric, only={"layer": [0]}, by=("layer", "head"), memory=memory, **kind)
 

@@ -116,10 +116,7 @@ def test_what_is_counted_is_what_is_traced(form: Any, gpt2: Any) -> None:
 
 
 def test_explain_everything_else(gpt2: Any) -> None:
-    one, two = ioi_pairs(1, 0), ioi_pairs(1, 1)
-    pairs = tp.Pairs(
-        one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong
-    )  # type: ignore[operator]
+    pairs = ioi_pairs(1, 0) + ioi_pairs(1, 1)
     with tp.patching(gpt2, pairs, [tp.logit_diff, tp.kl], batch_size=1) as p:
         mixed(p)
     assert p.plan is not None
@@ -148,10 +145,7 @@ def test_explain_everything_else(gpt2: Any) -> None:
 
 def test_edits_that_are_equal_on_one_pair_may_differ_on_the_next(gpt2: Any) -> None:
     """The last token of the shorter prompt stands in the midst of the longer one."""
-    one, two = ioi_pairs(1, 0), ioi_pairs(1, 1)
-    pairs = tp.Pairs(
-        one.clean + two.clean, one.corrupted + two.corrupted, one.answer + two.answer, one.wrong + two.wrong
-    )  # type: ignore[operator]
+    pairs = ioi_pairs(1, 0) + ioi_pairs(1, 1)
     found = []
     for prune in (True, False):
         with tp.patching(gpt2, pairs, prune=prune) as p:

@@ -15,6 +15,7 @@ from test_forms import tiny
 from test_remote import Server, away, server  # noqa: F401  # a fixture
 from test_scripts import handed, run
 from test_twins import without_weights
+from tiny_models import DEVICE
 
 import tracepatch as tp
 from tracepatch import errors
@@ -444,7 +445,7 @@ def test_a_server_averages_there(server: Server) -> None:  # noqa: F811
         result = p.run()
         values.append([result[name]["value"].values for name in sorted(result.children)])
     for here, there in zip(*values, strict=True):
-        np.testing.assert_allclose(there, here, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(there, here, atol=1e-5, rtol=1e-7 if DEVICE == "cpu" else 1e-5)
     assert server.jobs == 1
     assert server.runs["add"] == sum(len(s.runs) for s in p.plan.surveys) * len(p.plan.groups)
     assert "reference" in p.plan.explain()
@@ -459,7 +460,8 @@ def test_encoder_decoder_models_take_means_of_the_decoder() -> None:
             with p.row(layer=layer):
                 p.clean.cross_attn_out[layer, :] = p.mean(others).cross_attn_out[layer, :]
                 p.clean.z[layer, -1, 1] = p.mean(others).z[layer, -1, 1]
-    agrees(p, model, 1e-6)  # its softmax is of float32 in a model of float64
+    # The softmax of a T5 is of float32 even in a model of float64, and the oracle's is that of the CPU.
+    agrees(p, model, 1e-8 if DEVICE == "cpu" else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
